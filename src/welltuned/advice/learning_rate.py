@@ -1,0 +1,274 @@
+"""The learning rate: a law fitted to a published sweep, converted to the run at hand.
+
+For supervised LoRA (QLoRA is the same), at alpha 32, batch 128, 780 updates and linear decay:
+
+    lr = c(family) · (P / 8e9)^-0.136 · (r / 16)^0.175                                       (E021, unknown family E022)
+
+and from there to this run:
+
+    · 32/alpha            what acts is alpha · lr (E094); with rsLoRA alpha counts as alpha·sqrt(r) (E091)
+    · sqrt(batch / 128)   below 128 (E040; sources disagree, E097)
+    · (780 / updates)^p   below 780 updates: a short run wants a higher rate (E032, M001 to M007)
+
+p is the exponent at which the law meets the optimum that was measured for a 135M model in 40 updates (about 0.81). It
+was measured at that size only. Towards larger models it shrinks, linearly in ln(parameters), to an assumed 0.4 at 8B:
+an interpolation, said to the user, and paid for with a wider range. alpha · lr stays below where runs have diverged.
+
+Full fine-tuning has no open sweep: the rate is the geometric mean of a tenth of LoRA's at alpha 32 and what released
+recipes of that size use, with LoRA's terms for batch and updates. Preference and reinforcement learning have no law at
+all: their bands are those of recipes (R) and vendors (V), in alpha · lr.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from welltuned.advice.rules import cited, number, rule
+from welltuned.advice.settle import shown, size_words
+from welltuned.choice import Choice
+from welltuned.recipe import Method, Tune
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RateSetting:
+    """What the rate depends on. `family` is the configuration's model_type, `parameters` the total."""
+
+    family: str
+    parameters: int
+    batch: int
+    updates: int
+    r: int = 1
+    alpha: float = 1.0
+    use_rslora: bool = False
+    mixture: bool = False
+
+    @property
+    def alpha_equivalent(self) -> float:
+        """The alpha with which 1/r scaling would do the same."""
+        return self.alpha * math.sqrt(self.r) if self.use_rslora else self.alpha
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """A rate and the factors it is made of. `doubt` is how far the range reaches to either side, as a factor."""
+
+    value: float
+    base: float
+    alpha_factor: float = 1.0
+    batch_factor: float = 1.0
+    updates_factor: float = 1.0
+    doubt: float
+    limited: str = ""
+    extrapolated: bool = False
+    evidence: tuple[str, ...]
+
+
+# ── the law ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def family_of(model_type: str) -> str | None:
+    """The sweep's name for a model_type; None where the sweep has no such family."""
+    name: str | None = rule("rate_families").value.get(model_type)
+    return name
+
+
+def base_rate(family: str, parameters: int, r: int) -> float:
+    """The sweep's law at its own alpha, batch and number of updates."""
+    known = family_of(family)
+    suffix = "" if known else "_unknown"
+    start = rule("rate_base").value[known] if known else number("rate_base_unknown")
+    size = (parameters / number("rate_size")) ** number(f"rate_size_exponent{suffix}")
+    rank = (r / number("rate_rank")) ** number(f"rate_rank_exponent{suffix}")
+    return float(start * size * rank)
+
+
+def batch_factor(batch: int) -> float:
+    return float(min(1.0, batch / number("rate_batch")) ** number("rate_batch_exponent"))
+
+
+def updates_factor(parameters: int, updates: int) -> float:
+    """At least 1: how much higher the rate of a short run is than that of 780 updates."""
+    return float(max(1.0, number("rate_updates") / max(1, updates)) ** updates_exponent(parameters))
+
+
+def updates_exponent(parameters: int) -> float:
+    small, large = _anchor_exponent(), number("rate_updates_exponent_large")
+    return small + (large - small) * _distance_from_anchor(parameters)
+
+
+def _distance_from_anchor(parameters: int) -> float:
+    """0 at (and below) the measured size, 1 at 8B and above, linear in ln(parameters)."""
+    measured, large = rule("rate_anchor").value["parameters"], number("rate_updates_large_size")
+    return min(1.0, max(0.0, math.log(parameters / measured) / math.log(large / measured)))
+
+
+def _anchor_exponent() -> float:
+    """The exponent with which the law gives the measured optimum."""
+    a = rule("rate_anchor").value
+    without = base_rate(a["family"], a["parameters"], a["r"]) * number("rate_alpha") / a["alpha"]
+    without *= batch_factor(a["batch"])
+    return math.log(a["optimum"] / without) / math.log(number("rate_updates") / a["updates"])
+
+
+def lora_rate(setting: RateSetting) -> Rate:
+    """The law for supervised LoRA and QLoRA, unrounded."""
+    base = base_rate(setting.family, setting.parameters, setting.r)
+    to_alpha = number("rate_alpha") / setting.alpha_equivalent
+    to_batch, to_updates = batch_factor(setting.batch), updates_factor(setting.parameters, setting.updates)
+    rate = base * to_alpha * to_batch * to_updates
+    limited, evidence = "", _law_evidence(setting)
+    cap = _alpha_rate_cap(setting) / setting.alpha_equivalent
+    floor = number("rate_floor") / setting.alpha_equivalent
+    if rate > cap:
+        rate, limited = cap, f"held at alpha · rate = {shown(_alpha_rate_cap(setting))}, above which runs have diverged"
+        evidence = _merged(evidence, cited("rate_cap"))
+    elif rate < floor:
+        rate, limited = floor, f"raised to alpha · rate = {shown(number('rate_floor'))}, below which little is learned"
+        evidence = _merged(evidence, cited("rate_floor"))
+    return Rate(
+        value=rate,
+        base=base,
+        alpha_factor=to_alpha,
+        batch_factor=to_batch,
+        updates_factor=to_updates,
+        doubt=_doubt(setting),
+        limited=limited,
+        extrapolated=to_updates > 1 and setting.parameters > rule("rate_anchor").value["parameters"],
+        evidence=evidence,
+    )
+
+
+def full_rate(setting: RateSetting) -> Rate:
+    """Supervised full fine-tuning, unrounded."""
+    at_law = replace(setting, r=int(number("rate_rank")), alpha=number("rate_alpha"), use_rslora=False)
+    tenth = base_rate(setting.family, setting.parameters, at_law.r) / number("rate_full_ratio")
+    base = math.sqrt(tenth * _between(rule("rate_full_recipes").value, setting.parameters))
+    to_batch, to_updates = batch_factor(setting.batch), updates_factor(setting.parameters, setting.updates)
+    return Rate(
+        value=base * to_batch * to_updates,
+        base=base,
+        batch_factor=to_batch,
+        updates_factor=to_updates,
+        doubt=number("rate_full_range") * _doubt(setting) / _family_doubt(setting.family),
+        extrapolated=to_updates > 1,
+        evidence=_merged(cited("rate_full_recipes", "rate_full_ratio"), _law_evidence(at_law)),
+    )
+
+
+def _law_evidence(setting: RateSetting) -> tuple[str, ...]:
+    names = ["rate_base" if family_of(setting.family) else "rate_base_unknown", "rate_rank_exponent", "rate_alpha"]
+    if setting.batch < number("rate_batch"):
+        names.append("rate_batch_exponent")
+    if setting.updates < number("rate_updates"):
+        names += ["rate_anchor", "rate_updates_exponent_large"]
+    if setting.use_rslora:
+        names.append("lora_rslora")
+    return cited(*names)
+
+
+def _alpha_rate_cap(setting: RateSetting) -> float:
+    sizes, caps = rule("rate_cap_sizes").value, rule("rate_cap").value
+    if setting.parameters >= sizes["dense_huge"] and not setting.mixture:
+        return float(caps["dense_huge"])
+    return float(caps["large" if setting.parameters >= sizes["large"] else "small"])
+
+
+def _family_doubt(family: str) -> float:
+    return number("rate_range_known" if family_of(family) else "rate_range_unknown")
+
+
+def _doubt(setting: RateSetting) -> float:
+    """The family's factor, times what the updates exponent may be wrong by."""
+    doubts, distance = rule("rate_updates_doubt").value, _distance_from_anchor(setting.parameters)
+    width = doubts["measured"] + (doubts["assumed"] - doubts["measured"]) * distance
+    short = max(1.0, number("rate_updates") / max(1, setting.updates))
+    return float(_family_doubt(setting.family) * short**width)
+
+
+def _between(points: Sequence[Sequence[float]], parameters: int) -> float:
+    """Straight lines through (size, rate) in logarithms, level beyond the ends."""
+    size = math.log(min(max(parameters, points[0][0]), points[-1][0]))
+    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        if size <= math.log(x1):
+            share = (size - math.log(x0)) / math.log(x1 / x0)
+            return float(y0 * (y1 / y0) ** share)
+    return float(points[-1][1])
+
+
+def _merged(*groups: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(id for group in groups for id in group))
+
+
+def two_digits(value: float) -> float:
+    """Rounded to two significant digits: no evidence supports more."""
+    return float(f"{value:.1e}")
+
+
+# ── choices ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def choose_learning_rate(method: Method, tune: Tune, setting: RateSetting, rows: int) -> Choice:
+    """The rate with its range and a reason that names this run's numbers."""
+    if method is Method.SFT:
+        rate = full_rate(setting) if tune is Tune.FULL else lora_rate(setting)
+        low, high = rate.value / rate.doubt, rate.value * rate.doubt
+        if tune is not Tune.FULL:
+            high = min(high, max(rate.value, _alpha_rate_cap(setting) / setting.alpha_equivalent))
+        return _choice(rate.value, low, high, _reason(tune, setting, rate, rows), rate.evidence)
+    if tune is Tune.FULL:
+        return _recipe_choice(method, f"{method}_full_rate", _full_preference_rate(method, setting), setting, "")
+    value = number(f"{method}_alpha_rate") / setting.alpha_equivalent
+    unit = f"alpha · rate = {shown(number(f'{method}_alpha_rate'))} at your alpha of {shown(setting.alpha_equivalent)}"
+    return _recipe_choice(method, f"{method}_alpha_rate", value, setting, unit)
+
+
+def _full_preference_rate(method: Method, setting: RateSetting) -> float:
+    return _between(rule(f"{method}_full_rate").value, setting.parameters)
+
+
+def _recipe_choice(method: Method, name: str, value: float, setting: RateSetting, unit: str) -> Choice:
+    """No law exists for these methods: the band of the recipes."""
+    if method is Method.GRPO:
+        spread: Any = rule("grpo_range").value
+        below, above, ranges = spread["low"], spread["high"], "grpo_range"
+    else:
+        below = above = number("preference_range")
+        ranges = "preference_range"
+    where = unit or f"{size_words(setting.parameters)} parameters, all of them trained"
+    reason = (
+        f"{method} has no measured law for the rate; released recipes centre here ({where}), and "
+        f"{setting.updates:,} updates of {setting.batch} do not move that"
+    )
+    return _choice(value, value / below, value * above, reason, cited(name, ranges))
+
+
+def _choice(value: float, low: float, high: float, reason: str, evidence: tuple[str, ...]) -> Choice:
+    return Choice(value=two_digits(value), low=two_digits(low), high=two_digits(high), reason=reason, evidence=evidence)
+
+
+def _reason(tune: Tune, setting: RateSetting, rate: Rate, rows: int) -> str:
+    size = size_words(setting.parameters)
+    known = family_of(setting.family)
+    if tune is Tune.FULL:
+        start = f"between a tenth of LoRA's rate and released recipes for {size}: {shown(rate.base)}"
+    else:
+        name = f"{known} models" if known else f"families it did not cover, as {setting.family},"
+        where = f"{number('rate_updates'):.0f} updates of {number('rate_batch'):.0f}"
+        start = f"the sweep's law for {name} of {size} at r {setting.r} gives {shown(rate.base)} at {where}"
+    parts = []
+    if rate.alpha_factor != 1:
+        parts.append(f"×{rate.alpha_factor:.2g} for your alpha of {shown(setting.alpha_equivalent)}")
+    if rate.batch_factor != 1:
+        parts.append(f"×{rate.batch_factor:.2g} for batches of {setting.batch}")
+    if rate.updates_factor != 1:
+        parts.append(f"×{rate.updates_factor:.2g} for so short a run")
+    run = f"your {rows:,} rows make {setting.updates:,} updates of {setting.batch}"
+    reason = f"{run}; {start}" + (f", {', '.join(parts)}" if parts else "")
+    if rate.limited:
+        reason += f"; {rate.limited}"
+    if rate.extrapolated:
+        measured = size_words(rule("rate_anchor").value["parameters"])
+        how = "full fine-tuning of any size" if tune is Tune.FULL else f"a model of {size}"
+        reason += f"; short runs were measured with LoRA at {measured} only, so for {how} the range is wide"
+    return reason

@@ -1,0 +1,66 @@
+"""Where advice meets the user's own value: the user's value stands, the advice keeps its range and its reason."""
+
+from typing import Any
+
+from welltuned.advice.rules import Rule
+from welltuned.choice import Choice, SetBy
+from welltuned.recipe import Recipe
+
+
+def settle(recipe: Recipe, name: str, advised: Choice) -> Choice:
+    """The advised choice, or the user's value with the advice's range, reason and evidence beside it."""
+    if name not in recipe.hyperparameters:
+        return advised
+    value = recipe.hyperparameters[name]
+    same = value == advised.value
+    told = "set by you, as the advice would" if same else f"set by you; the advice would be {shown(advised.value)}"
+    return Choice(
+        value=value,
+        low=advised.low,
+        high=advised.high,
+        reason=f"{told}: {advised.reason}",
+        evidence=advised.evidence,
+        set_by=SetBy.USER,
+    )
+
+
+def from_rule(rule: Rule, reason: str, value: Any = None) -> Choice:
+    """A choice that is a rule's own value and range."""
+    return Choice(
+        value=rule.value if value is None else value,
+        low=rule.low,
+        high=rule.high,
+        reason=reason,
+        evidence=rule.evidence,
+    )
+
+
+def shown(value: Any) -> str:
+    """A value as people write it: 2e-4, 0.05, q_proj v_proj, yes.
+
+    >>> shown(0.00021), shown(3.0), shown(True), shown(("q_proj", "v_proj")), shown(134515008)
+    ('2.1e-4', '3', 'true', 'q_proj v_proj', '134,515,008')
+    """
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, float):
+        if value == 0 or abs(value) >= 0.01:
+            return f"{value:.4g}"
+        mantissa, _, exponent = f"{value:.1e}".partition("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    if isinstance(value, tuple | list):
+        return " ".join(str(item) for item in value)
+    return str(value)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `340 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def size_words(parameters: int) -> str:
+    """135M, 8.0B."""
+    billions = parameters / 1e9
+    return f"{billions:.1f}B" if billions >= 1 else f"{parameters / 1e6:.0f}M"

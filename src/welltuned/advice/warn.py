@@ -1,0 +1,139 @@
+"""What to beware of in a plan, the weightiest first. Advice warns; it does not overrule."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from welltuned.advice.learning_rate import family_of
+from welltuned.advice.memory import MemoryForecast, MemorySetting, forecast_memory
+from welltuned.advice.rules import number, rule
+from welltuned.advice.settle import counted, shown
+from welltuned.choice import Choice, SetBy
+from welltuned.facts.data import DatasetFacts
+from welltuned.facts.machine import Device, MachineFacts
+from welltuned.facts.model import ModelFacts
+from welltuned.recipe import Method, Recipe, Tune
+
+_Weighed = tuple[float, str]
+
+
+def all_warnings(
+    recipe: Recipe,
+    model: ModelFacts,
+    data: DatasetFacts,
+    machine: MachineFacts,
+    choices: Mapping[str, Choice],
+    memory: MemoryForecast,
+    updates: int,
+) -> tuple[str, ...]:
+    found = [
+        *_of_memory(recipe, model, machine.device, choices, memory),
+        *_of_data(model, data, choices),
+        *_of_user_values(choices, updates),
+        *_of_run(recipe, model, data, machine, choices, updates),
+    ]
+    return tuple(text for _, text in sorted(found, key=lambda weighed: -weighed[0]))
+
+
+def _of_memory(
+    recipe: Recipe, model: ModelFacts, device: Device, choices: Mapping[str, Choice], memory: MemoryForecast
+) -> Iterator[_Weighed]:
+    if memory.fits is False:
+        need, limit = memory.total_bytes / 1e9, (memory.limit_bytes or 0) / 1e9
+        ways = ways_to_fit(recipe, model, device, choices, memory)
+        yield 100, f"does not fit: needs about {need:.1f} GB of {limit:.1f} GB; {ways}"
+
+
+def ways_to_fit(
+    recipe: Recipe, model: ModelFacts, device: Device, choices: Mapping[str, Choice], memory: MemoryForecast
+) -> str:
+    """What would make the run fit, with its forecast, or the smallest need that was found."""
+    spec = rule("token_budget_cpu")
+    base = MemorySetting(
+        tune=recipe.tune,
+        dtype=choices["dtype"].value,
+        device=device,
+        micro_tokens=int(spec.low),
+        checkpointing=True,
+        r=choices["r"].value if "r" in choices else int(number("lora_rank_floor")),
+    )
+    ways = [
+        ("shorter examples and recomputed activations", base),
+        ("--tune lora with them", replace(base, tune=Tune.LORA)),
+        ("--tune qlora with them", replace(base, tune=Tune.QLORA)),
+    ]
+    needs = [(words, forecast_memory(model, setting).total_bytes) for words, setting in ways]
+    for words, total in needs:
+        if total <= (memory.limit_bytes or 0):
+            return f"{words} ({int(spec.low)} tokens) would need {total / 1e9:.1f} GB"
+    return f"even qlora with {int(spec.low)} tokens needs {needs[-1][1] / 1e9:.1f} GB: choose a smaller model"
+
+
+def _of_data(model: ModelFacts, data: DatasetFacts, choices: Mapping[str, Choice]) -> Iterator[_Weighed]:
+    length = choices["max_length"].value
+    if length < data.length_max:
+        cut = max(0.01, data.share_longer_than(length))
+        context = f" (the model's context is {model.context_length:,})" if model.context_length == length else ""
+        longest = f"the longest has {data.length_max:,} tokens"
+        yield 80, f"max_length {length:,}{context} cuts about {cut:.0%} of the rows; {longest}"
+    if not data.heldout_rows:
+        yield 70, "no held-out rows: nothing will show overfitting"
+    if data.heldout_overlap:
+        rows = counted(data.heldout_overlap, "held-out row")
+        yield 65, f"{rows} also found in the training data: the held-out loss will flatter the run"
+    if data.unsupervised_rows:
+        yield 40, f"{counted(data.unsupervised_rows, 'row')} without a trained token: nothing is learned there"
+    if data.duplicates:
+        yield 25, f"{counted(data.duplicates, 'training row')} duplicated: what stands twice counts twice"
+
+
+def _of_user_values(choices: Mapping[str, Choice], updates: int) -> Iterator[_Weighed]:
+    """A user's value outside its range, weighed by how far outside."""
+    for name, choice in choices.items():
+        if choice.set_by is not SetBy.USER or isinstance(choice.value, str | tuple | bool) or choice.low is None:
+            continue
+        below = choice.value < choice.low
+        if not below and choice.value <= choice.high:
+            continue
+        bound = choice.low if below else choice.high
+        tiny = 1e-12
+        distance = abs(math.log(max(choice.value, tiny) / max(bound, tiny)))
+        weight = (60 if name == "learning_rate" else 30) + min(9, distance)
+        span = f"{shown(choice.low)}–{shown(choice.high)}"
+        side = "below" if below else "above"
+        yield weight, f"{name} {shown(choice.value)} (yours) is {side} the sound range {span}: {choice.reason}"
+
+
+def _of_run(
+    recipe: Recipe,
+    model: ModelFacts,
+    data: DatasetFacts,
+    machine: MachineFacts,
+    choices: Mapping[str, Choice],
+    updates: int,
+) -> Iterator[_Weighed]:
+    batch = choices["effective_batch_size"].value
+    if batch > data.rows:
+        yield 45, f"an update of {batch} takes every one of the {counted(data.rows, 'row')} more than once"
+    if updates < number("updates_wanted"):
+        yield 35, f"only {counted(updates, 'update')}: below about {number('updates_wanted'):.0f} a run rarely settles"
+    if recipe.tune is Tune.FULL and model.quantized:
+        yield 90, f"the model's weights are stored quantised ({model.quantized}) and cannot be trained in full"
+    if recipe.tune is Tune.QLORA and machine.device is Device.CPU:
+        yield 22, "4-bit weights save memory on a CPU but cost time: every pass expands them again"
+    if recipe.tune is Tune.QLORA and any(shape.expert for shape in model.lora_shapes):
+        yield 33, "the experts are fused parameters, which 4-bit quantisation does not reach: they stay as they are"
+    if not model.parameters_exact:
+        yield 20, f"the architecture {model.family} is not known here: its size is estimated as Llama's would be"
+    if recipe.method is Method.SFT and family_of(model.family) is None:
+        yield (
+            15,
+            f"no rate of a {model.family} model was measured: the rate is the average family's and its range wider",
+        )
+    if str(choices["lr_scheduler_type"].value).startswith("constant"):
+        yield 18, "the rate's law was measured with linear decay; a constant rate wants a lower one"
+    if recipe.hyperparameters.keys() >= {"max_steps", "num_train_epochs"}:
+        yield (
+            10,
+            f"max_steps and num_train_epochs are both set: the run ends at the earlier, {counted(updates, 'update')}",
+        )

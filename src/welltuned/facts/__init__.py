@@ -1,0 +1,1 @@
+"""What is measured before anything is chosen: the model, the dataset, the machine."""

@@ -1,0 +1,176 @@
+"""MachineFacts: processors, memory and number formats of the machine, as far as this process may use them.
+
+In a container the machine's own figures are not the process's: cores come from the affinity mask and the cgroup's
+quota, memory from the tightest cgroup limit on the way up. A run that trusts /proc/meminfo alone is killed, not slowed.
+"""
+
+import math
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from welltuned.errors import InputError
+
+_NO_LIMIT = 1 << 60  # cgroup v1 writes "no limit" as a number near 2^63
+
+
+class Device(StrEnum):
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineFacts:
+    """`memory_*` are the host's; `gpu_memory_*` the first GPU's, where one was asked for. All in bytes."""
+
+    device: Device
+    cores: int
+    memory_total: int
+    memory_available: int
+    native_bf16: bool
+    avx512_bf16: bool = False
+    amx_bf16: bool = False
+    gpu_name: str | None = None
+    gpu_memory_total: int | None = None
+    gpu_memory_available: int | None = None
+
+    @property
+    def training_memory(self) -> int:
+        """What a run may use where the user sets no limit: the GPU's free memory, else the host's."""
+        return self.memory_available if self.gpu_memory_available is None else self.gpu_memory_available
+
+
+def read_machine_facts(*, ask_gpu: bool = False, root: Path = Path("/")) -> MachineFacts:
+    """Read /proc and the cgroup. `ask_gpu` imports torch to look for a GPU; without it the plan is for the CPU."""
+    flags = _processor_flags(root)
+    avx, amx = "avx512_bf16" in flags, "amx_bf16" in flags
+    total, available = _memory(root)
+    gpu = _gpu() if ask_gpu else None
+    return MachineFacts(
+        device=Device.CUDA if gpu else Device.CPU,
+        cores=_cores(root),
+        memory_total=total,
+        memory_available=available,
+        native_bf16=gpu.native_bf16 if gpu else avx or amx,
+        avx512_bf16=avx,
+        amx_bf16=amx,
+        gpu_name=gpu.name if gpu else None,
+        gpu_memory_total=gpu.total if gpu else None,
+        gpu_memory_available=gpu.available if gpu else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Gpu:
+    name: str
+    total: int
+    available: int
+    native_bf16: bool
+
+
+def _gpu() -> _Gpu | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    available, total = torch.cuda.mem_get_info()
+    bf16 = torch.cuda.get_device_capability()[0] >= 8  # Ampere and later
+    return _Gpu(torch.cuda.get_device_name(), total, available, bf16)
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+
+
+def _processor_flags(root: Path) -> frozenset[str]:
+    for line in (_text(root / "proc/cpuinfo") or "").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):  # x86; Arm
+            return frozenset(value.split())
+    return frozenset()
+
+
+def _cores(root: Path) -> int:
+    affinity = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    quotas = [affinity, *(_quota(folder) for folder in _cgroup_folders(root, "cpu"))]
+    return max(1, min(quotas))
+
+
+def _quota(folder: Path) -> int:
+    """Cores of a cgroup's processor quota, rounded up; without one, more than any machine has."""
+    words = (_text(folder / "cpu.max") or "").split()  # version 2: "max 100000" or "150000 100000"
+    if len(words) != 2:  # version 1
+        words = [(_text(folder / f"cpu.cfs_{name}_us") or "").strip() for name in ("quota", "period")]
+    try:
+        quota, period = float(words[0]), float(words[1])
+    except ValueError:
+        return _NO_LIMIT
+    return math.ceil(quota / period) if quota > 0 and period > 0 else _NO_LIMIT
+
+
+def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
+    """The process's cgroup folders of a controller, both versions, from its own up to the root."""
+    for line in (_text(root / "proc/self/cgroup") or "0::/").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, name = rest.partition(":")
+        if number == "0" and not controllers:
+            bases = [root / "sys/fs/cgroup", root / "sys/fs/cgroup/unified"]
+        elif controller in controllers.split(","):
+            bases = [root / "sys/fs/cgroup" / controller, root / "sys/fs/cgroup" / controllers]
+        else:
+            continue
+        for base in dict.fromkeys(bases):
+            folder = base / name.lstrip("/")
+            while folder != base:
+                yield folder
+                folder = folder.parent
+            yield base
+
+
+def _memory(root: Path) -> tuple[int, int]:
+    total, available = _host_memory(root)
+    for folder in _cgroup_folders(root, "memory"):
+        limit = _number(folder / "memory.max") or _number(folder / "memory.limit_in_bytes")
+        if limit is None or limit >= min(_NO_LIMIT, total):
+            continue
+        total = limit
+        used = _number(folder / "memory.current") or _number(folder / "memory.usage_in_bytes") or 0
+        available = min(available, limit - max(0, used - _reclaimable(folder)))
+    return total, max(0, min(available, total))
+
+
+def _host_memory(root: Path) -> tuple[int, int]:
+    sizes: dict[str, int] = {}
+    for line in (_text(root / "proc/meminfo") or "").splitlines():
+        name, _, value = line.partition(":")
+        if value.endswith(" kB"):
+            sizes[name] = int(value.split()[0]) * 1024
+    if "MemTotal" in sizes:
+        return sizes["MemTotal"], sizes.get("MemAvailable", sizes["MemTotal"])
+    try:
+        import psutil
+    except ImportError as error:
+        what = "the machine's memory cannot be read"
+        raise InputError(what, where="machine", mend="install psutil, or give --memory") from error
+    memory = psutil.virtual_memory()
+    return int(memory.total), int(memory.available)
+
+
+def _number(path: Path) -> int | None:
+    text = (_text(path) or "").strip()
+    return int(text) if text.isdigit() else None
+
+
+def _reclaimable(folder: Path) -> int:
+    """Cached file pages, which the kernel gives back on demand."""
+    for line in (_text(folder / "memory.stat") or "").splitlines():
+        name, _, value = line.partition(" ")
+        if name in ("inactive_file", "total_inactive_file") and value.isdigit():
+            return int(value)
+    return 0

@@ -1,0 +1,175 @@
+"""Faster forwards for the parts that are understood, on this model instance only, each proven before it is used.
+
+A part is recognised by its structure or its behaviour, never by the model's name: the replacement must give the
+original's numbers on a random input, or it is not used and the report says why. So a new architecture works on the
+day it appears, and one that only looks familiar trains on its own code.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from welltuned.errors import InputError
+from welltuned.kernels.gated_mlp import FORWARD, Activation, GatedMLP, gated_mlp
+from welltuned.kernels.norm import rms_norm
+from welltuned.kernels.token_loss import Head
+from welltuned.models.lora import AdapterBank, LoraLinear
+
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+@dataclass(slots=True)
+class Fused:
+    """What was replaced on one model, and what was left alone and why."""
+
+    modules: list[nn.Module] = field(default_factory=list)
+    done: Counter[str] = field(default_factory=Counter)
+    plain: Counter[str] = field(default_factory=Counter)
+
+    def replace(self, module: nn.Module, forward: Callable[..., Tensor], what: str) -> None:
+        module.forward = forward
+        self.modules.append(module)
+        self.done[what] += 1
+
+    def undo(self) -> None:
+        """Give every module its class's forward back."""
+        for module in self.modules:
+            if "forward" in module.__dict__:
+                del module.forward
+        self.modules.clear()
+
+    def sentences(self) -> list[str]:
+        return [f"{what} left on the model's own code ({n} of them)" for what, n in self.plain.items()]
+
+
+def fuse(model: PreTrainedModel, bank: AdapterBank | None) -> Fused:
+    """Replace norms, and gated MLPs whose projections carry adapters."""
+    fused = Fused()
+    for module in model.modules():
+        if bank is not None and {"gate_proj", "up_proj", "down_proj"} <= module._modules.keys():
+            _fuse_mlp(module, fused)
+        elif _looks_like_rms_norm(module):
+            _fuse_norm(module, fused)
+    if bank is not None and not fused.done["gated MLP"] and not fused.plain:
+        fused.plain["MLPs without gate_proj, up_proj and down_proj"] = 1
+    return fused
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    tolerance = _TOLERANCE[a.dtype]
+    return bool((a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-30))
+
+
+def _random(*shape: int, like: Tensor) -> Tensor:
+    draw = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    return draw.to(device=like.device, dtype=like.dtype)
+
+
+def recognise_activation(function: Callable[[Tensor], Tensor]) -> Activation | None:
+    """Which known activation this is, judged by its values."""
+    x = torch.linspace(-6, 6, 97, dtype=torch.float64)
+    y = function(x)
+    return next((kind for kind, f in FORWARD.items() if torch.allclose(f(x), y, rtol=1e-9, atol=1e-12)), None)
+
+
+def _fuse_mlp(module: nn.Module, fused: Fused) -> None:
+    gate, up, down = (module.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
+    activations = [c for name, c in module._modules.items() if name in ("act_fn", "activation_fn") and c is not None]
+    if not all(isinstance(m, LoraLinear) and m.bias_O is None for m in (gate, up, down)):
+        fused.plain["gated MLPs with biases or unadapted projections"] += 1
+        return
+    kind = recognise_activation(activations[0]) if activations else None
+    if kind is None:
+        fused.plain["gated MLPs with an unknown activation"] += 1
+        return
+    assert isinstance(gate, LoraLinear) and isinstance(up, LoraLinear) and isinstance(down, LoraLinear)
+    mlp = GatedMLP(gate.projection, up.projection, down.projection, kind)
+    original = module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        if not gate.enabled:
+            out: Tensor = original(x)
+            return out
+        pairs = [(m.lora_A, m.lora_B) for m in (gate, up, down)]
+        return gated_mlp(x.reshape(-1, x.shape[-1]), mlp, *pairs, gate.rows).view(x.shape)
+
+    with torch.no_grad():
+        x = _random(1, 5, gate.projection.weight.shape[1], like=gate.lora_A).to(_dtype(gate))
+        if _same(forward(x), original(x)):
+            fused.replace(module, forward, "gated MLP")
+        else:
+            fused.plain["gated MLPs that compute something else"] += 1
+
+
+def _dtype(module: LoraLinear) -> torch.dtype:
+    weight = module.base._parameters.get("weight")
+    return torch.float32 if weight is None else weight.dtype
+
+
+def _looks_like_rms_norm(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return (
+        weight is not None
+        and weight.dim() == 1
+        and len(module._parameters) == 1
+        and not module._modules
+        and _epsilon(module) is not None
+    )
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    return next((module.__dict__[key] for key in ("variance_epsilon", "eps") if key in module.__dict__), None)
+
+
+def _fuse_norm(module: nn.Module, fused: Fused) -> None:
+    weight, eps = module._parameters["weight"], _epsilon(module)
+    assert weight is not None and eps is not None
+    if weight.requires_grad:
+        return
+    with torch.no_grad():
+        x = _random(3, weight.shape[0], like=weight)
+        y = module(x)
+        for gain in (weight.detach(), (1.0 + weight.detach().float()).to(weight.dtype)):  # Gemma stores gain - 1
+            if _same(rms_norm(x, gain, eps), y):
+                fused.replace(module, partial(rms_norm, gain_H=gain, eps=eps), "RMS norm")
+                return
+    fused.plain["norms that are not RMS norms"] += 1
+
+
+def find_head(model: PreTrainedModel) -> Head | None:
+    """The output embedding as the token loss needs it, or None where the model does something else after it."""
+    module = model.get_output_embeddings()
+    if not isinstance(module, nn.Linear):
+        return None
+    config = model.config.to_dict()
+    scale = float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0)
+    head = Head(module.weight, module.bias, scale, config.get("final_logit_softcapping"))
+    ids = torch.arange(4, device=module.weight.device)[None] + 1
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        same = _same(head.logits(hidden[0]), model(input_ids=ids, use_cache=False).logits[0])
+    return head if same else None
+
+
+def checkpoint_layers(model: PreTrainedModel, fused: Fused) -> int:
+    """Recompute each decoder layer in the backward pass instead of keeping its activations; how many layers."""
+    count = model.config.num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not lists:
+        raise InputError("no list of decoder layers was found", where="gradient_checkpointing", mend="set it to false")
+    for layer in lists[0]:
+        # Dropout masks are functions of the example, so no random state has to be kept.
+        fused.replace(
+            layer,
+            partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False),
+            "checkpointed layer",
+        )
+    return count

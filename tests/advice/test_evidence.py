@@ -1,0 +1,78 @@
+import ast
+import math
+import re
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import welltuned.advice.learning_rate as law
+from welltuned.advice.evidence import Grade, matching, row, rows
+from welltuned.advice.rules import number, rule, rules
+
+
+def test_ids_are_unique_and_rows_are_whole():
+    assert len(rows()) > 150
+    for found in rows().values():
+        assert re.fullmatch(r"[EPMDS]\d{3}", found.id)
+        assert found.hyperparameter and found.value and found.source and found.grades
+        assert found.access in {"P", "A", "S", "A/S", "P/S"}, found
+
+
+def test_every_rule_cites_rows_and_no_key_stands_twice():
+    text = files("welltuned.advice").joinpath("rules.yaml").read_text(encoding="utf-8")
+    names = re.findall(r"^([a-z]\w*):", text, re.MULTILINE)
+    assert len(names) == len(set(names)) == len(rules())
+    for name, found in rules().items():
+        assert found.evidence, name
+        if found.low is not None:
+            assert found.low <= found.value <= found.high, name
+
+
+def test_every_rule_is_used():
+    code = "".join(path.read_text() for path in Path(law.__file__).parent.glob("*.py"))
+    patterns = [
+        r"bytes_\w+",
+        r"memory_overhead_\w+",
+        r"token_budget_\w+",
+        r"\w+_(alpha|full)_rate",
+        r"\w+_beta",
+        r"rate_(size|rank)_exponent(_unknown)?",
+    ]
+    for name in rules():
+        quoted = f'"{name}"' in code or f"'{name}'" in code
+        assert quoted or any(re.fullmatch(pattern, name) for pattern in patterns), name
+
+
+def test_rows_are_found_by_words():
+    assert row("M006") in matching(hyperparameter="learning_rate", method="sft", family="llama", grade=Grade.MEASURED)
+    assert row("P012") in matching(method="dpo", hyperparameter="seed")
+    with pytest.raises(KeyError):
+        row("E999")
+
+
+def test_anchor_is_the_vertex_of_the_measured_rows():
+    points = []
+    for found in rows().values():
+        match = re.fullmatch(r"(\S+): held-out loss (\S+)", found.value)
+        if match and found.variant == "LoRA r16 a16":
+            points.append((math.log(float(match[1])), float(match[2])))
+    best = sorted(points, key=lambda point: point[1])[:3]
+    a, b, _ = np.polyfit(*zip(*best, strict=True), 2)
+    assert len(points) == 7
+    assert math.exp(-b / (2 * a)) == pytest.approx(rule("rate_anchor").value["optimum"], rel=0.01)
+    assert number("memory_nf4_state_bytes") == 1 / 64 + 4 / (64 * 256)
+
+
+@pytest.mark.parametrize("module", ["learning_rate", "lora", "batch", "schedule", "memory"])
+def test_rules_hold_no_bare_number(module):
+    """0, 1 and 2 build formulas; 6 and 1e9 print. Everything else comes from rules.yaml."""
+    tree = ast.parse((Path(law.__file__).parent / f"{module}.py").read_text())
+    numbers = {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool)
+    }
+    allowed = {0, 1, 2} | ({6} if module == "batch" else set()) | ({1.0, 2.0} if module == "schedule" else set())
+    assert numbers <= allowed, numbers - allowed
