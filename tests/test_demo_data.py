@@ -26,8 +26,9 @@ HIGH_CUES = (
 )
 LOW_CUES = (
     r"hurry|rush|whenever|when (you|it is|convenient)|some ?(time|day)|any (day|week|month|time)|urgen|pressing"
-    r"|no (stress|panic|pressure|deadline)|take .*time|own (good )?time|can wait|leisure|convenience|at some point|plenty of time"
-    r"|there's time|patient|slow|in the meantime|quiet minute|suits|for a while|not be soon|one of these days|haste"
+    r"|no (stress|panic|pressure|deadline)|take .*time|own (good )?time|can wait|leisure|convenience|at some point"
+    r"|plenty of time|there's time|patient|slow|in the meantime|quiet minute|suits|for a while|not be soon"
+    r"|one of these days|haste"
 )
 
 

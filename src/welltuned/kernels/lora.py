@@ -15,6 +15,14 @@ from torch import Tensor
 from welltuned.kernels.nf4 import FrozenWeight
 
 
+def _mix(z: int) -> int:
+    """splitmix64's finaliser: torch's CPU generator reads 32 bits of a seed, so every bit of z must reach them."""
+    z &= 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return (z ^ (z >> 31)) & 0x7FFFFFFFFFFFFFFF
+
+
 @dataclass(frozen=True, slots=True)
 class Dropout:
     """Dropout whose mask is a pure function of (key of the example, projection), not of the batch around it.
@@ -34,7 +42,7 @@ class Dropout:
         mask_NI = torch.empty_like(x_NI)
         generator, start = torch.Generator(device=x_NI.device), 0
         for rows, key in self.spans:
-            generator.manual_seed((key * 0x9E3779B97F4A7C15 + projection * 0xBF58476D1CE4E5B9) & 0x7FFFFFFFFFFFFFFF)
+            generator.manual_seed(_mix(key * 0x9E3779B97F4A7C15 + projection))
             mask_NI[start : start + rows].bernoulli_(1.0 - self.p, generator=generator)
             start += rows
         if start != x_NI.shape[0]:

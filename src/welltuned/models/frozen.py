@@ -19,7 +19,8 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):  # type: ignore[no-untyped-def]
-        return g @ ctx.weight.dense(g.dtype), None, None
+        dx = g @ ctx.weight.dense(g.dtype) if ctx.needs_input_grad[0] else None
+        return dx, None, g.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
 
 
 class NF4Linear(nn.Module):

@@ -24,6 +24,13 @@ ALL_LINEAR = "all-linear"
 ROUTERS = ("gate", "router", "shared_expert_gate")  # they pick experts: adapting them is not what "all linear" means
 
 
+class Init(StrEnum):
+    """How A starts; B always starts at zero."""
+
+    KAIMING = "true"  # PEFT's init_lora_weights=True
+    GAUSSIAN = "gaussian"
+
+
 class Bias(StrEnum):
     NONE = "none"
     LORA_ONLY = "lora_only"
@@ -40,6 +47,7 @@ class LoraSettings:
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     use_rslora: bool = False
     bias: Bias = Bias.NONE
+    init: Init = Init.KAIMING
     seed: int = 3407
 
     @property
@@ -124,7 +132,7 @@ class AdapterBank:
             base = self.model.get_submodule(name)
             a, b = self._parameter(by_name[f"{name}.lora_A"]), self._parameter(by_name[f"{name}.lora_B"])
             for k, settings in enumerate(self.settings):
-                init_a(a.data[k], settings.seed, index)
+                init_a(a.data[k], settings, index)
             projection = Projection(frozen_weight(base), scale_K, index)
             self.modules[name] = LoraLinear(base, projection, a, b, self.rows)
             _replace(self.model, name, self.modules[name])
@@ -165,10 +173,18 @@ class AdapterBank:
         """For evaluation and generation: adapter 0 on every row, nothing dropped."""
         self.rows.per_adapter, self.rows.dropout = None, Dropout()
 
-    def tensors(self, k: int = 0, start: bool = False) -> dict[str, Tensor]:
-        """Adapter k's tensors by name, as views of the flat buffer (or of its state at the start)."""
-        row = (self.start_KP if start else self.flat_KP)[k]
-        return {s.name: row[s.start : s.start + s.size].view(s.shape) for s in self.slots}
+    @property
+    def decayed(self) -> int:
+        """Columns of the flat buffer that weight decay applies to: all but trained biases."""
+        return sum(slot.size for slot in self.slots if not slot.name.endswith("bias"))
+
+    def tensors(self, k: int = 0) -> dict[str, Tensor]:
+        """Adapter k's tensors by name, as views of the flat buffer."""
+        return {s.name: self.flat_KP[k, s.start : s.start + s.size].view(s.shape) for s in self.slots}
+
+    def tensors_at_start(self, k: int = 0) -> dict[str, Tensor]:
+        """The same as they were when the adapters were attached or loaded."""
+        return {s.name: self.start_KP[k, s.start : s.start + s.size].view(s.shape) for s in self.slots}
 
 
 def attach(model: PreTrainedModel, settings: LoraSettings | Sequence[LoraSettings]) -> AdapterBank:
@@ -176,16 +192,18 @@ def attach(model: PreTrainedModel, settings: LoraSettings | Sequence[LoraSetting
     return AdapterBank(model, [settings] if isinstance(settings, LoraSettings) else settings)
 
 
-def init_a(a_RI: Tensor, seed: int, index: int) -> None:
-    """PEFT's default: Kaiming-uniform with a = sqrt(5), that is U(-1/sqrt(I), 1/sqrt(I)); B starts at zero.
+def init_a(a_RI: Tensor, settings: LoraSettings, index: int) -> None:
+    """PEFT's starts: U(-1/sqrt(I), 1/sqrt(I)), which is Kaiming-uniform with a = sqrt(5), or N(0, 1/R^2).
 
     Drawn row by row from a generator of its own, so that a smaller rank is a prefix of a larger one and adapters of
     one seed start alike whatever else is adapted.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
+    if settings.init is Init.GAUSSIAN:
+        a_RI.copy_(torch.randn(a_RI.shape, generator=generator).div_(settings.r))
+        return
     bound = 1.0 / math.sqrt(a_RI.shape[1])
-    draw = torch.rand(a_RI.shape, generator=generator, dtype=torch.float32)
-    a_RI.copy_(draw.mul_(2 * bound).sub_(bound))
+    a_RI.copy_(torch.rand(a_RI.shape, generator=generator).mul_(2 * bound).sub_(bound))
 
 
 def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -1,0 +1,33 @@
+"""Fine-tune language models with LoRA, QLoRA or in full, with every hyperparameter chosen from evidence.
+
+Importing the package costs nothing: each public name brings its module, and torch with it, when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+__all__ = ["LoraSettings", "__version__", "attach", "load", "plan", "train"]
+
+_HOMES = {
+    "plan": "welltuned.api",
+    "train": "welltuned.api",
+    "load": "welltuned.api",
+    "attach": "welltuned.models.lora",
+    "LoraSettings": "welltuned.models.lora",
+}
+
+if TYPE_CHECKING:
+    from welltuned.api import load, plan, train
+    from welltuned.models.lora import LoraSettings, attach
+else:
+
+    def __getattr__(name):
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
+        value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

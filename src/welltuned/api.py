@@ -1,0 +1,99 @@
+"""welltuned from Python: the commands as functions.
+
+    import welltuned
+    result = welltuned.train(model="HuggingFaceTB/SmolLM2-135M-Instruct", data="tickets.jsonl", out="runs/tickets")
+    tuned = welltuned.load("runs/tickets")
+    print(tuned.reply("My kettle leaks."))
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from welltuned.advice.plan import Plan
+from welltuned.data.conversation import Conversation, Message
+from welltuned.data.templates import Prompt, render_texts
+from welltuned.errors import InputError
+from welltuned.models.adapter_file import load_adapter
+from welltuned.models.generate import Decoding, replies
+from welltuned.models.load import load_model, load_tokenizer
+from welltuned.models.lora import AdapterBank
+from welltuned.recipe import FIELDS, HYPERPARAMETERS, load_recipe
+from welltuned.training.events import Observer, silent
+from welltuned.training.prepare import prepare
+from welltuned.training.run import RunResult
+from welltuned.training.run import train as train_prepared
+from welltuned.training.rundir import ADAPTER, MODEL, read_run
+
+
+def plan(recipe: str | None = None, **options: Any) -> Plan:
+    """Everything that a run would do, without loading weights.
+
+    Args:
+        recipe: path of a recipe file.
+        options: recipe keys (`model`, `data`, `tune`, ...) and hyperparameters (`learning_rate`, `r`, ...).
+
+    Raises:
+        InputError: an unknown key, or anything that training could not use.
+    """
+    return prepare(_recipe(recipe, options)).plan
+
+
+def train(recipe: str | None = None, *, out: str | Path, observer: Observer = silent, **options: Any) -> RunResult:
+    """Plan and train, and write the Run to `out`; options as in `plan`."""
+    return train_prepared(prepare(_recipe(recipe, options)), Path(out), observer)
+
+
+def _recipe(path: str | None, options: dict[str, Any]) -> Any:
+    unknown = [key for key in options if key not in FIELDS and key not in HYPERPARAMETERS]
+    if unknown:
+        raise InputError(f"{unknown[0]!r} is no recipe key", mend=f"known keys: {', '.join([*FIELDS, *HYPERPARAMETERS])}")
+    return load_recipe(path, options)
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """A tuned model, ready to answer.
+
+    Attributes:
+        bank: its adapter, None after full fine-tuning.
+        chat_template: the template that it was trained with; None for plain text.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    bank: AdapterBank | None
+    chat_template: str | None
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation up to where the assistant begins, as in training."""
+        if self.chat_template is None:
+            ids: list[int] = self.tokenizer("".join(m.content for m in messages))["input_ids"]
+            return ids
+        conversation = Conversation(tuple(messages), "prompt")
+        [text] = render_texts(self.tokenizer, self.chat_template, [Prompt(conversation, len(messages), True)])
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def reply(self, text: str, *, system: str | None = None, decoding: Decoding | None = None) -> str:
+        """The answer to one message; greedy unless `decoding` says otherwise."""
+        messages = [Message("system", system)] if system is not None else []
+        return replies(self.model, self.tokenizer, [self.prompt([*messages, Message("user", text)])], decoding)[0]
+
+
+def load(run: str | Path, *, device: str | None = None) -> Tuned:
+    """The tuned model of a finished run: its base with the adapter, or the model after full fine-tuning."""
+    path = Path(run)
+    facts = read_run(path)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if (path / MODEL).is_dir():
+        model = load_model(str(path / MODEL), dtype=dtype, device=device)
+        return Tuned(model, load_tokenizer(str(path / MODEL)), None, facts["chat_template"])
+    model = load_model(facts["model"], dtype=dtype, device=device, nf4=facts["tune"] == "qlora")
+    bank = load_adapter(model, path / ADAPTER)
+    return Tuned(model, load_tokenizer(facts["model"]), bank, facts["chat_template"])

@@ -1,0 +1,75 @@
+"""welltuned COMMAND ...: the parser, exit codes, and one sentence for each error."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+import welltuned
+from welltuned.errors import WelltunedError
+from welltuned.recipe import FIELDS, Method, Tune
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("welltuned.cli.demo", "Fine-tune a small real model on a small real task, and see what it learned."),
+    "plan": ("welltuned.cli.plan", "Choose every hyperparameter from the model, the data and the machine, and say why."),
+    "train": ("welltuned.cli.train", "Plan, train, evaluate and verify; write a Run directory."),
+    "chat": ("welltuned.cli.chat", "Talk to a tuned model."),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command: 0 fine, 1 the run failed, 2 the input is wrong (one sentence, no traceback)."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    # Read by torch's allocator when torch is loaded: large blocks come as huge pages, where the kernel offers them.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    try:
+        run: Callable[[argparse.Namespace], int] = import_module(COMMANDS[arguments.command][0]).run
+        return run(arguments)
+    except WelltunedError as error:
+        if arguments.debug:
+            raise
+        print(f"welltuned: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        print("welltuned: interrupted", file=sys.stderr)
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="welltuned",
+        description="Fine-tune language models, with every hyperparameter chosen from evidence.",
+    )
+    parser.add_argument("--version", action="version", version=f"welltuned {welltuned.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    made = {name: commands.add_parser(name, help=text, description=text) for name, (_, text) in COMMANDS.items()}
+    for command in made.values():
+        command.add_argument("--debug", action="store_true", help="show a traceback where an error ends the command")
+    _recipe_options(made["plan"])
+    made["plan"].add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    _recipe_options(made["train"])
+    made["train"].add_argument("--out", required=True, metavar="DIR", help="the Run directory, new or empty")
+    made["train"].add_argument("--json", action="store_true", help="print the run's summary as one JSON document")
+    made["demo"].add_argument("--out", default="demo-run", metavar="DIR", help="the Run directory (default: %(default)s)")
+    made["demo"].add_argument("--steps", type=int, metavar="N", help="fewer updates than one pass over the data")
+    made["chat"].add_argument("run", metavar="RUN", help="the directory of a finished run")
+    made["chat"].add_argument("--prompt", metavar="TEXT", help="answer this once, and end")
+    made["chat"].add_argument("--system", metavar="TEXT", help="the system message to set first")
+    made["chat"].add_argument("--base", action="store_true", help="show the base model's answer as well")
+    made["chat"].add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer in tokens")
+    return parser
+
+
+def _recipe_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE.yaml", help="a recipe file; options win over it")
+    for name in ("model", "data", "eval_data", "memory"):
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar=name.upper(), help=FIELDS[name].doc)
+    parser.add_argument("--method", choices=[str(m) for m in Method], help=FIELDS["method"].doc)
+    parser.add_argument("--tune", choices=[str(t) for t in Tune], help=FIELDS["tune"].doc)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="sets", help="set any other recipe key"
+    )

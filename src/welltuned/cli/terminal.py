@@ -1,0 +1,115 @@
+"""How things look in a terminal: the plan, the progress of a run, its result. Everything goes to stderr."""
+
+import time
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from welltuned.advice.plan import Plan, plan_lines
+from welltuned.choice import SetBy
+from welltuned.training.events import Evaluated, Event, Note, Updated
+
+console = Console(stderr=True, highlight=False)
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' own progress bars and notices out of this command's output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def size(count: float) -> str:
+    """Bytes as GB or MB (powers of ten)."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def print_plan(plan: Plan, out: Console = console) -> None:
+    """The plan on one screen: facts, choices with reasons, memory, warnings."""
+    model, data, machine = plan.facts.model, plan.facts.dataset, plan.facts.machine
+    out.print(f"\n[bold]Model[/]    {model.id} · {model.family} · {model.parameters / 1e6:,.0f} M parameters")
+    out.print(
+        f"[bold]Data[/]     {data.rows:,} training rows, {data.heldout_rows:,} held out · {data.tokens:,} tokens, "
+        f"{data.supervised_share:.0%} of them trained · lengths {data.length_min}–{data.length_max}, "
+        f"median {data.length_median}"
+    )
+    name = machine.gpu_name or f"{machine.cores} CPU cores"
+    out.print(f"[bold]Machine[/]  {name} · {size(machine.training_memory)} memory free")
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in ("choice", "value", "range"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("why", ratio=1)
+    for line in plan_lines(plan):
+        user = plan.choices[line.name].set_by is SetBy.USER
+        evidence = f" [{line.evidence}]" if line.evidence else ""
+        reason = Text(line.reason).append(evidence, style="dim")
+        table.add_row(line.name, Text(line.value, style="cyan" if user else "bold green"), line.span, reason)
+    out.print()
+    out.print(table)
+    parts = ", ".join(f"{name} {size(part)}" for name, part in plan.memory.parts.items() if part >= 1e6)
+    out.print(f"\n[bold]Memory[/]   about {size(plan.memory.total_bytes)} ({parts})")
+    out.print(f"[bold]Updates[/]  {plan.updates:,} of {plan.value('effective_batch_size')} examples")
+    for warning in plan.warnings:
+        out.print(Text("! " + warning, style="yellow"))
+    out.print()
+
+
+@dataclass(slots=True)
+class Progress:
+    """A live bar where there is a terminal, a line every few seconds where there is none. An event observer."""
+
+    live: Live | None = None
+    last: Updated | None = None
+    _shown: float = field(default=0.0)
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Note():
+                self._line(Text("  " + event.text, style="dim"))
+            case Evaluated():
+                error = f" ± {event.eval_loss_se:.3f}" if event.eval_loss_se == event.eval_loss_se else ""
+                self._line(Text(f"  held-out loss after {event.step} updates: {event.eval_loss:.3f}{error}", style="bold"))
+            case Updated():
+                self.last = event
+                if console.is_terminal:
+                    self._bar(event)
+                elif time.monotonic() - self._shown > 5 or event.step == event.total_steps:
+                    self._shown = time.monotonic()
+                    console.print(_status(event))
+                if event.step == event.total_steps:
+                    self.close()
+
+    def _line(self, text: Text) -> None:
+        (self.live.console if self.live is not None else console).print(text)
+
+    def _bar(self, event: Updated) -> None:
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(ProgressBar(total=event.total_steps, completed=event.step, width=30), _status(event))
+        if self.live is None:
+            self.live = Live(grid, console=console, refresh_per_second=8, transient=False)
+            self.live.start()
+        self.live.update(grid)
+
+    def close(self) -> None:
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+
+def _status(event: Updated) -> Text:
+    return Text(
+        f"{event.step}/{event.total_steps}  loss {event.loss:.3f}  rate {event.learning_rate:.1e}  "
+        f"{event.tokens_per_second:,.0f} tokens/s  {size(event.memory_bytes)}  {duration(event.seconds_left)} left"
+    )
+

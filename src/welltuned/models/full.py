@@ -1,0 +1,47 @@
+"""Full fine-tuning: every parameter of the model, moved into one flat buffer with the interface of an adapter bank."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from welltuned.models.lora import Slot
+
+
+class FullParameters:
+    """All parameters of one model as views of flat_KP [1, P], fp32; matrices first, so that they alone decay.
+
+    Attributes:
+        decayed: how many columns of the flat buffer weight decay applies to (matrices, not gains or biases).
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model.float().requires_grad_(True)
+        named = sorted(model.named_parameters(), key=lambda item: item[1].dim() < 2)  # tied weights come once
+        self.slots: list[Slot] = []
+        start = 0
+        for name, parameter in named:
+            self.slots.append(Slot(name, start, tuple(parameter.shape)))
+            start += parameter.numel()
+        self.decayed = sum(slot.size for slot in self.slots if len(slot.shape) > 1)
+        device = named[0][1].device
+        self.flat_KP = torch.empty(1, start, dtype=torch.float32, device=device)
+        self.grad_KP = torch.zeros_like(self.flat_KP)
+        for slot, (_, parameter) in zip(self.slots, named, strict=True):
+            self._adopt(slot, parameter)
+
+    def _adopt(self, slot: Slot, parameter: nn.Parameter) -> None:
+        columns = slice(slot.start, slot.start + slot.size)
+        view = self.flat_KP[0, columns].view(slot.shape)
+        view.copy_(parameter.data)
+        parameter.data = view
+        parameter.grad = self.grad_KP[0, columns].view(slot.shape)
+
+    def use_rows(self, per_adapter: tuple[int, ...] | None, dropout_spans: tuple[tuple[int, int], ...]) -> None:
+        """Nothing to say: there are no adapters and no dropout."""
+
+    def no_dropout(self) -> None:
+        """Nothing to turn off."""
+
+    def tensors(self, k: int = 0) -> dict[str, Tensor]:
+        """Parameters by name, as views of the flat buffer."""
+        return {s.name: self.flat_KP[k, s.start : s.start + s.size].view(s.shape) for s in self.slots}

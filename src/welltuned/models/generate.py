@@ -1,0 +1,99 @@
+"""Replies from a model: transformers' own batched generation."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """`temperature` 0 is greedy."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    batch_size: int = 32
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a reply: the tokenizer's end, the model's own ends, and the usual end-of-turn marks."""
+    ends = model.generation_config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    vocabulary = tokenizer.get_vocab()
+    ids.update(vocabulary[mark] for mark in _TURN_ENDS if mark in vocabulary)
+    return sorted(i for i in ids if i is not None)
+
+
+def replies(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding | None = None,
+) -> list[str]:
+    """One reply a prompt (token ids that end where the assistant begins), end-of-turn token removed."""
+    decoding = decoding or Decoding()
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: less padding
+    out = [""] * len(prompts)
+    for start in range(0, len(order), decoding.batch_size):
+        chosen = order[start : start + decoding.batch_size]
+        for index, text in zip(chosen, _batch(model, tokenizer, [prompts[i] for i in chosen], decoding), strict=True):
+            out[index] = text
+    return out
+
+
+def stream(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], decoding: Decoding
+) -> Iterator[str]:
+    """One reply, piece by piece as it is generated."""
+    from threading import Thread
+
+    from transformers import TextIteratorStreamer
+
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    ids = torch.tensor([list(prompt)], device=model.device)
+    arguments = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "streamer": streamer,
+        **_arguments(model, tokenizer, decoding),
+    }
+    thread = Thread(target=model.generate, kwargs=arguments)
+    thread.start()
+    yield from streamer
+    thread.join()
+
+
+def _arguments(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> dict[str, Any]:
+    ends = stop_ids(model, tokenizer)
+    sampling = {"temperature": decoding.temperature} if decoding.temperature > 0 else {}
+    return {
+        "max_new_tokens": decoding.max_new_tokens,
+        "do_sample": bool(sampling),
+        **sampling,
+        "eos_token_id": ends,
+        "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0],
+    }
+
+
+@torch.inference_mode()
+def _batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Sequence[int]], decoding: Decoding
+) -> list[str]:
+    width = max(map(len, prompts))
+    arguments = _arguments(model, tokenizer, decoding)
+    ids = torch.full((len(prompts), width), arguments["pad_token_id"])
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):  # left padding: every reply starts in the same column
+        ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
+        mask[row, width - len(prompt) :] = 1
+    generated = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **arguments)
+    ends = set(arguments["eos_token_id"])
+    texts = []
+    for row in generated[:, width:].tolist():
+        stop = next((i for i, token in enumerate(row) if token in ends), len(row))
+        texts.append(tokenizer.decode(row[:stop], skip_special_tokens=True))
+    return texts

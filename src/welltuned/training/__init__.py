@@ -1,0 +1,1 @@
+"""From a recipe to a Run: prepare the data and the plan, train, evaluate, verify, write down what happened."""

@@ -1,0 +1,45 @@
+"""What a run tells while it works. The command line prints it, metrics.jsonl keeps it, a caller may watch it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A sentence about the data, the model or the run that the user should see."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Updated:
+    """One update. `step` counts from 1; `loss` is the mean over the update's supervised tokens, in nats."""
+
+    step: int
+    total_steps: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    supervised_tokens: int
+    tokens_per_second: float
+    epoch: float
+    memory_bytes: int
+    seconds_left: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """Held-out loss after `step` updates: mean over supervised tokens, with its standard error over examples."""
+
+    step: int
+    eval_loss: float
+    eval_loss_se: float
+
+
+Event = Note | Updated | Evaluated
+Observer = Callable[[Event], None]
+
+
+def silent(_: Event) -> None:
+    """For callers that do not watch."""

@@ -1,0 +1,91 @@
+"""AdamW over the flat buffer, the schedule of its rate, and gradient clipping; every adapter for itself.
+
+AdamW: Loshchilov & Hutter 2019, arXiv 1711.05101. One fused call on one buffer replaces hundreds of small ones.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+
+class Scheduler(StrEnum):
+    LINEAR = "linear"
+    COSINE = "cosine"
+    CONSTANT = "constant"
+    CONSTANT_WITH_WARMUP = "constant_with_warmup"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """The learning rate of each update.
+
+    Warm-up climbs to the peak in `warmup_steps` equal steps, so that no update runs at rate zero; linear and cosine
+    then fall so that the update after the last would be at zero.
+    """
+
+    kind: Scheduler
+    peak: float
+    warmup_steps: int
+    total_steps: int
+
+    def rate(self, step: int) -> float:
+        """The rate of update `step`, which counts from 0."""
+        if step < self.warmup_steps and self.kind is not Scheduler.CONSTANT:
+            return self.peak * (step + 1) / (self.warmup_steps + 1)
+        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return self.peak * _SHAPES[self.kind](done)
+
+
+_SHAPES: dict[Scheduler, Callable[[float], float]] = {
+    Scheduler.LINEAR: lambda done: max(0.0, 1.0 - done),
+    Scheduler.COSINE: lambda done: 0.5 * (1.0 + math.cos(math.pi * min(1.0, done))),
+    Scheduler.CONSTANT: lambda done: 1.0,
+    Scheduler.CONSTANT_WITH_WARMUP: lambda done: 1.0,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamWSettings:
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+class FlatAdamW:
+    """AdamW for the rows of flat_KP, each with its own rate; only the first `decayed` columns decay."""
+
+    def __init__(self, flat_KP: Tensor, grad_KP: Tensor, decayed: int, settings: AdamWSettings):
+        self._grad_KP = grad_KP
+        groups = []
+        for k in range(flat_KP.shape[0]):
+            for columns, decay in ((slice(0, decayed), settings.weight_decay), (slice(decayed, None), 0.0)):
+                row = flat_KP[k, columns].detach().requires_grad_(True)
+                if row.numel():
+                    row.grad = grad_KP[k, columns]
+                    groups.append({"params": [row], "weight_decay": decay, "adapter": k})
+        self.adamw = torch.optim.AdamW(
+            groups, betas=(settings.beta1, settings.beta2), eps=settings.eps, lr=0.0, fused=True
+        )
+
+    def step(self, rate_K: list[float]) -> None:
+        """One update; the gradients are left as they are."""
+        for group in self.adamw.param_groups:
+            group["lr"] = rate_K[group["adapter"]]
+        self.adamw.step()
+
+    def zero_grad(self) -> None:
+        self._grad_KP.zero_()
+
+
+def clip_(grad_KP: Tensor, limit: float) -> list[float]:
+    """Scale every adapter's gradient down to `limit` where it is longer (0: never); the norms before that."""
+    norm_K = torch.linalg.vector_norm(grad_KP, dim=1)
+    if limit > 0:
+        grad_KP.mul_((limit / norm_K.clamp_min(1e-12)).clamp_max(1.0)[:, None])
+    norms: list[float] = norm_K.tolist()
+    return norms

@@ -1,0 +1,122 @@
+"""One update, and one evaluation. The only place where a summed loss is divided.
+
+The loss of an update is the sum over its supervised tokens, divided by their number in the whole update, whichever
+way the update was cut into micro-batches. Averaging the means of micro-batches instead, as trainers long did, weighs
+the tokens of short answers more.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from welltuned.data.packing import pack
+from welltuned.data.render import Example
+from welltuned.errors import RunError
+from welltuned.kernels.token_loss import Head
+from welltuned.models.full import FullParameters
+from welltuned.models.lora import AdapterBank
+from welltuned.objectives.supervised import MicroBatch, collate, loss, supervised_tokens
+
+Trained = AdapterBank | FullParameters
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A model ready to be trained or evaluated; call its functions within `packed_model(model)`.
+
+    Attributes:
+        head: None where the model's head is not understood and its own logits are used.
+        token_budget: most tokens of one micro-batch; a matter of memory, never of the result.
+    """
+
+    model: PreTrainedModel
+    trained: Trained
+    head: Head | None
+    token_budget: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """What one update's gradient was made from. `loss` is the mean over supervised tokens, in nats."""
+
+    loss: float
+    tokens: int
+    supervised_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Mean loss over supervised tokens, and its standard error over examples.
+
+    The error is that of a ratio of sums over examples (Cochran, Sampling Techniques, 1977, section 6.4); it is NaN
+    for a single example.
+    """
+
+    loss: float
+    standard_error: float
+    supervised_tokens: int
+    loss_of_example: tuple[float, ...]
+
+
+def accumulate_gradient(engine: Engine, examples: Sequence[Example], keys: Sequence[int]) -> Gradient:
+    """Add the gradient of the mean loss of `examples` to the flat gradient buffer.
+
+    Args:
+        keys: a number for each example that names its dropout masks; the same example and update give the same masks.
+
+    Raises:
+        RunError: no token of the update is supervised, or an example's loss is not finite; the examples are named.
+    """
+    supervised = sum(supervised_tokens(e) for e in examples)
+    if supervised == 0:
+        raise RunError(f"no token of this update is trained on ({_origins(examples)}); its loss would be 0/0")
+    total = 0.0
+    for bin_ in pack([len(e.ids) for e in examples], engine.token_budget):
+        chosen = [examples[i] for i in bin_]
+        batch = collate(chosen, engine.model.device)
+        if not len(batch.target_M):
+            continue
+        engine.trained.use_rows(None, tuple((len(examples[i].ids), keys[i]) for i in bin_))
+        value = _loss(engine, batch, 1.0 / supervised)
+        summed = float(value)
+        if not math.isfinite(summed):
+            raise RunError(f"the loss is not finite in {_origins(chosen)}; lower the learning rate or look at the rows")
+        value.backward()
+        total += summed
+    return Gradient(total, sum(len(e.ids) for e in examples), supervised)
+
+
+def _loss(engine: Engine, batch: MicroBatch, weight: float) -> torch.Tensor:
+    weight_M = torch.full((len(batch.target_M),), weight, device=batch.target_M.device)
+    return loss(engine.model, engine.head, batch, weight_M)[0]
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, examples: Sequence[Example]) -> Evaluation:
+    """Held-out loss without dropout. Training is bit for bit the same with or without it."""
+    engine.trained.no_dropout()
+    sums = torch.zeros(len(examples), dtype=torch.float64)
+    for bin_ in pack([len(e.ids) for e in examples], engine.token_budget):
+        batch = collate([examples[i] for i in bin_], engine.model.device)
+        weight_M = torch.ones(len(batch.target_M), device=batch.target_M.device)
+        _, nll_M = loss(engine.model, engine.head, batch, weight_M)
+        sums[torch.tensor(bin_)] = torch.zeros(len(bin_), dtype=torch.float64).index_add_(
+            0, batch.example_M.cpu(), nll_M.double().cpu()
+        )
+    return _summary(sums, torch.tensor([supervised_tokens(e) for e in examples], dtype=torch.float64))
+
+
+def _summary(sums: torch.Tensor, counts: torch.Tensor) -> Evaluation:
+    n = len(sums)
+    mean = float(sums.sum() / counts.sum())
+    spread = float(((sums - mean * counts) ** 2).sum())
+    error = math.sqrt(spread * n / (n - 1)) / float(counts.sum()) if n > 1 else math.nan
+    return Evaluation(mean, error, int(counts.sum()), tuple((sums / counts.clamp_min(1)).tolist()))
+
+
+def _origins(examples: Sequence[Example]) -> str:
+    names = [e.origin for e in examples]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
