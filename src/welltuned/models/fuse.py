@@ -21,6 +21,7 @@ from welltuned.kernels.norm import rms_norm
 from welltuned.kernels.token_loss import Head
 from welltuned.models.lora import AdapterBank, LoraLinear
 
+_OTHER_NORMS = "norms that are not RMS norms"
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
@@ -45,7 +46,7 @@ class Fused:
         self.modules.clear()
 
     def sentences(self) -> list[str]:
-        return [f"{what} left on the model's own code ({n} of them)" for what, n in self.plain.items()]
+        return [f"{what} left on the model's own code" + f" ({n} of them)" * (n > 1) for what, n in self.plain.items()]
 
 
 def fuse(model: PreTrainedModel, bank: AdapterBank | None) -> Fused:
@@ -56,7 +57,9 @@ def fuse(model: PreTrainedModel, bank: AdapterBank | None) -> Fused:
             _fuse_mlp(module, fused)
         elif _looks_like_rms_norm(module):
             _fuse_norm(module, fused)
-    if bank is not None and not fused.done["gated MLP"] and not fused.plain:
+        elif not isinstance(module, LoraLinear) and _has_stacked_weights(module):
+            fused.plain["stacks of experts, which carry no adapters"] += 1
+    if bank is not None and not fused.done["gated MLP"] and not fused.plain.keys() - {_OTHER_NORMS}:
         fused.plain["MLPs without gate_proj, up_proj and down_proj"] = 1
     return fused
 
@@ -99,7 +102,7 @@ def _fuse_mlp(module: nn.Module, fused: Fused) -> None:
             out: Tensor = original(x)
             return out
         pairs = [(m.lora_A, m.lora_B) for m in (gate, up, down)]
-        return gated_mlp(x.reshape(-1, x.shape[-1]), mlp, *pairs, gate.rows).view(x.shape)
+        return gated_mlp(x.reshape(-1, x.shape[-1]), mlp, *pairs, gate.rows).view(*x.shape[:-1], -1)
 
     with torch.no_grad():
         x = _random(1, 5, gate.projection.weight.shape[1], like=gate.lora_A).to(_dtype(gate))
@@ -112,6 +115,11 @@ def _fuse_mlp(module: nn.Module, fused: Fused) -> None:
 def _dtype(module: LoraLinear) -> torch.dtype:
     weight = module.base._parameters.get("weight")
     return torch.float32 if weight is None else weight.dtype
+
+
+def _has_stacked_weights(module: nn.Module) -> bool:
+    """transformers 5 keeps a layer's experts as [experts, in, out]."""
+    return any(p is not None and p.dim() == 3 for p in module._parameters.values())
 
 
 def _looks_like_rms_norm(module: nn.Module) -> bool:
@@ -141,7 +149,7 @@ def _fuse_norm(module: nn.Module, fused: Fused) -> None:
             if _same(rms_norm(x, gain, eps), y):
                 fused.replace(module, partial(rms_norm, gain_H=gain, eps=eps), "RMS norm")
                 return
-    fused.plain["norms that are not RMS norms"] += 1
+    fused.plain[_OTHER_NORMS] += 1
 
 
 def find_head(model: PreTrainedModel) -> Head | None:
@@ -153,9 +161,12 @@ def find_head(model: PreTrainedModel) -> Head | None:
     scale = float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0)
     head = Head(module.weight, module.bias, scale, config.get("final_logit_softcapping"))
     ids = torch.arange(4, device=module.weight.device)[None] + 1
+    training = model.training
+    model.eval()  # dropout of its own would tell the two runs apart
     with torch.no_grad():
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         same = _same(head.logits(hidden[0]), model(input_ids=ids, use_cache=False).logits[0])
+    model.train(training)
     return head if same else None
 
 

@@ -100,8 +100,10 @@ class AdapterBank:
     def __init__(self, model: PreTrainedModel, settings: Sequence[LoraSettings]):
         self.model, self.settings = model, tuple(settings)
         first = self.settings[0]
-        if any((s.r, s.target_modules, s.bias) != (first.r, first.target_modules, first.bias) for s in self.settings):
-            raise InputError("adapters of one bank share r, target_modules and bias")
+        if len({(s.r, s.target_modules, s.bias, s.lora_dropout) for s in self.settings}) > 1:
+            raise InputError("adapters of one bank share r, target_modules, bias and lora_dropout")
+        if any(isinstance(module, LoraLinear) for module in model.modules()):
+            raise InputError("the model already carries adapters", mend="detach them first")
         if len(self.settings) > 1 and first.bias is not Bias.NONE:
             raise InputError("biases belong to the shared base", where="bias", mend="use bias: none with several adapters")
         self.rows = Rows(dropout=Dropout())
@@ -114,6 +116,7 @@ class AdapterBank:
         self.grad_KP = torch.zeros_like(self.flat_KP)
         self.modules: dict[str, LoraLinear] = {}
         self._original_biases = {name: p.data for name, p in biases.items()}
+        self._required_grad = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
         self._attach(biases)
         self.start_KP = self.flat_KP.clone()
@@ -128,7 +131,9 @@ class AdapterBank:
     def _attach(self, biases: dict[str, nn.Parameter]) -> None:
         by_name = {slot.name: slot for slot in self.slots}
         scale_K = [s.scale for s in self.settings]
-        for index, name in enumerate(self.targets):
+        index_of = {name: index for index, name in enumerate(linear_modules(self.model))}
+        for name in self.targets:
+            index = index_of[name]
             base = self.model.get_submodule(name)
             a, b = self._parameter(by_name[f"{name}.lora_A"]), self._parameter(by_name[f"{name}.lora_B"])
             for k, settings in enumerate(self.settings):
@@ -152,6 +157,8 @@ class AdapterBank:
         for name, data in self._original_biases.items():
             parameters[name].data, parameters[name].grad = data, None
             parameters[name].requires_grad_(False)
+        for parameter in self._required_grad:
+            parameter.requires_grad_(True)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
