@@ -1,9 +1,9 @@
 """welltuned from Python: the commands as functions.
 
-    import welltuned
-    result = welltuned.train(model="HuggingFaceTB/SmolLM2-135M-Instruct", data="tickets.jsonl", out="runs/tickets")
-    tuned = welltuned.load("runs/tickets")
-    print(tuned.reply("My kettle leaks."))
+import welltuned
+result = welltuned.train(model="HuggingFaceTB/SmolLM2-135M-Instruct", data="tickets.jsonl", out="runs/tickets")
+tuned = welltuned.load("runs/tickets")
+print(tuned.reply("My kettle leaks."))
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from welltuned.training.events import Observer, silent
 from welltuned.training.prepare import prepare
 from welltuned.training.run import RunResult
 from welltuned.training.run import train as train_prepared
-from welltuned.training.rundir import ADAPTER, MODEL, read_run
+from welltuned.training.rundir import ADAPTER, MODEL, read_run, require_free
 
 
 def plan(recipe: str | None = None, **options: Any) -> Plan:
@@ -45,13 +45,17 @@ def plan(recipe: str | None = None, **options: Any) -> Plan:
 
 def train(recipe: str | None = None, *, out: str | Path, observer: Observer = silent, **options: Any) -> RunResult:
     """Plan and train, and write the Run to `out`; options as in `plan`."""
-    return train_prepared(prepare(_recipe(recipe, options)), Path(out), observer)
+    asked = _recipe(recipe, options)
+    require_free(Path(out))
+    return train_prepared(prepare(asked), Path(out), observer)
 
 
 def _recipe(path: str | None, options: dict[str, Any]) -> Any:
     unknown = [key for key in options if key not in FIELDS and key not in HYPERPARAMETERS]
     if unknown:
-        raise InputError(f"{unknown[0]!r} is no recipe key", mend=f"known keys: {', '.join([*FIELDS, *HYPERPARAMETERS])}")
+        raise InputError(
+            f"{unknown[0]!r} is no recipe key", mend=f"known keys: {', '.join([*FIELDS, *HYPERPARAMETERS])}"
+        )
     return load_recipe(path, options)
 
 

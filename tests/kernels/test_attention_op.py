@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from welltuned.kernels import attention as module
 from welltuned.kernels.attention import attention_reference, packed_attention
 
 D = 8
@@ -34,6 +35,13 @@ def sdpa(q, k, v, scale, window):
     return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask[None, None], scale=scale)[0]
 
 
+@pytest.fixture(params=[(80, 512), (4, 512), (5, 512), (1, 512), (80, 4)], ids=lambda p: f"block {p[0]}, short {p[1]}")
+def blocks(request, monkeypatch):
+    """One block an example; several, even, ragged and single; and torch's SDPA instead of blocks."""
+    monkeypatch.setattr(module, "BLOCK", request.param[0])
+    monkeypatch.setattr(module, "SHORT", request.param[1])
+
+
 KINDS = {
     "plain": {},
     "window shorter than the examples": {"window": 3},
@@ -49,7 +57,7 @@ KINDS = {
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=str)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
-def test_equals_reference(agree, kind, heads):
+def test_equals_reference(agree, blocks, kind, heads):
     q, k, v = draw(*heads)
     options = dict(kind)
     sinks = torch.randn(heads[0], dtype=torch.float64).requires_grad_() if options.pop("sinks", False) else None
@@ -61,7 +69,7 @@ def test_equals_reference(agree, kind, heads):
 
 
 @pytest.mark.parametrize("window", [None, 3, 13, 50])
-def test_equals_torch(agree, window):
+def test_equals_torch(agree, blocks, window):
     q, k, v = draw()
     agree(
         lambda: packed_attention(q, k, v, LENGTHS, 0.3, window),
@@ -70,15 +78,39 @@ def test_equals_torch(agree, window):
     )  # fmt: skip
 
 
-def test_equals_torch_in_float32_on_strided_heads(agree):
-    """As transformers hands them over: views of [N, heads, D], long enough for torch's blocked CPU kernel."""
-    lengths = [300, 70]
-    wide = [torch.randn(370, h, D).requires_grad_() for h in (4, 2, 2)]
+@pytest.mark.parametrize("lengths", [[81, 300, 80, 1], [70, 600]], ids=str)
+def test_equals_torch_in_float32_on_strided_heads(agree, lengths):
+    """As transformers hands them over: views of [N, heads, D]; short ones in blocks, long ones by SDPA."""
+    wide = [torch.randn(sum(lengths), h, D).requires_grad_() for h in (4, 2, 2)]
     agree(
         lambda: packed_attention(*(t.transpose(0, 1) for t in wide), lengths, 0.3),
         lambda: per_example(lambda *t: sdpa(*t, 0.3, None), *(t.transpose(0, 1) for t in wide), lengths),
         *wide, rtol=1e-5,
     )  # fmt: skip
+
+
+def test_values_of_another_width(agree, blocks):
+    """DeepSeek's latent attention: queries and keys are wider than values."""
+    q, k, _ = draw()
+    v = torch.randn(2, sum(LENGTHS), 5, dtype=torch.float64).requires_grad_()
+    agree(
+        lambda: packed_attention(q, k, v, LENGTHS, 0.3),
+        lambda: per_example(lambda *t: attention_reference(*t, 0.3), q, k, v),
+        q, k, v,
+    )  # fmt: skip
+
+
+def test_strided_gradient(agree, blocks):
+    """What flows back may be a view of anything."""
+    q, k, v = draw()
+    agree(
+        lambda: packed_attention(q, k, v, LENGTHS, 0.3).permute(2, 1, 0)[::2],
+        lambda: per_example(lambda *t: attention_reference(*t, 0.3), q, k, v).permute(2, 1, 0)[::2],
+        q, k, v,
+    )  # fmt: skip
+    (mine,) = torch.autograd.grad(packed_attention(q, k, v, LENGTHS, 0.3).sum(), v)  # a gradient without strides
+    (plain,) = torch.autograd.grad(per_example(lambda *t: attention_reference(*t, 0.3), q, k, v).sum(), v)
+    torch.testing.assert_close(mine, plain)
 
 
 def test_sink_takes_probability_and_gives_no_value():
@@ -91,7 +123,7 @@ def test_sink_takes_probability_and_gives_no_value():
 
 @pytest.mark.parametrize("kind", [{}, {"window": 3}, {"softcap": 1.5}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_poison(dtype, kind):
+def test_poison(blocks, dtype, kind):
     """Another example's numbers, whatever they are, leave this one's outputs and gradients bit for bit."""
     lengths = [6, 9, 4]
     q, k, v = draw(lengths=lengths, dtype=dtype)
@@ -112,7 +144,7 @@ def test_poison(dtype, kind):
             assert torch.equal(mine[:, rows], other[:, rows])
 
 
-def test_causal():
+def test_causal(blocks):
     """A later token never reaches an earlier one."""
     q, k, v = draw(lengths=[9], dtype=torch.float32)
     before = packed_attention(q, k, v, [9], 0.3)
@@ -121,9 +153,9 @@ def test_causal():
     assert torch.equal(packed_attention(q, k, v, [9], 0.3)[:5], before[:5])
 
 
-def test_gradcheck():
+def test_gradcheck(blocks):
     q, k, v = (torch.randn(h, 5, 3, dtype=torch.float64).requires_grad_() for h in (2, 1, 1))
-    assert torch.autograd.gradcheck(lambda *t: packed_attention(*t, [2, 3], 0.5, 2), (q, k, v))
+    assert torch.autograd.gradcheck(lambda *t: packed_attention(*t, [2, 3], 0.5), (q, k, v))
 
 
 def test_lengths_that_do_not_add_up_are_refused():

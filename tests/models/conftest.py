@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from welltuned.data.render import Example
 from welltuned.models.fuse import checkpoint_layers, find_head, fuse
 from welltuned.models.lora import LoraSettings, attach
-from welltuned.models.packed import packed_model
+from welltuned.models.packed import packed_model, packs
 from welltuned.objectives.supervised import collate, loss
 
 VOCABULARY = 97
@@ -56,6 +56,23 @@ FAMILIES = {
     "gpt2": ("gpt2", dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, tie_word_embeddings=True,
                           resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)),
     "gpt-neox": ("gpt_neox", dict(use_parallel_residual=True)),
+    "deepseek v3": ("deepseek_v3", dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=4,
+                                        v_head_dim=6, head_dim=8, num_key_value_heads=4, n_routed_experts=4,
+                                        num_experts_per_tok=2, moe_intermediate_size=24, n_group=1, topk_group=1,
+                                        first_k_dense_replace=1)),
+    # The rest would mix packed examples and run one example at a time.
+    "falcon": ("falcon", dict(new_decoder_architecture=True, num_kv_heads=2)),
+    "bloom": ("bloom", dict(n_layer=2, n_head=4)),
+    "nemotron": ("nemotron", {}),
+    "jamba": ("jamba", dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
+                            num_experts=2, mamba_d_state=4, mamba_dt_rank=4)),
+    "qwen3 next": ("qwen3_next", dict(head_dim=16, layer_types=["linear_attention", "full_attention"],
+                                      linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=8,
+                                      linear_value_head_dim=8, moe_intermediate_size=16,
+                                      shared_expert_intermediate_size=16, **EXPERTS)),
+    "llama4": ("llama4_text", dict(head_dim=8, attention_chunk_size=6, intermediate_size_mlp=24, no_rope_layers=[1, 0],
+                                   moe_layers=[1], num_experts_per_tok=1, num_local_experts=2,
+                                   layer_types=["chunked_attention", "full_attention"])),
 }  # fmt: skip
 
 LENGTHS = (11, 4, 17)
@@ -92,20 +109,23 @@ class Engine:
     fused: object
     head: object
 
-    def step(self, examples, per_adapter=None, keys=None, weights=None):
-        """(loss, nll_M, gradients by adapter and name): summed negative log-likelihood over all labels.
-
-        Gradients start from zero each time.
-        """
-        self.bank.grad_KP.zero_()
+    def forward(self, examples, per_adapter=None, keys=None, weights=None, rows=True, each=False):
+        """Summed negative log-likelihood over the number of labels, or with `weights`; call within packed_model."""
         batch = collate(examples)
         keys = range(len(examples)) if keys is None else keys
-        self.bank.use_rows(per_adapter, tuple(zip(batch.packed.lengths, keys, strict=True)))
-        dtype = next(self.model.parameters()).dtype
+        if rows:
+            self.bank.use_rows(per_adapter, tuple(zip(batch.packed.lengths, keys, strict=True)))
         if weights is None:
+            dtype = next(self.model.parameters()).dtype
             weights = torch.full((len(batch.target_M),), 1 / len(batch.target_M), dtype=dtype)
+        out = loss(self.model, self.head, batch, weights)
+        return out if each else out[0]
+
+    def step(self, examples, **options):
+        """(loss, nll_M, gradients by adapter and name). Gradients start from zero each time."""
+        self.bank.grad_KP.zero_()
         with packed_model(self.model):
-            total, nll = loss(self.model, self.head, batch, weights)
+            total, nll = self.forward(examples, each=True, **options)
             total.backward()  # checkpointed layers run again here, and must find the packed attention still in place
         grads = [
             {s.name: row[s.start : s.start + s.size].view(s.shape).clone() for s in self.bank.slots}
@@ -182,16 +202,21 @@ def peft_twin(model, bank, k=0):
     return twin.eval()
 
 
-def peft_step(twin, bank, examples):
-    """(loss, gradients by our names): each example run alone, summed cross entropy over all labels of all examples."""
+def plain_loss(model, examples):
+    """Each example run alone by the model's own forward; summed cross entropy over all labels of all examples."""
     total, labels = 0.0, 0
     for example in examples:
         ids = torch.from_numpy(example.ids.astype(np.int64))[None]
         wanted = ids[0].masked_fill(~torch.from_numpy(example.mask), -100)
-        logits = twin(input_ids=ids, use_cache=False).logits[0, :-1]
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
         total = total + torch.nn.functional.cross_entropy(logits, wanted[1:], ignore_index=-100, reduction="sum")
         labels += int((wanted[1:] != -100).sum())
-    total = total / labels
+    return total / labels
+
+
+def peft_step(twin, bank, examples):
+    """(plain loss, gradients by our names)."""
+    total = plain_loss(twin, examples)
     total.backward()
     grads = {}
     for slot in bank.slots:
@@ -231,11 +256,13 @@ def tools():
     return SimpleNamespace(
         model=make_model, engine=make_engine, examples=make_examples, twin=peft_twin, peft_step=peft_step,
         error=relative_error, wide=Wide, narrow=Narrow, randomise=randomise,
-        copy=copy.deepcopy, replace=replace, packed=packed_model, Example=Example,
+        copy=copy.deepcopy, replace=replace, packed=packed_model, packs=packs, Example=Example,
+        Engine=Engine, plain_loss=plain_loss,
     )  # fmt: skip
 
 
 def pytest_generate_tests(metafunc):
-    """A test that takes `family` runs for each."""
-    if "family" in metafunc.fixturenames:
+    """A test that takes `family` runs for each, unless it names some itself."""
+    named = {mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")}
+    if "family" in metafunc.fixturenames and "family" not in named:
         metafunc.parametrize("family", FAMILIES)

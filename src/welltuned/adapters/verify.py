@@ -27,6 +27,10 @@ class TensorCheck:
     finite: bool
 
 
+def sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
 def check_tensors(now: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> tuple[TensorCheck, ...]:
     """Compare every tensor with its start; both hold the same names."""
     return tuple(_check(name, tensor, start[name]) for name, tensor in now.items())
@@ -36,7 +40,7 @@ def _check(name: str, now: Tensor, start: Tensor) -> TensorCheck:
     now, start = now.detach().cpu(), start.detach().cpu()
     return TensorCheck(
         name=name,
-        sha256=hashlib.sha256(now.contiguous().numpy().tobytes()).hexdigest(),
+        sha256=sha256(now),
         change=float((now.double() - start.double()).abs().sum()),
         moved=not torch.equal(now, start),
         finite=bool(torch.isfinite(now).all()),

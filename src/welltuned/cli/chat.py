@@ -20,7 +20,9 @@ def run(arguments: argparse.Namespace) -> int:
     def answer(text: str, base: bool) -> str:
         pieces = []
         with tuned.bank.disabled() if base and tuned.bank is not None else nullcontext():
-            for piece in stream(tuned.model, tuned.tokenizer, tuned.prompt([*history, Message("user", text)]), decoding):
+            for piece in stream(
+                tuned.model, tuned.tokenizer, tuned.prompt([*history, Message("user", text)]), decoding
+            ):
                 pieces.append(piece)
                 print(piece, end="", flush=True)
         print()

@@ -10,11 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from welltuned.cli.terminal import Progress, console, print_plan, quiet_libraries
-from welltuned.cli.train import print_result
+from welltuned.cli.train import print_command, print_result
 from welltuned.demo_score import TicketScore, score
 from welltuned.errors import InputError
 from welltuned.models.resolve import DEMO_ALIAS
 from welltuned.recipe import load_recipe
+from welltuned.training.rundir import require_free
 
 if TYPE_CHECKING:
     from welltuned.training.prepare import Prepared
@@ -25,11 +26,12 @@ LONGEST_REPLY = 60  # tokens; the longest ticket has 36
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.steps is not None and arguments.steps < 1:
+        raise InputError("must be at least 1", where="--steps")
+    require_free(Path(arguments.out))
     from welltuned.training.prepare import prepare
     from welltuned.training.run import train
 
-    if arguments.steps is not None and arguments.steps < 1:
-        raise InputError("must be at least 1", where="--steps")
     quiet_libraries()
     with as_file(files("welltuned").joinpath("demo_data")) as folder:
         prepared = prepare(load_recipe(None, _recipe(folder, arguments.steps)))
@@ -39,7 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
         progress = Progress()
         try:
             result = train(
-                prepared, Path(arguments.out), progress, before_training=lambda ready: before.extend(_ask(ready, prepared))
+                prepared,
+                Path(arguments.out),
+                progress,
+                before_training=lambda ready: before.extend(_ask(ready, prepared)),
             )
         finally:
             progress.close()
@@ -47,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     after = _answers(result.engine.model, prepared)
     _print_scores(prepared, before, after)
     print_result(result)
-    console.print(f'  welltuned chat {arguments.out} --system "{_system(prepared)}" --base', markup=False)
+    print_command(f'welltuned chat {arguments.out} --system "{_system(prepared)}" --base')
     return 0
 
 

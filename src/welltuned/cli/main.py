@@ -3,34 +3,46 @@
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import NoReturn
 
 import welltuned
-from welltuned.errors import WelltunedError
+from welltuned.errors import InputError, WelltunedError
 from welltuned.recipe import FIELDS, Method, Tune
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("welltuned.cli.demo", "Fine-tune a small real model on a small real task, and see what it learned."),
-    "plan": ("welltuned.cli.plan", "Choose every hyperparameter from the model, the data and the machine, and say why."),
+    "plan": (
+        "welltuned.cli.plan",
+        "Choose every hyperparameter from the model, the data and the machine, and say why.",
+    ),
     "train": ("welltuned.cli.train", "Plan, train, evaluate and verify; write a Run directory."),
     "chat": ("welltuned.cli.chat", "Talk to a tuned model."),
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the options in one sentence, as every other error here is said."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message, mend=f"see `{self.prog} --help`")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command: 0 fine, 1 the run failed, 2 the input is wrong (one sentence, no traceback)."""
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
+    """Run one command: 0 fine, 1 the run failed, 2 the input is wrong (one sentence, and with --debug a traceback)."""
+    given = sys.argv[1:] if argv is None else argv
     # Read by torch's allocator when torch is loaded: large blocks come as huge pages, where the kernel offers them.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
+        arguments = build_parser().parse_args(given)
         run: Callable[[argparse.Namespace], int] = import_module(COMMANDS[arguments.command][0]).run
         return run(arguments)
     except WelltunedError as error:
-        if arguments.debug:
-            raise
-        print(f"welltuned: {error}", file=sys.stderr)
+        if "--debug" in given:
+            traceback.print_exc()
+        print("welltuned:", " ".join(str(error).split()), file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         return 1
@@ -40,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="welltuned",
         description="Fine-tune language models, with every hyperparameter chosen from evidence.",
     )
@@ -54,7 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
     _recipe_options(made["train"])
     made["train"].add_argument("--out", required=True, metavar="DIR", help="the Run directory, new or empty")
     made["train"].add_argument("--json", action="store_true", help="print the run's summary as one JSON document")
-    made["demo"].add_argument("--out", default="demo-run", metavar="DIR", help="the Run directory (default: %(default)s)")
+    made["demo"].add_argument(
+        "--out", default="demo-run", metavar="DIR", help="the Run directory (default: %(default)s)"
+    )
     made["demo"].add_argument("--steps", type=int, metavar="N", help="fewer updates than one pass over the data")
     made["chat"].add_argument("run", metavar="RUN", help="the directory of a finished run")
     made["chat"].add_argument("--prompt", metavar="TEXT", help="answer this once, and end")

@@ -14,9 +14,9 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    recipe = recipe_of(arguments)
     from welltuned.training.prepare import prepare
 
-    recipe = recipe_of(arguments)
     quiet_libraries()
     prepared = prepare(recipe)
     if arguments.json:

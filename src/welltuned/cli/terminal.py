@@ -1,10 +1,12 @@
 """How things look in a terminal: the plan, the progress of a run, its result. Everything goes to stderr."""
 
+import logging
 import time
 from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -17,11 +19,12 @@ console = Console(stderr=True, highlight=False)
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' own progress bars and notices out of this command's output."""
-    from transformers.utils import logging
+    """Keep the libraries' own progress bars and notices out of this command's output."""
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels that we do not use
 
 
 def size(count: float) -> str:
@@ -38,14 +41,16 @@ def duration(seconds: float) -> str:
 def print_plan(plan: Plan, out: Console = console) -> None:
     """The plan on one screen: facts, choices with reasons, memory, warnings."""
     model, data, machine = plan.facts.model, plan.facts.dataset, plan.facts.machine
-    out.print(f"\n[bold]Model[/]    {model.id} · {model.family} · {model.parameters / 1e6:,.0f} M parameters")
+    out.print(
+        f"\n[bold]Model[/]    {escape(model.id)} · {escape(model.family)} · {model.parameters / 1e6:,.0f} M parameters"
+    )
     out.print(
         f"[bold]Data[/]     {data.rows:,} training rows, {data.heldout_rows:,} held out · {data.tokens:,} tokens, "
         f"{data.supervised_share:.0%} of them trained · lengths {data.length_min}–{data.length_max}, "
         f"median {data.length_median}"
     )
     name = machine.gpu_name or f"{machine.cores} CPU cores"
-    out.print(f"[bold]Machine[/]  {name} · {size(machine.training_memory)} memory free")
+    out.print(f"[bold]Machine[/]  {escape(name)} · {size(machine.training_memory)} memory free")
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in ("choice", "value", "range"):
         table.add_column(column, no_wrap=True)
@@ -79,7 +84,9 @@ class Progress:
                 self._line(Text("  " + event.text, style="dim"))
             case Evaluated():
                 error = f" ± {event.eval_loss_se:.3f}" if event.eval_loss_se == event.eval_loss_se else ""
-                self._line(Text(f"  held-out loss after {event.step} updates: {event.eval_loss:.3f}{error}", style="bold"))
+                self._line(
+                    Text(f"  held-out loss after {event.step} updates: {event.eval_loss:.3f}{error}", style="bold")
+                )
             case Updated():
                 self.last = event
                 if console.is_terminal:
@@ -112,4 +119,3 @@ def _status(event: Updated) -> Text:
         f"{event.step}/{event.total_steps}  loss {event.loss:.3f}  rate {event.learning_rate:.1e}  "
         f"{event.tokens_per_second:,.0f} tokens/s  {size(event.memory_bytes)}  {duration(event.seconds_left)} left"
     )
-

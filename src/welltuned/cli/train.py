@@ -5,25 +5,28 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
+
 from welltuned.cli.plan import recipe_of
 from welltuned.cli.terminal import Progress, console, duration, print_plan, quiet_libraries, size
+from welltuned.training.rundir import ADAPTER, MODEL, RUN, require_free
 
 if TYPE_CHECKING:
     from welltuned.training.run import RunResult
 
 
 def run(arguments: argparse.Namespace) -> int:
+    recipe, out = recipe_of(arguments), Path(arguments.out)
+    require_free(out)
     from welltuned.training.prepare import prepare
-    from welltuned.training.run import train
-    from welltuned.training.rundir import RUN
+    from welltuned.training.run import train  # brings torch: after what can be refused without it
 
-    recipe = recipe_of(arguments)
     quiet_libraries()
     prepared = prepare(recipe)
     print_plan(prepared.plan)
     progress = Progress()
     try:
-        result = train(prepared, Path(arguments.out), progress)
+        result = train(prepared, out, progress)
     finally:
         progress.close()
     print_result(result)
@@ -34,8 +37,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def print_result(result: "RunResult") -> None:
     """What the run found, and where its adapter lies."""
-    from welltuned.training.rundir import ADAPTER, MODEL
-
     if result.before is not None and result.after is not None:
         console.print(
             f"Held-out loss {result.before.loss:.3f} → [bold]{result.after.loss:.3f}[/] "
@@ -48,9 +49,14 @@ def print_result(result: "RunResult") -> None:
         f"(sum of absolute change {change:,.1f}), and what is on disk equals what was trained."
     )
     folder = result.path / (ADAPTER if (result.path / ADAPTER).is_dir() else MODEL)
-    console.print(f"\n[bold]{folder}[/] holds the result. Use it with:")
-    console.print(f"  welltuned chat {result.path}", markup=False)
+    console.print(f"\n[bold]{escape(str(folder))}[/] holds the result. Use it with:")
+    print_command(f"welltuned chat {result.path}")
     if folder.name == ADAPTER:
-        console.print(f'  PeftModel.from_pretrained(base, "{folder}")       # PEFT, and with it TRL', markup=False)
+        print_command(f'PeftModel.from_pretrained(base, "{folder}")       # PEFT, and with it TRL')
     else:
-        console.print(f'  AutoModelForCausalLM.from_pretrained("{folder}")', markup=False)
+        print_command(f'AutoModelForCausalLM.from_pretrained("{folder}")')
+
+
+def print_command(text: str) -> None:
+    """A line to copy: never wrapped, never read as markup."""
+    console.print(f"  {text}", markup=False, soft_wrap=True)

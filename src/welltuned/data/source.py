@@ -195,9 +195,11 @@ def _check_header(header: list[str], name: str) -> None:
 
 
 def _read_parquet(path: Path, name: str) -> list[Row]:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
+    try:
+        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow.parquet  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise InputError("Parquet needs the `pyarrow` package", where=name, mend="pip install pyarrow") from error
     try:
         table = pyarrow.parquet.read_table(path)
         records = table.to_pylist()

@@ -42,6 +42,11 @@ class NF4Weight:
         )
         return cls(packed, state)
 
+    def to(self, device: torch.device) -> "NF4Weight":
+        if self.packed.device != device:
+            self.state.to(device)  # in place
+        return NF4Weight(self.packed.to(device), self.state)
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         import bitsandbytes.functional as bnb
 

@@ -17,7 +17,13 @@ from welltuned.models.lora import ALL_LINEAR, AdapterBank, Bias, LoraSettings, a
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_REFUSED = ("use_dora", "modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern", "target_parameters")
+# What PEFT computes other than plain LoRA, or in more places than the tensors' names tell.
+_REFUSED = (
+    *("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters", "lora_bias"),
+    *("layer_replication", "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora"),
+    *("arrow_config", "kasa_config", "monteclora_config"),
+)
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others (PiSSA, OLoRA, ...) change the base weights
 
 
 def save_adapter(bank: AdapterBank, folder: Path, base: str, k: int = 0) -> None:
@@ -27,9 +33,7 @@ def save_adapter(bank: AdapterBank, folder: Path, base: str, k: int = 0) -> None
         RunError: what was read back differs from what is in memory.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        _to_file(name, bank): t.detach().cpu().contiguous().clone() for name, t in bank.tensors(k).items()
-    }
+    tensors = {_to_file(name, bank): t.detach().cpu().contiguous().clone() for name, t in bank.tensors(k).items()}
     weights = folder / WEIGHTS
     save_file(tensors, folder / (WEIGHTS + ".tmp"), metadata={"format": "pt"})
     os.replace(folder / (WEIGHTS + ".tmp"), weights)
@@ -47,7 +51,9 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> AdapterBank:
     bank = attach(model, _settings(config, tensors))
     expected = bank.tensors()
     for missing in sorted(expected.keys() - tensors.keys()):
-        raise InputError(f"the adapter has no tensor {missing!r}", where=str(folder), mend="it may be for another model")
+        raise InputError(
+            f"the adapter has no tensor {missing!r}", where=str(folder), mend="it may be for another model"
+        )
     for extra in sorted(tensors.keys() - expected.keys()):
         raise InputError(f"the model has no place for {extra!r}", where=str(folder), mend="it may be for another model")
     for name, tensor in tensors.items():
@@ -73,6 +79,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     for key in _REFUSED:
         if config.get(key):
             raise InputError(f"{key} is not understood", where=str(path), mend="merge the adapter with PEFT first")
+    start = config.get("init_lora_weights")
+    if start not in _STARTS:
+        mend = "convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        raise InputError(f"an adapter begun with {start} stands on other base weights", where=str(path), mend=mend)
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), int | float) or config[key] <= 0:
+            raise InputError(f"{key} is no number above 0", where=str(path), mend="give the adapter's own config")
+    if (config.get("bias") or "none") not in set(Bias):
+        raise InputError(f"the bias {config['bias']!r} is not understood", where=str(path))
     return config
 
 

@@ -1,5 +1,7 @@
 """Frozen projections: what the adapters stand on, dense or 4-bit."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -7,6 +9,9 @@ from transformers.pytorch_utils import Conv1D
 
 from welltuned.errors import InputError
 from welltuned.kernels.nf4 import DenseWeight, FrozenWeight, NF4Weight
+
+# Routers pick experts: "all linear" does not mean them. State-space layers use dt_proj's weight without calling it.
+LEFT_ALONE = ("gate", "router", "shared_expert_gate", "dt_proj")
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -32,6 +37,11 @@ class NF4Linear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.register_parameter("bias", bias)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
+        super()._apply(fn, recurse)
+        self.frozen = self.frozen.to(fn(self.frozen.packed[:0]).device)  # `model.to(device)` takes the codes along
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         y: Tensor = _FrozenLinear.apply(x, self.frozen, bias)
@@ -50,12 +60,13 @@ def frozen_weight(module: nn.Module) -> FrozenWeight:
 
 
 def quantize_linears(model: PreTrainedModel) -> int:
-    """Replace every linear layer but the head by an NF4 one, freeing the dense weights as it goes; how many."""
+    """Replace every linear layer but the head and routers by an NF4 one, freeing dense weights as it goes; how many."""
     head, done = model.get_output_embeddings(), 0
     for parent in list(model.modules()):
         for leaf, child in list(parent.named_children()):
-            if isinstance(child, (nn.Linear, Conv1D)) and child is not head:
-                parent.register_module(leaf, NF4Linear(NF4Weight.quantize(frozen_weight(child).dense(child.weight.dtype)),
-                                                       child.bias))
+            if isinstance(child, (nn.Linear, Conv1D)) and child is not head and leaf not in LEFT_ALONE:
+                parent.register_module(
+                    leaf, NF4Linear(NF4Weight.quantize(frozen_weight(child).dense(child.weight.dtype)), child.bias)
+                )
                 done += 1
     return done

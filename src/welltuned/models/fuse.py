@@ -7,8 +7,10 @@ day it appears, and one that only looks familiar trains on its own code.
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +19,13 @@ from transformers import PreTrainedModel
 
 from welltuned.errors import InputError
 from welltuned.kernels.gated_mlp import FORWARD, Activation, GatedMLP, gated_mlp
+from welltuned.kernels.lora import Rows
 from welltuned.kernels.norm import rms_norm
 from welltuned.kernels.token_loss import Head
-from welltuned.models.lora import AdapterBank, LoraLinear
+from welltuned.models.lora import AdapterBank, LoraLinear, shared_rows
 
 _OTHER_NORMS = "norms that are not RMS norms"
+_OTHER_MLPS = "gated MLPs that compute something else"
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
@@ -57,7 +61,7 @@ def fuse(model: PreTrainedModel, bank: AdapterBank | None) -> Fused:
             _fuse_mlp(module, fused)
         elif _looks_like_rms_norm(module):
             _fuse_norm(module, fused)
-        elif not isinstance(module, LoraLinear) and _has_stacked_weights(module):
+        elif not isinstance(module, (LoraLinear, nn.Conv1d)) and _has_stacked_weights(module):
             fused.plain["stacks of experts, which carry no adapters"] += 1
     if bank is not None and not fused.done["gated MLP"] and not fused.plain.keys() - {_OTHER_NORMS}:
         fused.plain["MLPs without gate_proj, up_proj and down_proj"] = 1
@@ -90,8 +94,8 @@ def _fuse_mlp(module: nn.Module, fused: Fused) -> None:
         fused.plain["gated MLPs with biases or unadapted projections"] += 1
         return
     kind = recognise_activation(activations[0]) if activations else None
-    if kind is None:
-        fused.plain["gated MLPs with an unknown activation"] += 1
+    if kind is None or not _takes_one_argument(module):
+        fused.plain["gated MLPs with an unknown activation" if kind is None else _OTHER_MLPS] += 1
         return
     assert isinstance(gate, LoraLinear) and isinstance(up, LoraLinear) and isinstance(down, LoraLinear)
     mlp = GatedMLP(gate.projection, up.projection, down.projection, kind)
@@ -109,12 +113,16 @@ def _fuse_mlp(module: nn.Module, fused: Fused) -> None:
         if _same(forward(x), original(x)):
             fused.replace(module, forward, "gated MLP")
         else:
-            fused.plain["gated MLPs that compute something else"] += 1
+            fused.plain[_OTHER_MLPS] += 1
 
 
 def _dtype(module: LoraLinear) -> torch.dtype:
     weight = module.base._parameters.get("weight")
     return torch.float32 if weight is None else weight.dtype
+
+
+def _takes_one_argument(module: nn.Module) -> bool:
+    return len(signature(module.forward).parameters) == 1
 
 
 def _has_stacked_weights(module: nn.Module) -> bool:
@@ -144,7 +152,7 @@ def _fuse_norm(module: nn.Module, fused: Fused) -> None:
         return
     with torch.no_grad():
         x = _random(3, weight.shape[0], like=weight)
-        y = module(x)
+        y = module(x) if _takes_one_argument(module) else x.new_empty(0)  # Qwen3-Next gates some of its norms
         for gain in (weight.detach(), (1.0 + weight.detach().float()).to(weight.dtype)):  # Gemma stores gain - 1
             if _same(rms_norm(x, gain, eps), y):
                 fused.replace(module, partial(rms_norm, gain_H=gain, eps=eps), "RMS norm")
@@ -155,7 +163,7 @@ def _fuse_norm(module: nn.Module, fused: Fused) -> None:
 def find_head(model: PreTrainedModel) -> Head | None:
     """The output embedding as the token loss needs it, or None where the model does something else after it."""
     module = model.get_output_embeddings()
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, nn.Linear) or model.base_model is model:
         return None
     config = model.config.to_dict()
     scale = float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0)
@@ -177,10 +185,32 @@ def checkpoint_layers(model: PreTrainedModel, fused: Fused) -> int:
     if not lists:
         raise InputError("no list of decoder layers was found", where="gradient_checkpointing", mend="set it to false")
     for layer in lists[0]:
-        # Dropout masks are functions of the example, so no random state has to be kept.
-        fused.replace(
-            layer,
-            partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False),
-            "checkpointed layer",
+        again = partial(
+            checkpoint,
+            layer.forward,
+            use_reentrant=False,
+            preserve_rng_state=False,  # dropout masks are functions of the example
+            context_fn=partial(_rows_again, shared_rows(layer)),
         )
+        fused.replace(layer, again, "checkpointed layer")
     return count
+
+
+@dataclass(slots=True)
+class _RowsAgain:
+    """While a layer runs a second time, the rows are those of its first run, whatever has been set since."""
+
+    rows: Rows
+    first: Rows
+    now: Rows = field(default_factory=Rows)
+
+    def __enter__(self) -> None:
+        self.now = Rows(self.rows.per_adapter, self.rows.dropout)
+        self.rows.per_adapter, self.rows.dropout = self.first.per_adapter, self.first.dropout
+
+    def __exit__(self, *_: object) -> None:
+        self.rows.per_adapter, self.rows.dropout = self.now.per_adapter, self.now.dropout
+
+
+def _rows_again(rows: Rows) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _RowsAgain(rows, Rows(rows.per_adapter, rows.dropout))

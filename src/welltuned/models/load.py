@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from welltuned.errors import InputError
@@ -16,7 +17,8 @@ def _arguments(source: ModelSource) -> dict[str, Any]:
     if source.kind is SourceKind.GGUF:
         assert source.path is not None
         return {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": source.path.name}
-    return {"pretrained_model_name_or_path": source.name if source.path is None else str(source.path)}
+    name = source.name if source.path is None else str(source.path)
+    return {"pretrained_model_name_or_path": name, "trust_remote_code": False}  # unset, transformers asks on stdin
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -36,20 +38,50 @@ def load_model(model: str, *, dtype: torch.dtype, device: str = "cpu", nf4: bool
     """
     source = resolve(model)
     arguments = _arguments(source)
+    if nf4:
+        _require_bitsandbytes()
     if source.kind is not SourceKind.GGUF:
         arguments["use_safetensors"] = True
     try:
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            **arguments, dtype=dtype, attn_implementation="sdpa"
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            **arguments,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"the model could not be loaded ({_first_line(error)})", where=model, mend=_MEND_HUB) from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(
+            f"the model could not be loaded ({_first_line(error)})", where=model, mend=_MEND_HUB
+        ) from error
+    assert isinstance(loaded, PreTrainedModel)
+    _refuse_random_weights(report, model)
     if source.kind is SourceKind.GGUF:
         _forget_gguf(loaded)
     if nf4:
         quantize_linears(loaded)
     loaded.config.name_or_path = source.name if source.path is None else str(source.path)
     return loaded.to(device).eval()
+
+
+def _require_bitsandbytes() -> None:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        mend = "pip install bitsandbytes, or use --tune lora"
+        raise InputError("4-bit weights need the `bitsandbytes` package", where="tune", mend=mend) from error
+
+
+def _refuse_random_weights(report: dict[str, Any], model: str) -> None:
+    """transformers draws a tensor at random where the file has none, or one of another shape, and only logs it."""
+    mend = "the files are incomplete, or config.json belongs to another model"
+    for name, stored, wanted in sorted(report["mismatched_keys"]):
+        what = f"the weight {name} is {tuple(stored)} in the files and {tuple(wanted)} by config.json"
+        raise InputError(what, where=model, mend=mend)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"the weights lack {missing[0]}{more}", where=model, mend=mend)
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:

@@ -18,10 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 from welltuned.errors import InputError
 from welltuned.kernels.lora import Dropout, Projection, Rows, lora
-from welltuned.models.frozen import NF4Linear, frozen_weight
+from welltuned.models.frozen import LEFT_ALONE, NF4Linear, frozen_weight
 
 ALL_LINEAR = "all-linear"
-ROUTERS = ("gate", "router", "shared_expert_gate")  # they pick experts: adapting them is not what "all linear" means
 
 
 class Init(StrEnum):
@@ -75,6 +74,11 @@ class LoraLinear(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
+def shared_rows(model: nn.Module) -> Rows:
+    """The one Rows object that every adapted projection of the model reads."""
+    return next((module.rows for module in model.modules() if isinstance(module, LoraLinear)), Rows())
+
+
 @dataclass(frozen=True, slots=True)
 class Slot:
     """Where one tensor of one module lies in the flat buffer."""
@@ -105,10 +109,16 @@ class AdapterBank:
         if any(isinstance(module, LoraLinear) for module in model.modules()):
             raise InputError("the model already carries adapters", mend="detach them first")
         if len(self.settings) > 1 and first.bias is not Bias.NONE:
-            raise InputError("biases belong to the shared base", where="bias", mend="use bias: none with several adapters")
+            raise InputError(
+                "biases belong to the shared base", where="bias", mend="use bias: none with several adapters"
+            )
         self.rows = Rows(dropout=Dropout())
         self.targets = find_targets(model, first.target_modules)
         biases = _trained_biases(model, self.targets, first.bias)
+        for name, parameter in biases.items():
+            if parameter.dtype.itemsize < 4 and name.rpartition(".")[0] not in self.targets:
+                what = f"{name} is {str(parameter.dtype).removeprefix('torch.')}: too coarse to be trained"
+                raise InputError(what, where="bias", mend="use lora_only, or a float32 model")
         self.slots = _layout(model, self.targets, first.r, biases)
         device = next(model.parameters()).device
         total = sum(slot.size for slot in self.slots)
@@ -221,7 +231,7 @@ def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D, NF4Linear))
         and module is not head
-        and name.rsplit(".", 1)[-1] not in ROUTERS
+        and name.rsplit(".", 1)[-1] not in LEFT_ALONE
     }
 
 

@@ -1,20 +1,32 @@
 """Run a transformers model on packed examples: one row, no padding, attention within each example.
 
 Uses transformers' own hooks (AttentionInterface, AttentionMaskInterface); nothing in the model's code is replaced.
+A model that would mix packed examples (Falcon and MPT do not use the hooks; Mamba and linear attention carry a state
+along the row) is found out by trying, and runs its examples one at a time on its own attention.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from welltuned.kernels.attention import packed_attention
+from welltuned.kernels.lora import Dropout
+from welltuned.models.lora import shared_rows
 
 ATTENTION = "welltuned_packed"
+_PACKABLE_LAYERS = {"full_attention", "sliding_attention"}  # not "linear_attention", "chunked_attention", "conv", ...
+_NOT_KNOWN = ("indices", "block_indices", "position_bias", "sinks")  # sparse or biased attention: not ours
+_PACKS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+class NotPackable(RuntimeError):
+    """This attention is not one that packed rows can have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +57,14 @@ def _attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     packed_lengths: list[int] | None = None,
-    **_: Any,
+    is_causal: bool | None = None,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention call: [1, heads, N, D] in, [1, N, heads, D] out."""
     if packed_lengths is None or query.shape[0] != 1:
-        raise RuntimeError(f"{ATTENTION} attention runs packed rows only; use `hidden_states` or standard attention")
+        raise NotPackable(f"{ATTENTION} attention runs packed rows only; use `hidden_states` or standard attention")
+    if is_causal is False or any(more.get(key) is not None for key in _NOT_KNOWN):
+        raise NotPackable(f"{type(module).__name__} asks for more than causal attention with a window")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = packed_attention(
         query[0], key[0], value[0], packed_lengths, scale, window=sliding_window, softcap=softcap, sinks_Q=s_aux
@@ -68,14 +83,55 @@ AttentionMaskInterface.register(ATTENTION, _no_mask)
 @contextmanager
 def packed_model(model: PreTrainedModel) -> Iterator[None]:
     """Within the block this model (and no other) attends within packed examples, its own dropout off."""
+    with _attending(model, ATTENTION if packs(model) else model.config._attn_implementation):
+        yield
+
+
+@contextmanager
+def _attending(model: PreTrainedModel, implementation: str) -> Iterator[None]:
     before, training = model.config._attn_implementation, model.training
-    model.set_attn_implementation(ATTENTION)
+    if implementation != before:
+        model.set_attn_implementation(implementation)
     model.eval()
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        if implementation != before:
+            model.set_attn_implementation(before)
         model.train(training)
+
+
+def packs(model: PreTrainedModel) -> bool:
+    """Whether packed examples come out as each does alone: tried once on this model, with its own weights."""
+    if model not in _PACKS:
+        rows = shared_rows(model)
+        per_adapter, dropout = rows.per_adapter, rows.dropout
+        rows.per_adapter, rows.dropout = None, Dropout()
+        try:
+            _PACKS[model] = _try_packing(model)
+        finally:
+            rows.per_adapter, rows.dropout = per_adapter, dropout
+    return _PACKS[model]
+
+
+@torch.no_grad()
+def _try_packing(model: PreTrainedModel) -> bool:
+    layers = model.config.get_text_config().to_dict().get("layer_types") or ()
+    if not _PACKABLE_LAYERS.issuperset(layers):
+        return False
+    ids_N = torch.tensor([3, 4, 5, 6, 7, 8, 9, 13, 12, 11, 10, 9, 8, 7, 6, 5], device=model.device)
+    batch = Packed(ids_N, [7, 9])
+    with _attending(model, model.config._attn_implementation):
+        alone_NV = logits(model, batch)
+    try:
+        with _attending(model, ATTENTION):
+            if model.config._attn_implementation != ATTENTION:  # transformers only warned that it cannot be set
+                return False
+            packed_NV = logits(model, batch)
+    except NotPackable:
+        return False
+    error_N = (packed_NV - alone_NV).float().norm(dim=-1) / alone_NV.float().norm(dim=-1)
+    return bool(error_N.mean() <= (1e-3 if alone_NV.dtype.itemsize >= 4 else 0.1))
 
 
 def _arguments(batch: Packed) -> dict[str, Any]:
@@ -87,11 +143,22 @@ def _arguments(batch: Packed) -> dict[str, Any]:
     }
 
 
+def _run(model: PreTrainedModel, part: nn.Module, batch: Packed, output: str) -> Tensor:
+    if model.config._attn_implementation == ATTENTION:
+        return part(**_arguments(batch))[output][0]
+    rows, parts, start = shared_rows(model), [], 0
+    for n in batch.lengths:
+        with rows.only(start, n):
+            parts.append(part(input_ids=batch.ids_N[None, start : start + n], use_cache=False)[output][0])
+        start += n
+    return torch.cat(parts)
+
+
 def hidden_states(model: PreTrainedModel, batch: Packed) -> Tensor:
     """The backbone's last hidden states [N, H]; call within `packed_model`."""
-    return model.base_model(**_arguments(batch)).last_hidden_state[0]
+    return _run(model, model.base_model, batch, "last_hidden_state")
 
 
 def logits(model: PreTrainedModel, batch: Packed) -> Tensor:
     """The whole model's logits [N, V], whatever its head does; call within `packed_model`."""
-    return model(**_arguments(batch)).logits[0]
+    return _run(model, model, batch, "logits")

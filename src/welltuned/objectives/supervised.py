@@ -52,16 +52,16 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> 
     return MicroBatch(packed, tensor(row), tensor(target), tensor(owner))
 
 
-def loss(
-    model: PreTrainedModel, head: Head | None, batch: MicroBatch, weight_M: Tensor
-) -> tuple[Tensor, Tensor]:
+def loss(model: PreTrainedModel, head: Head | None, batch: MicroBatch, weight_M: Tensor) -> tuple[Tensor, Tensor]:
     """(sum of weight_M * nll_M, nll_M detached), nll in nats a label; call within `packed_model`.
 
     `head` None is the plain path: the whole model's logits, for architectures whose head is not understood.
     """
     if head is None:
         rows_MV = logits(model, batch.packed)[batch.row_M]
-        nll_M = torch.nn.functional.cross_entropy(rows_MV.to(torch.promote_types(rows_MV.dtype, torch.float32)), batch.target_M, reduction="none")
+        nll_M = torch.nn.functional.cross_entropy(
+            rows_MV.to(torch.promote_types(rows_MV.dtype, torch.float32)), batch.target_M, reduction="none"
+        )
         return (nll_M * weight_M).sum(), nll_M.detach()
     hidden_MH = hidden_states(model, batch.packed)[batch.row_M]
     return token_loss(hidden_MH, head, batch.target_M, weight_M)

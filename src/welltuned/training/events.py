@@ -13,7 +13,10 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Updated:
-    """One update. `step` counts from 1; `loss` is the mean over the update's supervised tokens, in nats."""
+    """One update. `step` counts from 1; `loss` is the mean over the update's supervised tokens, in nats.
+
+    `evaluation_follows` says that the next event is the `Evaluated` of this step.
+    """
 
     step: int
     total_steps: int
@@ -26,6 +29,7 @@ class Updated:
     epoch: float
     memory_bytes: int
     seconds_left: float
+    evaluation_follows: bool
 
 
 @dataclass(frozen=True, slots=True)

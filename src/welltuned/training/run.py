@@ -4,7 +4,7 @@ import gc
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 import welltuned
-from welltuned.adapters.verify import TensorCheck, check_tensors, require_learned
+from welltuned.adapters.verify import TensorCheck, check_tensors, require_learned, sha256
 from welltuned.advice.plan import Plan, plan_to_yaml, require_memory
 from welltuned.data.stream import steps_per_epoch, update_indices
 from welltuned.errors import RunError
@@ -30,7 +30,7 @@ from welltuned.training.events import Evaluated, Event, Note, Observer, Updated,
 from welltuned.training.optimizer import AdamWSettings, FlatAdamW, Schedule, Scheduler, clip_
 from welltuned.training.prepare import Prepared
 from welltuned.training.process import allocator_keeps_memory, memory_used
-from welltuned.training.rundir import ADAPTER, MODEL, PLAN, RECIPE, RUN, RunDir
+from welltuned.training.rundir import ADAPTER, MODEL, PLAN, RECIPE, RUN, RunDir, require_free
 from welltuned.training.step import Engine, Evaluation, Trained, accumulate_gradient, evaluate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -111,40 +111,39 @@ def train(
         InputError: the plan does not fit into memory, or `out` is not empty.
         RunError: a loss is not finite, or a trained tensor did not move.
     """
-    plan = prepared.plan
+    plan, started = prepared.plan, time.time()
     require_memory(plan)
-    directory = RunDir(out)
-
-    def tell(event: Event) -> None:
-        directory.record(event)
-        observer(event)
-
-    directory.write(RECIPE, recipe_to_yaml(plan.recipe))
-    directory.write(PLAN, plan_to_yaml(plan))
-    started = time.time()
+    require_free(out)
     with allocator_keeps_memory(plan.facts.machine.device):
-        ready = make_ready(plan)
-        for text in (*prepared.notes, *ready.notes):
-            tell(Note(text))
-        start_hashes = _hashes(ready.engine.trained)
-        if before_training is not None:
-            before_training(ready)
-        with packed_model(ready.model):
-            before = _evaluated(ready.engine, prepared, 0, tell)
-            seconds, tokens, after = _loop(ready.engine, prepared, tell)
-    result = RunResult(
-        path=out,
-        engine=ready.engine,
-        updates=plan.updates,
-        before=before,
-        after=after if after is not None else before,
-        checks=_verify_and_save(ready.engine, prepared, directory, start_hashes),
-        seconds=time.time() - started,
-        tokens_per_second=tokens / seconds,
-        peak_memory=memory_used(plan.facts.machine.device).peak,
-    )
-    directory.write_json(RUN, _summary(prepared, ready, result))
-    directory.close()
+        ready = make_ready(plan)  # what is wrong with the model shows here, before anything is written
+        with closing(RunDir(out)) as directory:
+
+            def tell(event: Event) -> None:
+                directory.record(event)
+                observer(event)
+
+            directory.write(RECIPE, recipe_to_yaml(plan.recipe))
+            directory.write(PLAN, plan_to_yaml(plan))
+            for text in (*prepared.notes, *ready.notes):
+                tell(Note(text))
+            start_hashes = _hashes(ready.engine.trained)
+            if before_training is not None:
+                before_training(ready)
+            with packed_model(ready.model):
+                before = _evaluated(ready.engine, prepared, 0, tell)
+                seconds, tokens, after = _loop(ready.engine, prepared, tell)
+            result = RunResult(
+                path=out,
+                engine=ready.engine,
+                updates=plan.updates,
+                before=before,
+                after=after if after is not None else before,
+                checks=_verify_and_save(ready.engine, prepared, directory, start_hashes),
+                seconds=time.time() - started,
+                tokens_per_second=tokens / seconds,
+                peak_memory=memory_used(plan.facts.machine.device).peak,
+            )
+            directory.write_json(RUN, _summary(prepared, ready, result))
     return result
 
 
@@ -179,6 +178,7 @@ def _loop(engine: Engine, prepared: Prepared, tell: Observer) -> tuple[float, in
             raise RunError(f"the gradient of update {step + 1} is not finite; lower the learning rate")
         optimizer.step([schedule.rate(step)])
         spent = time.perf_counter() - started
+        due = bool(prepared.held_out) and ((step + 1) % plan.value("eval_steps") == 0 or step + 1 == total)
         seconds, tokens = seconds + spent, tokens + made.tokens
         tell(
             Updated(
@@ -193,9 +193,10 @@ def _loop(engine: Engine, prepared: Prepared, tell: Observer) -> tuple[float, in
                 epoch=(step + 1) / per_epoch,
                 memory_bytes=memory_used(plan.facts.machine.device).now,
                 seconds_left=seconds / (step + 1) * (total - step - 1),
+                evaluation_follows=due,
             )
         )
-        if (step + 1) % plan.value("eval_steps") == 0 or step + 1 == total:
+        if due:
             last = _evaluated(engine, prepared, step + 1, tell)
     return seconds, tokens, last
 
@@ -215,7 +216,7 @@ def _hashes(trained: Trained) -> dict[str, str]:
     """What full fine-tuning starts from; an adapter bank remembers its own start."""
     if isinstance(trained, AdapterBank):
         return {}
-    return {name: hashlib.sha256(t.detach().cpu().numpy().tobytes()).hexdigest() for name, t in trained.tensors().items()}
+    return {name: sha256(tensor) for name, tensor in trained.tensors().items()}
 
 
 def _verify_and_save(
@@ -228,10 +229,10 @@ def _verify_and_save(
         save_adapter(trained, directory.path / ADAPTER, base=str(engine.model.config.name_or_path))
     else:
         with reloaded(plan) as start:
+            changed = [name for name, tensor in start.items() if sha256(tensor) != start_hashes[name]]
+            if changed:
+                raise RunError(f"the base model on disk changed while it was trained ({changed[0]})")
             checks = check_tensors(trained.tensors(), start)
-        unlike = [c.name for c in checks if c.moved == (c.sha256 == start_hashes[c.name])]
-        if unlike:
-            raise RunError(f"the base model on disk changed while it was trained ({unlike[0]})")
         require_learned(checks, plan.updates)
         engine.model.save_pretrained(directory.path / MODEL)
         prepared.tokenizer.save_pretrained(directory.path / MODEL)

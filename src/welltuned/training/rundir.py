@@ -1,9 +1,10 @@
 """The Run on disk: one directory that holds what was asked, chosen, measured and learned.
 
-    recipe.yaml · plan.yaml · metrics.jsonl · adapter/ or model/ · run.json
+recipe.yaml · plan.yaml · metrics.jsonl · adapter/ or model/ · run.json
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from welltuned.errors import InputError
 from welltuned.training.events import Evaluated, Event, Note, Updated
 
 ADAPTER, MODEL, RUN, PLAN, RECIPE, METRICS = "adapter", "model", "run.json", "plan.yaml", "recipe.yaml", "metrics.jsonl"
+_FOR_WATCHERS = ("total_steps", "seconds_left", "evaluation_follows")
 
 
 class RunDir:
@@ -25,8 +27,8 @@ class RunDir:
 
     def __init__(self, path: Path):
         self.path = path
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise InputError("the output directory is not empty", where=str(path), mend="give another --out")
+        self._awaiting: dict[str, Any] | None = None  # an update whose evaluation is not done
+        require_free(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._metrics = (path / METRICS).open("x", encoding="utf-8")
@@ -40,22 +42,60 @@ class RunDir:
         os.replace(beside, self.path / name)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        self.write(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        self.write(name, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def record(self, event: Event) -> None:
-        """Append to metrics.jsonl: one object an update or evaluation; a note is an event object."""
+        """Append to metrics.jsonl: one object an update, with the held-out loss where it was evaluated.
+
+        Everything else, and the held-out loss before the first update, is an event object.
+        """
         match event:
             case Updated():
-                line = {k: v for k, v in asdict(event).items() if k not in ("total_steps", "seconds_left")}
+                line = {k: v for k, v in asdict(event).items() if k not in _FOR_WATCHERS}
+                if event.evaluation_follows:
+                    self._awaiting = line
+                    return
             case Evaluated():
-                line = asdict(event)
+                line = {**(self._awaiting or {"event": "evaluation"}), **asdict(event)}
+                self._awaiting = None
             case Note():
                 line = {"event": "note", "text": event.text}
-        self._metrics.write(json.dumps(line) + "\n")
+        self._append(line)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self._metrics.write(json.dumps(_finite(line), allow_nan=False) + "\n")
         self._metrics.flush()
 
     def close(self) -> None:
+        if self._awaiting is not None:
+            self._append(self._awaiting)
         self._metrics.close()
+
+
+def require_free(path: Path) -> None:
+    """Refuse a directory that holds something or could not be made, before any work is done for it."""
+    try:
+        if path.is_dir() and any(path.iterdir()):
+            raise InputError("the output directory is not empty", where=str(path), mend="give another --out")
+        nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    except OSError as error:
+        raise InputError(f"the output directory cannot be read ({error.strerror})", where=str(path)) from error
+    if not nearest.is_dir():
+        raise InputError("there is a file in the output directory's place", where=str(nearest), mend="give another --out")
+    if not os.access(nearest, os.W_OK):
+        raise InputError("the output directory cannot be written", where=str(path), mend="give another --out")
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that JSON has no word for (a standard error over one example is NaN)."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {key: _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+    return value
 
 
 def read_run(path: Path) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def accumulate_gradient(engine: Engine, examples: Sequence[Example], keys: Seque
             continue
         engine.trained.use_rows(None, tuple((len(examples[i].ids), keys[i]) for i in bin_))
         value = _loss(engine, batch, 1.0 / supervised)
-        summed = float(value)
+        summed = float(value.detach())
         if not math.isfinite(summed):
             raise RunError(f"the loss is not finite in {_origins(chosen)}; lower the learning rate or look at the rows")
         value.backward()
@@ -106,6 +106,9 @@ def evaluate(engine: Engine, examples: Sequence[Example]) -> Evaluation:
         sums[torch.tensor(bin_)] = torch.zeros(len(bin_), dtype=torch.float64).index_add_(
             0, batch.example_M.cpu(), nll_M.double().cpu()
         )
+    broken = [e for e, finite in zip(examples, torch.isfinite(sums).tolist(), strict=True) if not finite]
+    if broken:
+        raise RunError(f"the held-out loss is not finite in {_origins(broken)}; lower the learning rate or look at the rows")
     return _summary(sums, torch.tensor([supervised_tokens(e) for e in examples], dtype=torch.float64))
 
 

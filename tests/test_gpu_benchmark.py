@@ -1,0 +1,140 @@
+"""benchmarks/gpu.py at toy size on the CPU: every part runs, and what it says about parity and arithmetic is true."""
+
+import importlib
+import json
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("peft", reason="the opponent of the GPU benchmark is not installed")
+
+TUNES = ["lora", "qlora"] if find_spec("bitsandbytes") else ["lora"]
+SYSTEMS = ["welltuned", "PEFT, adapters bf16", "PEFT, adapters fp32"]
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """The benchmark's modules by name; they find each other as they do when gpu.py is run as a script."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+        yield importlib.import_module
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def result(parts, tmp_path_factory):
+    """What one toy run wrote, its exit code checked."""
+    out = tmp_path_factory.mktemp("results")
+    assert parts("gpu").main(["--toy", "--out", str(out)]) == 0
+    return json.loads((out / "gpu-toy.json").read_text(encoding="utf-8"))
+
+
+def test_parity_passes_in_bf16_and_holds_in_fp32(result):
+    assert [p["tune"] for p in result["parity"]] == TUNES
+    for parity in result["parity"]:
+        assert parity["passed"]
+        assert parity["errors"]["engine, fp32"]["gradient"] < 2e-5
+        assert parity["errors"]["engine, bf16"]["cosine"] > 0.999
+
+
+def test_every_cell_has_its_numbers(result):
+    cells = result["cells"]
+    assert len(cells) == len(TUNES) * 2 * 2 * len(SYSTEMS)
+    for cell in cells:
+        assert cell["problem"] is None
+        assert len(cell["seconds"]) >= 2 and len(cell["ceilings"]) == 2
+        assert cell["tokens_per_second"] > 0 and cell["share_of_floor"] > 0 and cell["peak_bytes"] > 0
+        assert cell["loss"] == pytest.approx(cells[0]["loss"], rel=0.2)  # random weights: about ln V
+    assert {(c["rows"], c["checkpointing"]) for c in cells} == {(r, b) for r in ("S = 64", "ragged") for b in (0, 1)}
+
+
+def test_parts_have_their_numbers(result):
+    assert result["toy"] is True and result["machine"]["versions"]["torch"]
+    assert all(a["seconds"] > 0 for a in result["attention"]) and result["head"]["seconds"] > 0
+    packed = [a["errors"] for a in result["attention"] if a["rows"] == "ragged" and a["way"].startswith("packed")]
+    assert len(packed) == 2 and max(e for errors in packed for e in errors.values()) < 1e-5
+
+
+def test_a_toy_run_writes_nothing_unless_told_to(parts, monkeypatch):
+    gpu = parts("gpu")
+    monkeypatch.setattr(gpu, "run", lambda scale, minutes, save: save({}) or {"ok": True})
+    monkeypatch.setattr(gpu, "write_result", lambda *_: pytest.fail("written"))
+    assert gpu.main(["--toy"]) == 0
+
+
+def test_a_wrong_gradient_fails_parity(parts, result):
+    errors = {name: dict(e) for name, e in result["parity"][0]["errors"].items()}
+    assert parts("gpu_parity").passes(errors)
+    errors["engine, bf16"]["gradient"] *= 2
+    assert not parts("gpu_parity").passes(errors)
+
+
+def test_arithmetic_is_that_of_the_design(parts):
+    """34.0 and 49.1 GFLOP a token for Llama-3.1-8B at S = 4096 (shared research, perf.md, section 2.2)."""
+    scale = parts("gpu_scale")
+    rows = scale.long_rows(scale.GPU)
+    assert scale.flops_per_token(scale.LLAMA_8B, rows, False) == pytest.approx(34.03e9, rel=1e-3)
+    assert scale.flops_per_token(scale.LLAMA_8B, rows, True) == pytest.approx(49.15e9, rel=1e-3)
+
+
+def test_ragged_rows_look_like_gsm8k(parts):
+    scale = parts("gpu_scale")
+    lengths = torch.tensor([len(row.ids) for row in scale.ragged_rows(scale.GPU)], dtype=torch.float)
+    assert len(lengths) == 64 and 195 < lengths.mean() < 235 and lengths.min() > 80 and lengths.max() < 600
+
+
+def test_batches_keep_to_the_budget(parts):
+    scale, systems = parts("gpu_scale"), parts("gpu_systems")
+    rows = scale.ragged_rows(scale.GPU)
+    batches = systems.batches_of(rows, 2048)
+    assert sorted(row.origin for batch in batches for row in batch) == sorted(row.origin for row in rows)
+    assert all(len(batch[0].ids) * len(batch) <= 2048 for batch in batches)
+    padded = sum(len(batch[0].ids) * len(batch) for batch in batches)
+    assert padded < 1.15 * sum(len(row.ids) for row in rows)
+
+
+def _cell(speed):
+    return speed.Cell(tune="lora", rows="ragged", checkpointing=False, system="any", tokens=100, flops_per_token=1e9)
+
+
+def _system(speed, fails_above):
+    @contextmanager
+    def system(budget):
+        if budget > fails_above:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        yield parts_running(speed)
+
+    return system
+
+
+def parts_running(speed):
+    return speed.Running(lambda: 1.0, lambda: None, {}, dict)
+
+
+def test_out_of_memory_is_recorded_and_a_smaller_micro_batch_tried(parts):
+    scale, speed = parts("gpu_scale").CPU, parts("gpu_speed")
+    fits, never, late = _cell(speed), _cell(speed), _cell(speed)
+    speed.visit(scale, fits, _system(speed, 64), 1.0)
+    assert fits.budget == 64 and fits.problem is None and fits.seconds
+    speed.visit(scale, never, _system(speed, 0), 1.0)
+    assert never.problem == "out of memory at 64 tokens a micro-batch" and not never.seconds
+    speed.visit(scale, late, _system(speed, 64), 0.0)
+    assert late.problem == "no time left" and late.to_json()["seconds"] == []
+
+
+def test_a_failing_system_does_not_stop_the_others(parts, capsys):
+    scale, speed = parts("gpu_scale").CPU, parts("gpu_speed")
+    cell = _cell(speed)
+    speed.visit(scale, cell, lambda budget: 1 / 0, 1.0)
+    assert cell.problem == "failed: ZeroDivisionError: division by zero"
+    assert "ZeroDivisionError" in capsys.readouterr().err
