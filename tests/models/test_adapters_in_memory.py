@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from welltuned.errors import InputError
+from welltuned.errors import InputError, RunError
 from welltuned.models.frozen import NF4Linear, quantize_linears
 from welltuned.models.full import FullParameters
 from welltuned.models.fuse import find_head, fuse
@@ -312,6 +312,22 @@ def test_find_head_leaves_the_model_in_its_mode_and_ignores_its_dropout(tools):
     assert head is not None
     assert model.training
     assert head.w_VH is model.transformer.wte.weight
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_attaching_and_fusing_keep_the_mode(tools, training):
+    model = tools.model("llama").train(training)
+    fused = fuse(model, attach(model, LoraSettings(lora_dropout=0.5)))
+    assert fused.done["gated MLP"] == 2
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_dropout_in_a_loop_that_names_no_examples_is_refused(tools):
+    model = tools.model("llama").train()
+    fuse(model, attach(model, LoraSettings(lora_dropout=0.5)))
+    with pytest.raises(RunError, match="lora_dropout works in welltuned's own training loop only"):
+        model(input_ids=torch.arange(1, 9)[None])
+    model.eval()(input_ids=torch.arange(1, 9)[None])
 
 
 # 4-bit bases ---------------------------------------------------------------------------------------------------------

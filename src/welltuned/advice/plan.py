@@ -182,6 +182,9 @@ _ORDER = (
 
 
 def _dtype(tune: Tune, machine: MachineFacts) -> Choice:
+    if tune is Tune.FULL:
+        why = "every weight is trained, and bfloat16 would round small updates away"
+        return Choice(value="float32", reason=why, evidence=cited("dtype_cpu_native_needs"))
     if machine.device is Device.CUDA:
         value = "bfloat16" if machine.native_bf16 else "float32"
         why = f"{machine.gpu_name} computes in bfloat16" if machine.native_bf16 else "the GPU has no native bfloat16"

@@ -49,9 +49,10 @@ def ways_to_fit(
 ) -> str:
     """What would make the run fit, with its forecast, or the smallest need that was found."""
     spec = rule("token_budget_cpu")
+    half = recipe.tune is Tune.FULL and device is Device.CUDA  # an adapter's frozen base may be bfloat16
     base = MemorySetting(
         tune=recipe.tune,
-        dtype=choices["dtype"].value,
+        dtype="bfloat16" if half else choices["dtype"].value,
         device=device,
         micro_tokens=int(spec.low),
         checkpointing=True,
@@ -123,6 +124,8 @@ def _of_run(
         yield 22, "4-bit weights save memory on a CPU but cost time: every pass expands them again"
     if recipe.tune is Tune.QLORA and any(shape.expert for shape in model.lora_shapes):
         yield 33, "the experts are fused parameters, which 4-bit quantisation does not reach: they stay as they are"
+    if not {"gate_proj", "up_proj", "down_proj"} <= set(model.module_names):
+        yield 12, f"the MLPs of {model.family} have no gate_proj, up_proj and down_proj: they run on the model's own code"
     if not model.parameters_exact:
         yield 20, f"the architecture {model.family} is not known here: its size is estimated as Llama's would be"
     if recipe.method is Method.SFT and family_of(model.family) is None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from welltuned.kernels.lora import Projection, Rows, lora_reference, project, project_backward
+from welltuned.kernels.lora import Projection, Rows, autocast_input, lora_reference, project, project_backward
 
 
 class Activation(StrEnum):
@@ -78,5 +78,5 @@ class _GatedMLP(torch.autograd.Function):
 @torch.compiler.disable
 def gated_mlp(x_NI: Tensor, mlp: GatedMLP, gate: Pair, up: Pair, down: Pair, rows: Rows) -> Tensor:
     """y_NI, differentiable in x and in the three pairs (A_KRI, B_KOR)."""
-    y_NI: Tensor = _GatedMLP.apply(x_NI, mlp, rows, *gate, *up, *down)
+    y_NI: Tensor = _GatedMLP.apply(autocast_input(x_NI), mlp, rows, *gate, *up, *down)
     return y_NI

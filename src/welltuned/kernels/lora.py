@@ -192,8 +192,14 @@ class _Lora(torch.autograd.Function):
         return dx, da, db, dbias, None, None
 
 
+def autocast_input(x: Tensor) -> Tensor:
+    """x in autocast's dtype where autocast is on: the fused ops choose their dtype by their input."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 @torch.compiler.disable  # Inductor has miscompiled traced LoRA backward passes: keep it opaque
 def lora(x_NI: Tensor, p: Projection, a_KRI: Tensor, b_KOR: Tensor, bias_O: Tensor | None, rows: Rows) -> Tensor:
     """y_NO, differentiable in x, A, B and the bias; W is frozen. A and B keep their own dtype (fp32 master weights)."""
-    y_NO: Tensor = _Lora.apply(x_NI, a_KRI, b_KOR, bias_O, p, rows)
+    y_NO: Tensor = _Lora.apply(autocast_input(x_NI), a_KRI, b_KOR, bias_O, p, rows)
     return y_NO

@@ -26,15 +26,20 @@ class FullParameters:
         device = named[0][1].device
         self.flat_KP = torch.empty(1, start, dtype=torch.float32, device=device)
         self.grad_KP = torch.zeros_like(self.flat_KP)
-        for slot, (_, parameter) in zip(self.slots, named, strict=True):
+        self._parameters = [parameter for _, parameter in named]
+        for slot, parameter in zip(self.slots, self._parameters, strict=True):
             self._adopt(slot, parameter)
+        self.claim_gradients()
 
     def _adopt(self, slot: Slot, parameter: nn.Parameter) -> None:
-        columns = slice(slot.start, slot.start + slot.size)
-        view = self.flat_KP[0, columns].view(slot.shape)
+        view = self.flat_KP[0, slot.start : slot.start + slot.size].view(slot.shape)
         view.copy_(parameter.data)
         parameter.data = view
-        parameter.grad = self.grad_KP[0, columns].view(slot.shape)
+
+    def claim_gradients(self) -> None:
+        """Make autograd accumulate into grad_KP, also after someone set the parameters' gradients to None."""
+        for slot, parameter in zip(self.slots, self._parameters, strict=True):
+            parameter.grad = self.grad_KP[0, slot.start : slot.start + slot.size].view(slot.shape)
 
     def use_rows(self, per_adapter: tuple[int, ...] | None, dropout_spans: tuple[tuple[int, int], ...]) -> None:
         """Nothing to say: there are no adapters and no dropout."""

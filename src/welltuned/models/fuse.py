@@ -55,7 +55,8 @@ class Fused:
 
 def fuse(model: PreTrainedModel, bank: AdapterBank | None) -> Fused:
     """Replace norms, and gated MLPs whose projections carry adapters."""
-    fused = Fused()
+    fused, training = Fused(), model.training
+    model.eval()  # no dropout while replacements are compared with what they replace
     for module in model.modules():
         if bank is not None and {"gate_proj", "up_proj", "down_proj"} <= module._modules.keys():
             _fuse_mlp(module, fused)
@@ -65,6 +66,7 @@ def fuse(model: PreTrainedModel, bank: AdapterBank | None) -> Fused:
             fused.plain["stacks of experts, which carry no adapters"] += 1
     if bank is not None and not fused.done["gated MLP"] and not fused.plain.keys() - {_OTHER_NORMS}:
         fused.plain["MLPs without gate_proj, up_proj and down_proj"] = 1
+    model.train(training)
     return fused
 
 
@@ -105,6 +107,7 @@ def _fuse_mlp(module: nn.Module, fused: Fused) -> None:
         if not gate.enabled:
             out: Tensor = original(x)
             return out
+        gate.check_dropout()
         pairs = [(m.lora_A, m.lora_B) for m in (gate, up, down)]
         return gated_mlp(x.reshape(-1, x.shape[-1]), mlp, *pairs, gate.rows).view(*x.shape[:-1], -1)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from welltuned.errors import InputError
+from welltuned.errors import InputError, RunError
 from welltuned.kernels.lora import Dropout, Projection, Rows, lora
 from welltuned.models.frozen import LEFT_ALONE, NF4Linear, frozen_weight
 
@@ -57,21 +57,37 @@ class LoraSettings:
 class LoraLinear(nn.Module):
     """A frozen projection with K adapters beside it; takes the place of `base` in the model it was found in."""
 
-    def __init__(self, base: nn.Module, projection: Projection, a_KRI: nn.Parameter, b_KOR: nn.Parameter, rows: Rows):
+    def __init__(
+        self,
+        base: nn.Module,
+        projection: Projection,
+        a_KRI: nn.Parameter,
+        b_KOR: nn.Parameter,
+        rows: Rows,
+        drops: bool = False,
+    ):
         super().__init__()
         self.base = base
+        self.drops = drops
         self.lora_A, self.lora_B = a_KRI, b_KOR
         self.projection, self.rows = projection, rows
         bias = base._parameters.get("bias")
         self.bias_O: Tensor | None = None if bias is None else bias
         self.enabled = True
+        self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             out: Tensor = self.base(x)
             return out
+        self.check_dropout()
         y = lora(x.reshape(-1, x.shape[-1]), self.projection, self.lora_A, self.lora_B, self.bias_O, self.rows)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def check_dropout(self) -> None:
+        """Refuse to train without the dropout asked for: its masks belong to examples, which only our loop names."""
+        if self.drops and self.training and not self.rows.dropout.p:
+            raise RunError("lora_dropout works in welltuned's own training loop only; set it to 0 in another trainer")
 
 
 def shared_rows(model: nn.Module) -> Rows:
@@ -125,6 +141,7 @@ class AdapterBank:
         self.flat_KP = torch.zeros(len(self.settings), total, dtype=torch.float32, device=device)
         self.grad_KP = torch.zeros_like(self.flat_KP)
         self.modules: dict[str, LoraLinear] = {}
+        self._parameters: dict[Slot, nn.Parameter] = {}
         self._original_biases = {name: p.data for name, p in biases.items()}
         self._required_grad = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
@@ -135,8 +152,14 @@ class AdapterBank:
         columns = slice(slot.start, slot.start + slot.size)
         k = len(self.settings)
         parameter = nn.Parameter(self.flat_KP[:, columns].view(k, *slot.shape))
-        parameter.grad = self.grad_KP[:, columns].view(k, *slot.shape)
+        self._parameters[slot] = parameter
         return parameter
+
+    def claim_gradients(self) -> None:
+        """Make autograd accumulate into grad_KP, also after another trainer set the parameters' gradients to None."""
+        for slot, parameter in self._parameters.items():
+            columns = slice(slot.start, slot.start + slot.size)
+            parameter.grad = self.grad_KP[:, columns].view(parameter.shape)
 
     def _attach(self, biases: dict[str, nn.Parameter]) -> None:
         by_name = {slot.name: slot for slot in self.slots}
@@ -149,7 +172,7 @@ class AdapterBank:
             for k, settings in enumerate(self.settings):
                 init_a(a.data[k], settings, index)
             projection = Projection(frozen_weight(base), scale_K, index)
-            self.modules[name] = LoraLinear(base, projection, a, b, self.rows)
+            self.modules[name] = LoraLinear(base, projection, a, b, self.rows, drops=self.settings[0].lora_dropout > 0)
             _replace(self.model, name, self.modules[name])
         for name, bias in biases.items():
             slot = by_name[name]
@@ -157,7 +180,8 @@ class AdapterBank:
             self.flat_KP[0, columns] = bias.data.float().flatten()
             bias.data = self.flat_KP[0, columns].view(slot.shape)
             bias.requires_grad_(True)
-            bias.grad = self.grad_KP[0, columns].view(slot.shape)
+            self._parameters[slot] = bias
+        self.claim_gradients()
 
     def detach(self) -> None:
         """Put the model back as it was."""

@@ -17,7 +17,7 @@ import welltuned
 from welltuned.adapters.verify import TensorCheck, check_tensors, require_learned, sha256
 from welltuned.advice.plan import Plan, plan_to_yaml, require_memory
 from welltuned.data.stream import steps_per_epoch, update_indices
-from welltuned.errors import RunError
+from welltuned.errors import InputError, RunError
 from welltuned.facts.machine import Device
 from welltuned.models.adapter_file import save_adapter
 from welltuned.models.full import FullParameters
@@ -67,6 +67,8 @@ class RunResult:
 def make_ready(plan: Plan) -> Ready:
     """Load the model, put adapters on it (or free all of it), and fuse what is understood."""
     recipe = plan.recipe
+    if recipe.tune is Tune.FULL and plan.value("dtype") != "float32":
+        raise InputError("full fine-tuning trains float32 weights", where="dtype", mend="remove it, or use tune: lora")
     device = "cuda" if plan.facts.machine.device is Device.CUDA else "cpu"
     dtype = torch.float32 if recipe.tune is Tune.FULL else DTYPES[plan.value("dtype")]
     model = load_model(recipe.model, dtype=dtype, device=device, nf4=recipe.tune is Tune.QLORA)
@@ -78,7 +80,8 @@ def make_ready(plan: Plan) -> Ready:
         notes.append("the output head does something this engine does not know: the model's own logits are used")
     if plan.value("gradient_checkpointing"):
         checkpoint_layers(model, fused)
-    return Ready(Engine(model, trained, head, plan.value("token_budget")), fused, tuple(notes))
+    budget = plan.value("token_budget") if plan.value("packing") else 1  # 1: every example by itself
+    return Ready(Engine(model, trained, head, budget), fused, tuple(notes))
 
 
 def lora_settings(plan: Plan) -> LoraSettings:
@@ -166,6 +169,7 @@ def _loop(engine: Engine, prepared: Prepared, tell: Observer) -> tuple[float, in
         total_steps=total,
     )
     optimizer = FlatAdamW(engine.trained.flat_KP, engine.trained.grad_KP, engine.trained.decayed, adamw_settings(plan))
+    engine.trained.claim_gradients()
     per_epoch = steps_per_epoch(len(rows), batch)
     seconds, tokens, last = 0.0, 0, None
     for step in range(total):
