@@ -50,7 +50,7 @@ format: setup ## put the source into ruff's format
 	@$(BIN)/ruff format .
 
 bench: setup ## measure speed and memory; results go to benchmarks/results
-	@$(BIN)/python benchmarks/run.py $(ARGS)
+	@$(BIN)/python benchmarks/sft_cpu.py $(ARGS)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

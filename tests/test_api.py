@@ -87,6 +87,43 @@ def test_the_loaded_model_has_the_loss_of_the_run(finished):
     assert total / count == pytest.approx(finished.after.loss, rel=1e-5)
 
 
+def test_a_prompt_that_fills_the_context(make_model_dir, data_file, tmp_path):
+    """GPT-2 has no positions beyond its context: a prompt that long is an error, and a reply ends where they do."""
+    from welltuned.models.generate import Decoding, stream
+
+    folder = make_model_dir(
+        "gpt2",
+        n_embd=32,
+        n_layer=1,
+        n_head=4,
+        max_position_embeddings=64,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    welltuned.train(model=str(folder), data=data_file, out=tmp_path / "out", max_steps=2, learning_rate=1e-4)
+    tuned = welltuned.load(tmp_path / "out", device="cpu")
+    assert isinstance(tuned.reply("hat " * 20), str)
+    with pytest.raises(InputError, match="the model's context only 64"):
+        tuned.reply("hat " * 100)
+    with pytest.raises(InputError, match="the prompt has 70 tokens"):
+        list(stream(tuned.model, tuned.tokenizer, [5] * 70, Decoding()))
+
+
+def test_a_failure_while_generating_is_raised(finished, monkeypatch):
+    """And not waited for: generation runs in a thread of its own."""
+    from welltuned.models.generate import Decoding, stream
+
+    tuned = welltuned.load(finished.path, device="cpu")
+
+    def failing(**_):
+        raise RuntimeError("no more memory")
+
+    monkeypatch.setattr(tuned.model, "generate", failing)
+    with pytest.raises(RuntimeError, match="no more memory"):
+        list(stream(tuned.model, tuned.tokenizer, [5, 6], Decoding()))
+
+
 def test_bad_input_from_python(usual, tmp_path):
     with pytest.raises(InputError, match="'lerning_rate'"):
         welltuned.train(out=tmp_path / "out", lerning_rate=1, **usual)

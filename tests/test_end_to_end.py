@@ -46,7 +46,8 @@ def shares(text, name):
 
 
 def test_three_updates(demo, monkeypatch):
-    """In about a minute: six held-out messages instead of all are asked and evaluated."""
+    """In about a minute: six held-out messages instead of all, and replies cut short."""
+    from welltuned.cli import demo as demo_module
     from welltuned.training import prepare as module
 
     real = module.prepare
@@ -57,6 +58,7 @@ def test_three_updates(demo, monkeypatch):
         return replace(prepared, held_out=prepared.held_out[:6], held_out_conversations=conversations)
 
     monkeypatch.setattr(module, "prepare", fewer)
+    monkeypatch.setattr(demo_module, "LONGEST_REPLY", 24)
     path, run, text = demo("--steps", "3")
     check_run(path, run)
     assert run["updates"] == 3 and run["held_out"]["rows"] == 6

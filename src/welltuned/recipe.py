@@ -376,7 +376,8 @@ _WITHIN = _Rule(lambda value: 0 < value < 1, "above 0 and below 1")
 _NAMED = _Rule(lambda value: bool(value.strip()), "a name")
 _RULES: Mapping[str, _Rule] = MappingProxyType(
     {key: _POSITIVE for key, spec in HYPERPARAMETERS.items() if spec.type in (int, float)}
-    | {key: _NOT_NEGATIVE for key in ("warmup_steps", "weight_decay", "seed", "beta")}
+    | {key: _NOT_NEGATIVE for key in ("warmup_steps", "weight_decay", "beta")}
+    | {"seed": _Rule(lambda value: 0 <= value < 2**32, "between 0 and 4294967295")}
     | {key: _SHARE for key in ("lora_dropout", "adam_beta1", "adam_beta2")}
     | {
         "model": _NAMED,

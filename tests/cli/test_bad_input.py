@@ -52,7 +52,9 @@ def test_unknown_key_in_set(bad):
     assert "did you mean 'lora_alpha'?" in bad("--set", "lora_alfa=16")
 
 
-@pytest.mark.parametrize("item", ["learning_rate=-1", "learning_rate=.nan", "learning_rate=fast", "r=0", "r=1.5", "r"])
+@pytest.mark.parametrize(
+    "item", ["learning_rate=-1", "learning_rate=.nan", "learning_rate=fast", "r=0", "r=1.5", "r", "seed=1e18"]
+)
 def test_a_value_that_cannot_be(bad, item):
     assert item.partition("=")[0] in bad("--set", item)
 
@@ -102,7 +104,7 @@ def test_empty_data(bad, tmp_path, text):
 
 def test_malformed_line(bad, rows, write_rows, tmp_path):
     path = write_rows(tmp_path / "train.jsonl", rows)
-    lines = open(path).read().splitlines()
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
     lines[6] = lines[6][:-3]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     assert "train.jsonl:7: malformed JSON" in bad(data=path)
@@ -169,6 +171,21 @@ def test_broken_config(bad, copy_of_model, text):
     assert str(copy_of_model) in bad(model=copy_of_model)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("head_dim", "x"), ("head_dim", -1), ("num_key_value_heads", 3), ("num_key_value_heads", 0), ("hidden_size", 33),
+        ("rms_norm_eps", 0), ("initializer_range", "x"), ("quantization_config", 1), ("tie_word_embeddings", "x"),
+        ("max_position_embeddings", "x"), ("model_type", []), ("rope_parameters", {"rope_type": "no"}),
+    ],
+)  # fmt: skip
+def test_a_field_of_the_config_that_cannot_be(bad, copy_of_model, key, value):
+    """transformers raises another type of exception for each of these."""
+    config = json.loads((copy_of_model / "config.json").read_text()) | {key: value}
+    (copy_of_model / "config.json").write_text(json.dumps(config))
+    assert str(copy_of_model) in bad(model=copy_of_model, only_line=False)
+
+
 def test_architecture_that_transformers_does_not_know(bad, copy_of_model):
     config = json.loads((copy_of_model / "config.json").read_text())
     config |= {"model_type": "llamma9", "architectures": ["Llamma9ForCausalLM"]}
@@ -189,8 +206,8 @@ def test_broken_tokenizer(bad, copy_of_model, name):
 
 
 def test_tokenizer_larger_than_the_embedding(bad, make_model_dir, tiny_tokenizer):
-    line = bad(model=make_model_dir(vocab_size=len(tiny_tokenizer) - 1))
-    assert f"{len(tiny_tokenizer)} tokens" in line and f"only {len(tiny_tokenizer) - 1}" in line
+    line = bad(model=make_model_dir(vocab_size=len(tiny_tokenizer) - 20))
+    assert "colours.jsonl:" in line and f"the model's embedding ends with {len(tiny_tokenizer) - 21}" in line
 
 
 def test_no_chat_template(bad, copy_of_model):

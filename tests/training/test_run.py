@@ -188,6 +188,79 @@ def test_cut_rows_are_named(run):
     assert any("longer than max_length 34 and were cut" in note for note in done.summary["notes"])
 
 
+def test_held_out_rows_are_cut_only_where_training_rows_or_the_model_end(
+    run, rows, write_rows, tmp_path, make_model_dir
+):
+    """A held-out row longer than every training row is whole; one longer than the model's context would crash it."""
+    words = " ".join(["drum:gold"] * 30)
+    long = {"messages": [{"role": "user", "content": "30 drums"}, {"role": "assistant", "content": words}]}
+    own = write_rows(tmp_path / "own.jsonl", [*rows[:3], long])
+    whole = run(eval_data=own, max_steps=1)
+    assert not any("held-out rows are longer" in note for note in whole.summary["notes"])
+    short = make_model_dir(
+        "gpt2",
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        max_position_embeddings=64,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    cut = run(model=str(short), eval_data=own, max_steps=1)
+    assert any("1 held-out rows are longer than 64 tokens" in note for note in cut.summary["notes"])
+    asked = run(eval_data=own, max_steps=1, max_length=50)
+    assert any("1 held-out rows are longer than 50 tokens" in note for note in asked.summary["notes"])
+
+
+def test_more_rows_an_update_than_there_are(run):
+    done = run(effective_batch_size=1000, max_steps=3)
+    assert [line["epoch"] for line in done.updates] == [1.0, 2.0, 3.0]
+    assert len({line["tokens"] for line in done.updates}) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(dtype="bfloat16", learning_rate=2e-2),
+        dict(init_lora_weights="gaussian"),
+        dict(use_rslora=True, learning_rate=5e-3),
+        dict(assistant_only_loss=False),
+        dict(lr_scheduler_type="cosine", weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.95),
+        dict(gradient_checkpointing=True, tune="full", learning_rate=5e-3),
+        dict(target_modules=["q_proj", "v_proj"], learning_rate=5e-2),
+    ],
+)
+def test_every_option_still_learns(run, options):
+    done = run(max_steps=15, **options)
+    assert done.result.after.loss < 0.9 * done.result.before.loss
+
+
+def test_full_fine_tuning_is_not_done_in_half_precision_unasked(run):
+    with pytest.raises(InputError, match="full fine-tuning trains float32"):
+        run(tune="full", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("how", ["sharded", "bfloat16", "untied"])
+def test_other_ways_that_weights_lie_on_disk(run, tiny_model_dir, tmp_path, how):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    if how == "untied":
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flip(0).clone())
+    elif how == "bfloat16":
+        model = model.to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model", max_shard_size="40KB" if how == "sharded" else "1GB")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1 or how != "sharded"
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "model")
+    for tune in ("lora", "full"):
+        done = run(model=str(tmp_path / "model"), tune=tune, learning_rate=RATES[tune], max_steps=15)
+        assert done.result.after.loss < 0.9 * done.result.before.loss
+        assert len(done.summary["trained_tensors"]) == {"lora": 28, "full": 21 if how == "untied" else 20}[tune]
+
+
 # ── a run that did not learn fails loudly ────────────────────────────────────────────────────────────────────────────
 
 

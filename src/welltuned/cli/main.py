@@ -1,7 +1,6 @@
 """welltuned COMMAND ...: the parser, exit codes, and one sentence for each error."""
 
 import argparse
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -33,8 +32,6 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command: 0 fine, 1 the run failed, 2 the input is wrong (one sentence, and with --debug a traceback)."""
     given = sys.argv[1:] if argv is None else argv
-    # Read by torch's allocator when torch is loaded: large blocks come as huge pages, where the kernel offers them.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         arguments = build_parser().parse_args(given)
         run: Callable[[argparse.Namespace], int] = import_module(COMMANDS[arguments.command][0]).run

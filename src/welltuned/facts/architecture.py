@@ -131,8 +131,9 @@ def _gated_architecture(family: str, config: Mapping[str, Any], where: str) -> A
     config = {**spec.defaults, **{key: value for key, value in config.items() if value is not None}}
     hidden, layers = _need(config, "hidden_size", where), _need(config, "num_hidden_layers", where)
     heads, vocabulary = _need(config, "num_attention_heads", where), _need(config, "vocab_size", where)
-    head_dim = int(config.get("head_dim") or hidden // heads)
-    q_width, kv_width = heads * head_dim, int(config.get("num_key_value_heads") or heads) * head_dim
+    head_dim = _need({"head_dim": hidden // heads, **config}, "head_dim", where)
+    groups = _need({"num_key_value_heads": heads, **config}, "num_key_value_heads", where)
+    q_width, kv_width = heads * head_dim, groups * head_dim
     switch = bool(config.get("attention_bias", False))
     qkv_bias = switch if spec.qkv_bias is None else spec.qkv_bias
     out_bias = switch if spec.out_bias is None else spec.out_bias

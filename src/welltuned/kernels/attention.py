@@ -6,6 +6,9 @@ with its own causal SDPA, which skips padding and never builds an N x N mask; lo
 which SDPA lacks, take the plain product per slice.
 """
 
+from inspect import signature
+from itertools import accumulate
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -125,13 +128,18 @@ def packed_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks_Q: Tensor | None = None,
+    bounds_B: Tensor | None = None,
 ) -> Tensor:
-    """Attention output [N, Q, D] of packed examples of the given lengths (they add up to N)."""
+    """Attention output [N, Q, D] of packed examples of the given lengths (they add up to N).
+
+    Args:
+        bounds_B: `bounds(lengths, device)`, where the caller has it; making it anew in each layer would stop the GPU.
+    """
     if sum(lengths) != q_QND.shape[1]:
         raise ValueError(f"lengths add up to {sum(lengths)}, not to {q_QND.shape[1]} rows")
     plain = softcap is not None or sinks_Q is not None
     if q_QND.is_cuda and q_QND.dtype in (torch.bfloat16, torch.float16) and not plain:
-        return _cuda_varlen(q_QND, k_GND, v_GND, lengths, scale, window)
+        return _cuda_varlen(q_QND, k_GND, v_GND, lengths, scale, window, bounds_B)
     longest = max(lengths)
     unwindowed = window is None or window >= longest
     if not plain and unwindowed and longest <= SHORT and q_QND.device.type == "cpu" and q_QND.dtype.itemsize >= 4:
@@ -148,14 +156,24 @@ def packed_attention(
     return torch.cat(outs)
 
 
-def _cuda_varlen(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int | None) -> Tensor:
+def bounds(lengths: list[int], device: torch.device) -> Tensor:
+    """Where examples begin and end in the packed row: [examples + 1], int32. No wait for the GPU."""
+    bounds_B = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
+    return bounds_B if device.type == "cpu" else bounds_B.pin_memory().to(device, non_blocking=True)
+
+
+def _cuda_varlen(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int | None, bounds_B: Tensor | None
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds = torch.tensor([0, *lengths], dtype=torch.int32, device=q.device).cumsum(0, dtype=torch.int32)
+    bounds_B = bounds(lengths, q.device) if bounds_B is None else bounds_B
+    # torch 2.11 takes fewer key heads as they are and does not know the keyword; 2.12 wants to be told.
+    grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
     q_NQD, k_NGD, v_NGD = (t.transpose(0, 1).contiguous() for t in (q, k, v))
     left, longest = -1 if window is None else window - 1, max(lengths)
     out = varlen_attn(
-        q_NQD, k_NGD, v_NGD, bounds, bounds, longest, longest, scale=scale, window_size=(left, 0), enable_gqa=True
+        q_NQD, k_NGD, v_NGD, bounds_B, bounds_B, longest, longest, scale=scale, window_size=(left, 0), **grouped
     )
     assert isinstance(out, Tensor)
     return out

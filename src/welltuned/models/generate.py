@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from welltuned.errors import InputError
+
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
 
 
@@ -59,19 +61,37 @@ def stream(
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "streamer": streamer,
-        **_arguments(model, tokenizer, decoding),
+        **_arguments(model, tokenizer, decoding, len(prompt)),
     }
-    thread = Thread(target=model.generate, kwargs=arguments)
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            model.generate(**arguments)
+        except BaseException as error:
+            failures.append(error)
+            streamer.end()  # else the reader below would wait for ever
+
+    thread = Thread(target=work)
     thread.start()
     yield from streamer
     thread.join()
+    if failures:
+        raise failures[0]
 
 
-def _arguments(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> dict[str, Any]:
+def _arguments(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding, prompt: int
+) -> dict[str, Any]:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # some name none
+    room = decoding.max_new_tokens if context is None else min(decoding.max_new_tokens, context - prompt)
+    if room < 1:
+        what = f"the prompt has {prompt:,} tokens and the model's context only {context:,}"
+        raise InputError(what, mend="shorten the conversation")
     ends = stop_ids(model, tokenizer)
     sampling = {"temperature": decoding.temperature} if decoding.temperature > 0 else {}
     return {
-        "max_new_tokens": decoding.max_new_tokens,
+        "max_new_tokens": room,
         "do_sample": bool(sampling),
         **sampling,
         "eos_token_id": ends,
@@ -84,7 +104,7 @@ def _batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Sequence[int]], decoding: Decoding
 ) -> list[str]:
     width = max(map(len, prompts))
-    arguments = _arguments(model, tokenizer, decoding)
+    arguments = _arguments(model, tokenizer, decoding, width)
     ids = torch.full((len(prompts), width), arguments["pad_token_id"])
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):  # left padding: every reply starts in the same column

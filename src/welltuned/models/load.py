@@ -3,13 +3,14 @@
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from welltuned.errors import InputError
 from welltuned.models.frozen import quantize_linears
 from welltuned.models.resolve import ModelSource, SourceKind, resolve
 
+# Whatever transformers raises while it reads a model's files (nearly every type of exception, by which field of
+# config.json is wrong) is about those files: hence the two `except Exception` below. --debug shows the traceback.
 _MEND_HUB = "check the id and the network, or give a local folder or GGUF file"
 
 
@@ -26,8 +27,8 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     source = resolve(model)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**_arguments(source))
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"no tokenizer could be loaded ({_first_line(error)})", where=model, mend=_MEND_HUB) from error
+    except Exception as error:
+        raise InputError(f"no tokenizer could be loaded ({_in_short(error)})", where=model, mend=_MEND_HUB) from error
     return tokenizer
 
 
@@ -50,10 +51,8 @@ def load_model(model: str, *, dtype: torch.dtype, device: str = "cpu", nf4: bool
             ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(
-            f"the model could not be loaded ({_first_line(error)})", where=model, mend=_MEND_HUB
-        ) from error
+    except Exception as error:
+        raise InputError(f"the model could not be loaded ({_in_short(error)})", where=model, mend=_MEND_HUB) from error
     assert isinstance(loaded, PreTrainedModel)
     _refuse_random_weights(report, model)
     if source.kind is SourceKind.GGUF:
@@ -91,6 +90,6 @@ def _forget_gguf(model: PreTrainedModel) -> None:
     model.config.__dict__.pop("quantization_config", None)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _in_short(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:199] + "…"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from welltuned.kernels.attention import packed_attention
+from welltuned.kernels.attention import bounds, packed_attention
 from welltuned.kernels.lora import Dropout
 from welltuned.models.lora import shared_rows
 
@@ -43,7 +43,10 @@ class Packed:
 
     @property
     def position_ids_N(self) -> Tensor:
-        return torch.cat([torch.arange(n, device=self.ids_N.device) for n in self.lengths])
+        """Each token's place in its example."""
+        position_ids_N = torch.cat([torch.arange(n) for n in self.lengths])
+        device = self.ids_N.device
+        return position_ids_N if device.type == "cpu" else position_ids_N.pin_memory().to(device, non_blocking=True)
 
 
 def _attention(
@@ -57,6 +60,7 @@ def _attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     packed_lengths: list[int] | None = None,
+    packed_bounds: Tensor | None = None,
     is_causal: bool | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
@@ -67,7 +71,15 @@ def _attention(
         raise NotPackable(f"{type(module).__name__} asks for more than causal attention with a window")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = packed_attention(
-        query[0], key[0], value[0], packed_lengths, scale, window=sliding_window, softcap=softcap, sinks_Q=s_aux
+        query[0],
+        key[0],
+        value[0],
+        packed_lengths,
+        scale,
+        window=sliding_window,
+        softcap=softcap,
+        sinks_Q=s_aux,
+        bounds_B=packed_bounds,
     )
     return out[None], None
 
@@ -140,6 +152,7 @@ def _arguments(batch: Packed) -> dict[str, Any]:
         "position_ids": batch.position_ids_N[None],
         "use_cache": False,
         "packed_lengths": batch.lengths,
+        "packed_bounds": bounds(batch.lengths, batch.ids_N.device),
     }
 
 

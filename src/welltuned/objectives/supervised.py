@@ -46,7 +46,9 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> 
         start += len(example.ids)
 
     def tensor(parts: Sequence[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
+        on_host = torch.from_numpy(np.concatenate(parts).astype(np.int64))
+        # From pinned memory, so that the next micro-batch is laid out while the GPU still works on this one.
+        return on_host if torch.device(device).type == "cpu" else on_host.pin_memory().to(device, non_blocking=True)
 
     packed = Packed(tensor([e.ids for e in examples]), [len(e.ids) for e in examples])
     return MicroBatch(packed, tensor(row), tensor(target), tensor(owner))

@@ -57,8 +57,8 @@ def prepare(recipe: Recipe, machine: MachineFacts | None = None) -> Prepared:
     model_facts = read_model_facts(recipe.model)
     train, held_out, notes = _conversations(recipe)
     tokenizer = load_tokenizer(recipe.model)
-    _check_vocabulary(len(tokenizer), model_facts.vocabulary)
     rendered, rendered_held = (_render(recipe, tokenizer, c, None) for c in (train, held_out))
+    _check_vocabulary([*rendered.examples, *rendered_held.examples], model_facts.vocabulary)
     notes.append(f"Trained tokens are found from {rendered.mask_from}.")
     report = audit(rendered.examples, tokenizer, conversations=train, held_out=rendered_held.examples)
     errors = [p.sentence for p in report.problems() if p.severity is Severity.ERROR]
@@ -76,8 +76,13 @@ def prepare(recipe: Recipe, machine: MachineFacts | None = None) -> Prepared:
     longest = plan.value("max_length")
     if facts.length_max > longest:
         rendered = _render(recipe, tokenizer, train, longest)
-        rendered_held = _render(recipe, tokenizer, held_out, longest)
         notes.append(f"{len(rendered.cut)} training rows are longer than max_length {longest} and were cut.")
+    # Held-out rows are cut as the training rows are, or where the model itself ends.
+    bound = "max_length" in recipe.hyperparameters or facts.length_max > longest
+    most = longest if bound else model_facts.context_length
+    if most is not None and any(len(e.ids) > most for e in rendered_held.examples):
+        rendered_held = _render(recipe, tokenizer, held_out, most)
+        notes.append(f"{len(rendered_held.cut)} held-out rows are longer than {most} tokens and were cut.")
     return Prepared(
         recipe=recipe,
         plan=plan,
@@ -122,7 +127,9 @@ def _counts(examples: Sequence[Example]) -> tuple[list[int], list[int]]:
     return [len(e.ids) for e in examples], [int(e.mask[1:].sum()) for e in examples]
 
 
-def _check_vocabulary(tokens: int, embedding: int) -> None:
-    if tokens > embedding:
-        what = f"the tokenizer has {tokens} tokens and the model's embedding only {embedding}"
-        raise InputError(what, where="model", mend="use the tokenizer that belongs to the model")
+def _check_vocabulary(examples: Sequence[Example], embedding: int) -> None:
+    """By the tokens that the rows use: Gemma 3 1B's own tokenizer has one more than its embedding, an image's."""
+    for example in examples:
+        if int(example.ids.max()) >= embedding:
+            what = f"the row has token {int(example.ids.max())}, and the model's embedding ends with {embedding - 1}"
+            raise InputError(what, where=example.origin, mend="use the tokenizer that belongs to the model")

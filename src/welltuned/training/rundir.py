@@ -81,7 +81,8 @@ def require_free(path: Path) -> None:
     except OSError as error:
         raise InputError(f"the output directory cannot be read ({error.strerror})", where=str(path)) from error
     if not nearest.is_dir():
-        raise InputError("there is a file in the output directory's place", where=str(nearest), mend="give another --out")
+        what = "there is a file in the output directory's place"
+        raise InputError(what, where=str(nearest), mend="give another --out")
     if not os.access(nearest, os.W_OK):
         raise InputError("the output directory cannot be written", where=str(path), mend="give another --out")
 

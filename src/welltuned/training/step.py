@@ -73,7 +73,7 @@ def accumulate_gradient(engine: Engine, examples: Sequence[Example], keys: Seque
     supervised = sum(supervised_tokens(e) for e in examples)
     if supervised == 0:
         raise RunError(f"no token of this update is trained on ({_origins(examples)}); its loss would be 0/0")
-    total = 0.0
+    sums, origins = [], []
     for bin_ in pack([len(e.ids) for e in examples], engine.token_budget):
         chosen = [examples[i] for i in bin_]
         batch = collate(chosen, engine.model.device)
@@ -81,12 +81,14 @@ def accumulate_gradient(engine: Engine, examples: Sequence[Example], keys: Seque
             continue
         engine.trained.use_rows(None, tuple((len(examples[i].ids), keys[i]) for i in bin_))
         value = _loss(engine, batch, 1.0 / supervised)
-        summed = float(value.detach())
+        value.backward()
+        sums.append(value.detach())
+        origins.append(chosen)
+    losses = torch.stack(sums).tolist()  # the one time that an update waits for the GPU
+    for chosen, summed in zip(origins, losses, strict=True):
         if not math.isfinite(summed):
             raise RunError(f"the loss is not finite in {_origins(chosen)}; lower the learning rate or look at the rows")
-        value.backward()
-        total += summed
-    return Gradient(total, sum(len(e.ids) for e in examples), supervised)
+    return Gradient(sum(losses), sum(len(e.ids) for e in examples), supervised)
 
 
 def _loss(engine: Engine, batch: MicroBatch, weight: float) -> torch.Tensor:
@@ -108,7 +110,8 @@ def evaluate(engine: Engine, examples: Sequence[Example]) -> Evaluation:
         )
     broken = [e for e, finite in zip(examples, torch.isfinite(sums).tolist(), strict=True) if not finite]
     if broken:
-        raise RunError(f"the held-out loss is not finite in {_origins(broken)}; lower the learning rate or look at the rows")
+        what = f"the held-out loss is not finite in {_origins(broken)}"
+        raise RunError(f"{what}; lower the learning rate, or look at the model and the rows")
     return _summary(sums, torch.tensor([supervised_tokens(e) for e in examples], dtype=torch.float64))
 
 
