@@ -32,7 +32,7 @@ setup: .venv/.ready ## build .venv with the known-good versions of constraints.t
 	@touch $@
 
 demo: setup ## teach a small real model a job it cannot do, in about five minutes on two cores
-	@$(BIN)/welltuned demo --out demo-run $(ARGS)
+	@$(BIN)/welltuned demo $(ARGS)
 
 test: setup ## run the tests, but for the slow ones
 	@$(BIN)/python -m pytest $(ARGS)

@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def ragged_rows(count: int) -> list[Example]:
-    """Tickets of which the last 1, 3, 10 or all labels are trained, so that micro-batches differ in supervised tokens."""
+    """Tickets of which the last 1, 3, 10 or all labels are trained, so that micro-batches differ in their number."""
     path = str(files("welltuned").joinpath("demo_data", "train.jsonl"))
     conversations = to_conversations(read_rows(path)[:count]).items
     examples = render_all(conversations, load_tokenizer(DEMO_ALIAS)).examples

@@ -1,6 +1,6 @@
 """This machine's matrix-product rate in fp32 at the shapes of a small LoRA run: what no trainer can beat.
 
-    python benchmarks/gemm_floor.py
+python benchmarks/gemm_floor.py
 """
 
 import json

@@ -1,6 +1,6 @@
 """LoRA SFT of SmolLM2-135M on GSM8K, fp32 on the CPU: tokens per second, peak memory and share of the GEMM floor.
 
-    python benchmarks/sft_cpu.py [--data gsm8k_train.jsonl] [--trl-python ENV/bin/python] [--unsloth-python ENV/bin/python]
+    python benchmarks/sft_cpu.py [--data gsm8k.jsonl] [--trl-python ENV/bin/python] [--unsloth-python ENV/bin/python]
 
 The systems run in turn (A B C A B C ...), each in a process of its own, the floor measured around each run; medians are
 quoted. Tokens are real ones, without padding. Let nothing else run meanwhile.

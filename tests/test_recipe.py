@@ -79,7 +79,7 @@ def test_unknown_key_names_line_and_nearest(recipe_file):
         ("tune: prefix", "unknown tune 'prefix'; it must be one of lora, qlora, full"),
         ("target_modules: []", "target_modules takes module names"),
         ("target_modules: [1]", "target_modules takes module names"),
-        ("seed: -1", "it must be 0 or more"),
+        ("seed: -1", "it must be between 0 and 4294967295"),
         ("eval_fraction: 1", "it must be above 0 and below 1"),
         ("memory: lots", "memory 'lots' is not a size"),
         ("beta: 0.1", "beta is not read by method sft"),

@@ -1,6 +1,6 @@
 """The same run with TRL and PEFT, in an environment of its own (torch, transformers, trl, peft, datasets).
 
-    python trl_sft.py MODEL_DIR DATA.jsonl ROWS BATCH
+python trl_sft.py MODEL_DIR DATA.jsonl ROWS BATCH
 """
 
 import json
@@ -9,6 +9,7 @@ import resource
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
@@ -19,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 model_dir, data, rows, batch = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 torch.set_num_threads(os.cpu_count() or 1)
-pairs = [json.loads(line) for line in open(data, encoding="utf-8")][:rows]
+pairs = [json.loads(line) for line in Path(data).read_text(encoding="utf-8").splitlines()[:rows]]
 dataset = Dataset.from_list(
     [
         {

@@ -10,6 +10,7 @@ import resource
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import unsloth  # noqa: F401, I001 (it must come first)
@@ -34,7 +35,7 @@ model = FastLanguageModel.get_peft_model(
     use_gradient_checkpointing=False,
     target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 )
-pairs = [json.loads(line) for line in open(data, encoding="utf-8")][:rows]
+pairs = [json.loads(line) for line in Path(data).read_text(encoding="utf-8").splitlines()[:rows]]
 chats = [
     [{"role": "user", "content": pair["question"]}, {"role": "assistant", "content": pair["answer"]}] for pair in pairs
 ]

@@ -1,6 +1,6 @@
 """One LoRA SFT run of welltuned, fp32 on the CPU; prints one JSON line. Called by sft_cpu.py.
 
-    python welltuned_sft.py MODEL_DIR DATA.jsonl ROWS BATCH
+python welltuned_sft.py MODEL_DIR DATA.jsonl ROWS BATCH
 """
 
 import json

@@ -25,11 +25,13 @@ def advised(s: RateSetting, tune: Tune = Tune.LORA, method: Method = Method.SFT)
     return choose_learning_rate(method, tune, s, rows=340)
 
 
-def test_measured_optimum_of_smollm2():
-    s = setting(parameters=SMOLLM2, batch=8, updates=40, alpha=16)
-    choice = advised(s)
-    assert choice.value == 4.2e-3 and (choice.low, choice.high) == (2.1e-3, 6e-3)
-    assert 0.80 < updates_exponent(SMOLLM2) < 0.82
+def test_measured_optima_of_smollm2():
+    """Both are met to within a factor of 1.6, inside the range: 0.6 % of loss above the first, 2 % the second."""
+    first = advised(setting(parameters=SMOLLM2, batch=8, updates=40, alpha=16))
+    assert first.value == 6e-3 and (first.low, first.high) == (2.2e-3, 6e-3)
+    second = advised(setting(parameters=SMOLLM2, batch=4, updates=85))
+    assert second.value == 1.5e-3 and second.low < 2.39e-3 < second.high
+    assert 0.68 < updates_exponent(SMOLLM2) < 0.70
     assert updates_exponent(8_000_000_000) == updates_exponent(70_000_000_000) == pytest.approx(0.4)
 
 

@@ -174,7 +174,8 @@ def test_broken_config(bad, copy_of_model, text):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("head_dim", "x"), ("head_dim", -1), ("num_key_value_heads", 3), ("num_key_value_heads", 0), ("hidden_size", 33),
+        ("head_dim", "x"), ("head_dim", -1), ("num_key_value_heads", 3), ("num_key_value_heads", 0),
+        ("hidden_size", 33),
         ("rms_norm_eps", 0), ("initializer_range", "x"), ("quantization_config", 1), ("tie_word_embeddings", "x"),
         ("max_position_embeddings", "x"), ("model_type", []), ("rope_parameters", {"rope_type": "no"}),
     ],

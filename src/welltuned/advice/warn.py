@@ -125,7 +125,10 @@ def _of_run(
     if recipe.tune is Tune.QLORA and any(shape.expert for shape in model.lora_shapes):
         yield 33, "the experts are fused parameters, which 4-bit quantisation does not reach: they stay as they are"
     if not {"gate_proj", "up_proj", "down_proj"} <= set(model.module_names):
-        yield 12, f"the MLPs of {model.family} have no gate_proj, up_proj and down_proj: they run on the model's own code"
+        yield (
+            12,
+            f"the MLPs of {model.family} have no gate_proj, up_proj and down_proj: they run on the model's own code",
+        )
     if not model.parameters_exact:
         yield 20, f"the architecture {model.family} is not known here: its size is estimated as Llama's would be"
     if recipe.method is Method.SFT and family_of(model.family) is None:

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from importlib.resources import as_file, files
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,8 @@ LONGEST_REPLY = 60  # tokens; the longest ticket has 36
 def run(arguments: argparse.Namespace) -> int:
     if arguments.steps is not None and arguments.steps < 1:
         raise InputError("must be at least 1", where="--steps")
-    require_free(Path(arguments.out))
+    out = Path(arguments.out) if arguments.out is not None else _free_folder()
+    require_free(out)
     from welltuned.training.prepare import prepare
     from welltuned.training.run import train
 
@@ -42,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             result = train(
                 prepared,
-                Path(arguments.out),
+                out,
                 progress,
                 before_training=lambda ready: before.extend(_ask(ready, prepared)),
             )
@@ -52,8 +54,14 @@ def run(arguments: argparse.Namespace) -> int:
     after = _answers(result.engine.model, prepared)
     _print_scores(prepared, before, after)
     print_result(result)
-    print_command(f'welltuned chat {arguments.out} --system "{_system(prepared)}" --base')
+    print_command(f'welltuned chat {out} --system "{_system(prepared)}" --base')
     return 0
+
+
+def _free_folder() -> Path:
+    """demo-run, or the first of demo-run-2, demo-run-3, ... that does not exist."""
+    names = chain(["demo-run"], (f"demo-run-{n}" for n in count(2)))
+    return next(path for path in map(Path, names) if not path.exists())
 
 
 def _recipe(folder: Path, steps: int | None) -> dict[str, object]:
@@ -108,14 +116,18 @@ def _print_scores(prepared: "Prepared", before: Sequence[str], after: Sequence[s
     console.print(table)
     for index in range(0, len(expected), max(1, len(expected) // EXAMPLES))[:EXAMPLES]:
         messages = prepared.held_out_conversations[index].messages
-        console.print()
+        grid = Table.grid(padding=(0, 2), pad_edge=True)
+        grid.add_column(style="bold", no_wrap=True)
+        grid.add_column(overflow="fold")
         for name, text, style in (
             ("message", messages[-2].content, ""),
             ("before", " ".join(before[index].split()), "red"),
             ("after", after[index], "green"),
             ("expected", expected[index], "dim"),
         ):
-            console.print(Text(f"  {name:9}", style="bold").append(text, style=style))
+            grid.add_row(name, Text(text, style=style))
+        console.print()
+        console.print(grid)
     console.print()
 
 

@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     made["train"].add_argument("--out", required=True, metavar="DIR", help="the Run directory, new or empty")
     made["train"].add_argument("--json", action="store_true", help="print the run's summary as one JSON document")
     made["demo"].add_argument(
-        "--out", default="demo-run", metavar="DIR", help="the Run directory (default: %(default)s)"
+        "--out", metavar="DIR", help="the Run directory (default: the first free of demo-run, demo-run-2, ...)"
     )
     made["demo"].add_argument("--steps", type=int, metavar="N", help="fewer updates than one pass over the data")
     made["chat"].add_argument("run", metavar="RUN", help="the directory of a finished run")

@@ -196,8 +196,8 @@ def _check_header(header: list[str], name: str) -> None:
 
 def _read_parquet(path: Path, name: str) -> list[Row]:
     try:
-        import pyarrow  # type: ignore[import-untyped]
-        import pyarrow.parquet  # type: ignore[import-untyped]
+        import pyarrow
+        import pyarrow.parquet
     except ImportError as error:
         raise InputError("Parquet needs the `pyarrow` package", where=name, mend="pip install pyarrow") from error
     try:
@@ -212,7 +212,7 @@ def _read_hub(spec: str, subset: str | None, split: str) -> list[Row]:
     """A hub dataset from the local cache or the network; whatever fails there is one sentence."""
     mend = "check the name, `subset` and `split`, and the network; or name a local file"
     try:
-        import datasets  # type: ignore[import-untyped]
+        import datasets
 
         dataset = datasets.load_dataset(spec, name=subset, split=split)
     except ImportError as error:

@@ -8,6 +8,7 @@ which SDPA lacks, take the plain product per slice.
 
 from inspect import signature
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -169,7 +170,7 @@ def _cuda_varlen(
 
     bounds_B = bounds(lengths, q.device) if bounds_B is None else bounds_B
     # torch 2.11 takes fewer key heads as they are and does not know the keyword; 2.12 wants to be told.
-    grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
     q_NQD, k_NGD, v_NGD = (t.transpose(0, 1).contiguous() for t in (q, k, v))
     left, longest = -1 if window is None else window - 1, max(lengths)
     out = varlen_attn(

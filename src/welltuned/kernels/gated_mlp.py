@@ -67,6 +67,7 @@ class _GatedMLP(torch.autograd.Function):
         mlp, rows = ctx.mlp, ctx.rows
         act_e = FORWARD[mlp.activation](e)
         dh, dad, dbd = project_backward(g_NI.contiguous(), act_e * u, sd, mlp.down, ad, bd, rows, None, True)
+        assert dh is not None
         du = act_e.mul_(dh)
         de = _BACKWARD[mlp.activation](dh.mul_(u), e)
         needs_dx = ctx.needs_input_grad[0]

@@ -5,6 +5,7 @@ of logits stays in cache: two matrix products for a frozen head, three for a tra
 over the tiles with a running maximum (Milakov & Gimelshein 2018, arXiv 1805.02867), in fp32 or wider.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -51,64 +52,91 @@ def _tile(h: Tensor, head: Head, columns: slice, wide: torch.dtype) -> Tensor:
     return z if head.scale == 1.0 else z.mul_(head.scale)
 
 
-def _block(h: Tensor, head: Head, target: Tensor, weight: Tensor, grads: bool, dw: Tensor | None, db: Tensor | None):  # type: ignore[no-untyped-def]
-    """(nll_M, dh_MH or None) of one block of rows; adds to dw and db where the head is trained."""
-    wide = torch.promote_types(h.dtype, torch.float32)
-    vocabulary, m, width = head.w_VH.shape[0], h.shape[0], _tile_of(h)[1]
-    top = torch.full((m, 1), -torch.inf, dtype=wide, device=h.device)
-    total = torch.zeros_like(top)
-    at_target = torch.zeros_like(top)
-    capped = head.softcap is not None
-    online = grads and not capped and dw is None and db is None
-    dh = torch.zeros(m, h.shape[1], dtype=wide, device=h.device) if grads else None
-    rows = torch.arange(m, device=h.device)
+def _tiles(h: Tensor, head: Head, wide: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Tiles of the vocabulary, each with its scaled logits."""
+    vocabulary, width = head.w_VH.shape[0], _tile_of(h)[1]
     for start in range(0, vocabulary, width):
         columns = slice(start, min(start + width, vocabulary))
-        z = _tile(h, head, columns, wide)
-        if capped:
+        yield columns, _tile(h, head, columns, wide)
+
+
+def _log_sum(
+    h: Tensor, head: Head, target: Tensor, dh: Tensor | None, wide: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-sum-exp, sum of exp(z - max), logit of the target), each [m, 1], in one pass over the tiles.
+
+    Where `dh` is given, sum_v exp(z_v - max) W_v is left in it: divided by the sum it is the expected embedding.
+    """
+    top = torch.full((h.shape[0], 1), -torch.inf, dtype=wide, device=h.device)
+    total, at_target = torch.zeros_like(top), torch.zeros_like(top)
+    for columns, z in _tiles(h, head, wide):
+        if head.softcap is not None:
             z = z.div_(head.softcap).tanh_().mul_(head.softcap)
         inside = (target >= columns.start) & (target < columns.stop)
-        column = (target - start).clamp(0, z.shape[1] - 1)[:, None]
+        column = (target - columns.start).clamp(0, z.shape[1] - 1)[:, None]
         at_target += torch.where(inside[:, None], z.gather(1, column), 0.0)
         new_top = torch.maximum(top, z.amax(1, keepdim=True))
         fade = (top - new_top).exp_()
         p = z.sub_(new_top).exp_()
         total.mul_(fade).add_(p.sum(1, keepdim=True))
         top = new_top
-        if online:
-            assert dh is not None
-            dh.mul_(fade).addmm_(p.to(h.dtype), head.w_VH[columns]) if h.dtype == wide else dh.mul_(fade).add_(
-                p.to(h.dtype) @ head.w_VH[columns]
-            )
-    lse = total.log().add_(top)
-    nll = (lse - at_target)[:, 0]
-    if not grads:
-        return nll, None
-    assert dh is not None
-    if online:
-        dh.div_(total).sub_(head.w_VH[target]).mul_(weight[:, None] * head.scale)
-        return nll, dh
-    for start in range(0, vocabulary, width):  # soft-capped or trained head: logits again, now that the sum is known
-        columns = slice(start, min(start + width, vocabulary))
-        z = _tile(h, head, columns, wide)
+        if dh is not None and h.dtype == wide:
+            dh.mul_(fade).addmm_(p, head.w_VH[columns])
+        elif dh is not None:
+            dh.mul_(fade).add_(p.to(h.dtype) @ head.w_VH[columns])
+    return total.log().add_(top), total, at_target
+
+
+def _gradients(
+    h: Tensor, head: Head, target: Tensor, weight: Tensor, lse: Tensor, dh: Tensor, trained: "_HeadGradient"
+) -> None:
+    """Add the gradients of one block of rows by a second pass: for soft-capped or trained heads."""
+    rows = torch.arange(h.shape[0], device=h.device)
+    for columns, z in _tiles(h, head, lse.dtype):
         slope = None
-        if capped:
+        if head.softcap is not None:
             t = z.div_(head.softcap).tanh_()
-            slope = 1.0 - t * t
-            z = t * head.softcap
+            slope, z = 1.0 - t * t, t * head.softcap
         p = z.sub_(lse).exp_()
         inside = (target >= columns.start) & (target < columns.stop)
-        p[rows[inside], (target - start)[inside]] -= 1.0
+        p[rows[inside], (target - columns.start)[inside]] -= 1.0
         p.mul_(weight[:, None] * head.scale)
         if slope is not None:
             p.mul_(slope)
         q = p.to(h.dtype)
         dh.add_(q @ head.w_VH[columns])
-        if dw is not None:
-            dw[columns].addmm_(q.t(), h)
-        if db is not None:
-            db[columns].add_(p.sum(0))
-    return nll, dh
+        if trained.w_VH is not None:
+            trained.w_VH[columns].addmm_(q.t(), h)
+        if trained.bias_V is not None:
+            # The bias is added before the scale, which p holds already.
+            trained.bias_V[columns].add_(p.sum(0))
+
+
+@dataclass(frozen=True, slots=True)
+class _HeadGradient:
+    """Where a trained head's gradients are summed; None for a frozen part."""
+
+    w_VH: Tensor | None
+    bias_V: Tensor | None
+
+    @property
+    def wanted(self) -> bool:
+        return self.w_VH is not None or self.bias_V is not None
+
+
+def _block(
+    h: Tensor, head: Head, target: Tensor, weight: Tensor, grads: bool, trained: _HeadGradient
+) -> tuple[Tensor, Tensor | None]:
+    """(nll_M, dh_MH or None) of one block of rows; a trained head's gradients are added to `trained`."""
+    wide = torch.promote_types(h.dtype, torch.float32)
+    one_pass = grads and head.softcap is None and not trained.wanted
+    dh = torch.zeros(h.shape, dtype=wide, device=h.device) if grads else None
+    lse, total, at_target = _log_sum(h, head, target, dh if one_pass else None, wide)
+    if dh is not None and one_pass:
+        dh.div_(total).sub_(head.w_VH[target]).mul_(weight[:, None] * head.scale)
+    elif dh is not None:
+        _gradients(h, head, target, weight, lse, dh, trained)
+    return (lse - at_target)[:, 0], dh
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -121,10 +149,11 @@ class _TokenLoss(torch.autograd.Function):
         dh_MH = torch.empty_like(h_MH) if grads else None
         weight_M = weight_M.to(nll_M.dtype)
         rows = _tile_of(h_MH)[0]
+        trained = _HeadGradient(dw, db)
         for start in range(0, h_MH.shape[0], rows):
             block = slice(start, start + rows)
-            nll_M[block], dh = _block(h_MH[block], head, target_M[block], weight_M[block], grads, dw, db)
-            if dh is not None:
+            nll_M[block], dh = _block(h_MH[block], head, target_M[block], weight_M[block], grads, trained)
+            if dh_MH is not None and dh is not None:
                 dh_MH[block] = dh
         ctx.save_for_backward(dh_MH, dw, db)
         ctx.mark_non_differentiable(nll_M)

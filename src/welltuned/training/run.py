@@ -24,7 +24,7 @@ from welltuned.models.full import FullParameters
 from welltuned.models.fuse import Fused, checkpoint_layers, find_head, fuse
 from welltuned.models.load import load_model
 from welltuned.models.lora import AdapterBank, Bias, Init, LoraSettings, attach
-from welltuned.models.packed import packed_model
+from welltuned.models.packed import packed_model, packs
 from welltuned.recipe import Tune, recipe_to_yaml
 from welltuned.training.events import Evaluated, Event, Note, Observer, Updated, silent
 from welltuned.training.optimizer import AdamWSettings, FlatAdamW, Schedule, Scheduler, clip_
@@ -78,6 +78,8 @@ def make_ready(plan: Plan) -> Ready:
     notes = fused.sentences()
     if head is None:
         notes.append("the output head does something this engine does not know: the model's own logits are used")
+    if not packs(model):
+        notes.append("this model's own code carries state along a row, so examples run one at a time, not packed")
     if plan.value("gradient_checkpointing"):
         checkpoint_layers(model, fused)
     budget = plan.value("token_budget") if plan.value("packing") else 1  # 1: every example by itself
