@@ -381,9 +381,25 @@ def test_a_loss_that_is_not_finite_is_exit_code_1(welltuned, tiny_model_dir, dat
 
 
 def test_chat_with_what_is_no_run(welltuned, tmp_path):
-    for path in (tmp_path / "nope", tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "nope", tmp_path, tmp_path / "file"):
         said = welltuned("chat", path, "--prompt", "hello")
         assert said.code == 2 and said.complaints == said.err.splitlines() and "run.json" in said.err
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": "x"}'])
+def test_chat_with_a_damaged_run(welltuned, tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    said = welltuned("chat", tmp_path, "--prompt", "hello")
+    assert said.code == 2 and said.complaints == said.err.splitlines() and "run.json" in said.err
+
+
+def test_chat_with_a_run_that_lost_something(welltuned, tiny_model_dir, tmp_path):
+    """Its base model, and its adapter."""
+    for model, missing in (("/no/such/model", "/no/such/model"), (str(tiny_model_dir), "adapter_config.json")):
+        (tmp_path / "run.json").write_text(json.dumps({"model": model, "tune": "lora", "chat_template": None}))
+        said = welltuned("chat", tmp_path, "--prompt", "hello")
+        assert said.code == 2 and len(said.complaints) == 1 and missing in said.complaints[0]
 
 
 def test_debug_shows_a_traceback(tmp_path):

@@ -261,6 +261,75 @@ def test_other_ways_that_weights_lie_on_disk(run, tiny_model_dir, tmp_path, how)
         assert len(done.summary["trained_tensors"]) == {"lora": 28, "full": 21 if how == "untied" else 20}[tune]
 
 
+# ── models that also see ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def seeing_model_dir(tiny_tokenizer, tmp_path_factory):
+    """A tiny Gemma 3 with its vision tower, whose names (q_proj, ...) are also those of the language model."""
+    import torch
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    text = dict(
+        vocab_size=len(tiny_tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, layer_types=["sliding_attention", "full_attention"],
+        sliding_window=16, max_position_embeddings=256, initializer_range=0.2, pad_token_id=0,
+    )  # fmt: skip
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+                  patch_size=14)  # fmt: skip
+    torch.manual_seed(0)
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=300,
+                          boi_token_index=301, eoi_token_index=302)  # fmt: skip
+    folder = tmp_path_factory.mktemp("gemma3")
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_a_vision_tower_stays_as_it_is(run, seeing_model_dir, tune):
+    """Text never reaches it: adapters there could not move, and the run would fail its verification at the end."""
+    import torch
+    from safetensors.torch import load_file
+
+    done = run(model=seeing_model_dir, tune=tune, learning_rate=RATES[tune], max_steps=15)
+    assert done.result.after.loss < 0.9 * done.result.before.loss
+    assert not any("vision" in t["name"] or "projector" in t["name"] for t in done.summary["trained_tensors"])
+    assert "text never reaches model.vision_tower, which stays as it is" in done.summary["notes"]
+    if tune == "lora":
+        assert len(done.summary["trained_tensors"]) == 28
+        return
+    before = load_file(f"{seeing_model_dir}/model.safetensors")
+    after = load_file(done.path / "model" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) == ("language_model" not in name) for name in before)
+
+
+def test_an_adapter_beside_a_vision_tower_loads_in_peft(run, seeing_model_dir):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from welltuned.api import load
+
+    peft = pytest.importorskip("peft")
+    done = run(model=seeing_model_dir, target_modules=["q_proj", "v_proj"], max_steps=3)
+    base = AutoModelForCausalLM.from_pretrained(seeing_model_dir, dtype=torch.float32).eval()
+    theirs = peft.PeftModel.from_pretrained(base, done.path / "adapter").eval()
+    ids = torch.arange(5, 29)[None]
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits
+        ours = load(done.path, device="cpu").model(input_ids=ids).logits
+    assert float((ours - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+def test_targets_that_text_never_reaches(into, seeing_model_dir, tmp_path):
+    with pytest.raises(InputError, match=r"all of the targets lie in model\.vision_tower"):
+        into(
+            tmp_path / "out", model=seeing_model_dir, target_modules=["vision_tower.encoder.layers.0.self_attn.q_proj"]
+        )
+    assert not (tmp_path / "out").exists()
+
+
 # ── a run that did not learn fails loudly ────────────────────────────────────────────────────────────────────────────
 
 

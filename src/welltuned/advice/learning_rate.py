@@ -11,8 +11,9 @@ and from there to this run:
     · (780 / updates)^p   below 780 updates: a short run wants a higher rate (E032, M001 to M011)
 
 p is the exponent with which the law comes nearest to two optima that were measured for a 135M model, in 40 and in 85
-updates (about 0.69). It was measured at that size only. Towards larger models it shrinks, linearly in ln(parameters), to an assumed 0.4 at 8B:
-an interpolation, said to the user, and paid for with a wider range. alpha · lr stays below where runs have diverged.
+updates (about 0.69). It was measured at that size only. Towards larger models it shrinks, linearly in ln(parameters),
+to an assumed 0.4 at 8B: an interpolation, said to the user, and paid for with a wider range. alpha · lr stays below
+where runs have diverged.
 
 Full fine-tuning has no open sweep: the rate is the geometric mean of a tenth of LoRA's at alpha 32 and what released
 recipes of that size use, with LoRA's terms for batch and updates. Preference and reinforcement learning have no law at

@@ -1,6 +1,8 @@
 """How things look in a terminal: the plan, the progress of a run, its result. Everything goes to stderr."""
 
 import logging
+import os
+import sys
 import time
 from dataclasses import dataclass, field
 
@@ -15,11 +17,13 @@ from welltuned.advice.plan import Plan, plan_lines
 from welltuned.choice import SetBy
 from welltuned.training.events import Evaluated, Event, Note, Updated
 
-console = Console(stderr=True, highlight=False)
+# In a file or a pipe rich would fold everything to 80 columns.
+console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
 
 
 def quiet_libraries() -> None:
     """Keep the libraries' own progress bars and notices out of this command's output."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; the GGUF reader has no other switch
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -1,22 +1,29 @@
-"""Full fine-tuning: every parameter of the model, moved into one flat buffer with the interface of an adapter bank."""
+"""Full fine-tuning: the parameters of the model, moved into one flat buffer with the interface of an adapter bank."""
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from welltuned.models.lora import Slot
+from welltuned.models.parts import within
 
 
 class FullParameters:
     """All parameters of one model as views of flat_KP [1, P], fp32; matrices first, so that they alone decay.
 
+    Args:
+        frozen: names of parts that stay as they are.
+
     Attributes:
         decayed: how many columns of the flat buffer weight decay applies to (matrices, not gains or biases).
     """
 
-    def __init__(self, model: PreTrainedModel):
-        self.model = model.float().requires_grad_(True)
-        named = sorted(model.named_parameters(), key=lambda item: item[1].dim() < 2)  # tied weights come once
+    def __init__(self, model: PreTrainedModel, frozen: tuple[str, ...] = ()):
+        self.model = model.float()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not within(name, frozen))
+        trained = [item for item in model.named_parameters() if item[1].requires_grad]  # tied weights come once
+        named = sorted(trained, key=lambda item: item[1].dim() < 2)
         self.slots: list[Slot] = []
         start = 0
         for name, parameter in named:

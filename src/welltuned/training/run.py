@@ -5,7 +5,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from welltuned.models.adapter_file import save_adapter
 from welltuned.models.full import FullParameters
 from welltuned.models.fuse import Fused, checkpoint_layers, find_head, fuse
 from welltuned.models.load import load_model
-from welltuned.models.lora import AdapterBank, Bias, Init, LoraSettings, attach
+from welltuned.models.lora import AdapterBank, Bias, Init, LoraSettings, attach, find_targets
 from welltuned.models.packed import packed_model, packs
+from welltuned.models.parts import idle_parts, within
 from welltuned.recipe import Tune, recipe_to_yaml
 from welltuned.training.events import Evaluated, Event, Note, Observer, Updated, silent
 from welltuned.training.optimizer import AdamWSettings, FlatAdamW, Schedule, Scheduler, clip_
@@ -72,10 +73,13 @@ def make_ready(plan: Plan) -> Ready:
     device = "cuda" if plan.facts.machine.device is Device.CUDA else "cpu"
     dtype = torch.float32 if recipe.tune is Tune.FULL else DTYPES[plan.value("dtype")]
     model = load_model(recipe.model, dtype=dtype, device=device, nf4=recipe.tune is Tune.QLORA)
-    trained: Trained = FullParameters(model) if recipe.tune is Tune.FULL else attach(model, lora_settings(plan))
+    idle = idle_parts(model)
+    trained: Trained = (
+        FullParameters(model, frozen=idle) if recipe.tune is Tune.FULL else attach(model, _reached(model, plan, idle))
+    )
     fused = fuse(model, trained if isinstance(trained, AdapterBank) else None)
     head = find_head(model)
-    notes = fused.sentences()
+    notes = [*fused.sentences(), *(f"text never reaches {name}, which stays as it is" for name in idle)]
     if head is None:
         notes.append("the output head does something this engine does not know: the model's own logits are used")
     if not packs(model):
@@ -84,6 +88,18 @@ def make_ready(plan: Plan) -> Ready:
         checkpoint_layers(model, fused)
     budget = plan.value("token_budget") if plan.value("packing") else 1  # 1: every example by itself
     return Ready(Engine(model, trained, head, budget), fused, tuple(notes))
+
+
+def _reached(model: PreTrainedModel, plan: Plan, idle: tuple[str, ...]) -> LoraSettings:
+    """The LoRA settings without the targets in parts that text never reaches: they could not learn."""
+    settings = lora_settings(plan)
+    if not idle:
+        return settings
+    targets = tuple(name for name in find_targets(model, settings.target_modules) if not within(name, idle))
+    if not targets:
+        what = f"all of the targets lie in {', '.join(idle)}, which text never reaches"
+        raise InputError(what, where="target_modules", mend="name layers of the language model")
+    return replace(settings, target_modules=targets)
 
 
 def lora_settings(plan: Plan) -> LoraSettings:
@@ -235,7 +251,7 @@ def _verify_and_save(
         save_adapter(trained, directory.path / ADAPTER, base=str(engine.model.config.name_or_path))
     else:
         with reloaded(plan) as start:
-            changed = [name for name, tensor in start.items() if sha256(tensor) != start_hashes[name]]
+            changed = [name for name, digest in start_hashes.items() if sha256(start[name]) != digest]
             if changed:
                 raise RunError(f"the base model on disk changed while it was trained ({changed[0]})")
             checks = check_tensors(trained.tensors(), start)

@@ -103,8 +103,10 @@ def read_run(path: Path) -> dict[str, Any]:
     """run.json of a finished run."""
     try:
         run: dict[str, Any] = json.loads((path / RUN).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except OSError as error:
         raise InputError(f"there is no {RUN}", where=str(path), mend="give the directory of a finished run") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise InputError(f"{RUN} is damaged ({error})", where=str(path)) from error
+    if not isinstance(run, dict) or not run.keys() >= {"model", "tune", "chat_template"}:
+        raise InputError(f"{RUN} is not what a run of welltuned writes", where=str(path))
     return run
