@@ -16,7 +16,7 @@ to an assumed 0.4 at 8B: an interpolation, said to the user, and paid for with a
 where runs have diverged.
 
 Full fine-tuning has no open sweep: the rate is the geometric mean of a tenth of LoRA's at alpha 32 and what released
-recipes of that size use, with LoRA's terms for batch and updates. Preference and reinforcement learning have no law at
+recipes of that size use, with LoRA's term for batches and the root of its term for updates (D011). Preference and reinforcement learning have no law at
 all: their bands are those of recipes (R) and vendors (V), in alpha · lr.
 """
 
@@ -149,7 +149,8 @@ def full_rate(setting: RateSetting) -> Rate:
     at_law = replace(setting, r=int(number("rate_rank")), alpha=number("rate_alpha"), use_rslora=False)
     tenth = base_rate(setting.family, setting.parameters, at_law.r) / number("rate_full_ratio")
     base = math.sqrt(tenth * _between(rule("rate_full_recipes").value, setting.parameters))
-    to_batch, to_updates = batch_factor(setting.batch), updates_factor(setting.parameters, setting.updates)
+    to_batch = batch_factor(setting.batch)
+    to_updates = updates_factor(setting.parameters, setting.updates) ** number("rate_full_updates_share")
     return Rate(
         value=base * to_batch * to_updates,
         base=base,
@@ -157,7 +158,9 @@ def full_rate(setting: RateSetting) -> Rate:
         updates_factor=to_updates,
         doubt=number("rate_full_range") * _doubt(setting) / _family_doubt(setting.family),
         extrapolated=to_updates > 1,
-        evidence=_merged(cited("rate_full_recipes", "rate_full_ratio"), _law_evidence(at_law)),
+        evidence=_merged(
+            cited("rate_full_recipes", "rate_full_ratio", "rate_full_updates_share"), _law_evidence(at_law)
+        ),
     )
 
 
