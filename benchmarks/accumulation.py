@@ -12,6 +12,7 @@ import random
 from collections.abc import Sequence
 from importlib.resources import files
 
+import numpy as np
 import torch
 from common import describe_machine, write_result
 
@@ -68,8 +69,8 @@ def ragged_rows(count: int) -> list[Example]:
 
 def shortened(example: Example, labels: int) -> Example:
     """The same example with only its last `labels` labels trained."""
-    mask = example.mask.copy()
-    mask[: max(0, len(mask) - labels)] = False
+    mask = np.zeros_like(example.mask)
+    mask[np.flatnonzero(example.mask)[-labels:]] = True
     return Example(example.ids, mask, example.origin)
 
 

@@ -16,8 +16,8 @@ to an assumed 0.4 at 8B: an interpolation, said to the user, and paid for with a
 where runs have diverged.
 
 Full fine-tuning has no open sweep: the rate is the geometric mean of a tenth of LoRA's at alpha 32 and what released
-recipes of that size use, with LoRA's term for batches and the root of its term for updates (D011). Preference and reinforcement learning have no law at
-all: their bands are those of recipes (R) and vendors (V), in alpha · lr.
+recipes of that size use, with LoRA's term for batches and the root of its term for updates (D011). Preference and
+reinforcement learning have no law at all: their bands are those of recipes (R) and vendors (V), in alpha · lr.
 """
 
 import math
