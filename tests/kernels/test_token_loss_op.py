@@ -12,8 +12,7 @@ H = 6
 @pytest.fixture(params=[(256, 8192), (3, 7), (4, 5), (1, 1)], ids=lambda p: f"{p[0]}x{p[1]}")
 def tiles(request, monkeypatch):
     """Sizes of a block of rows and of a tile of vocabulary: one of everything, ragged, even, single."""
-    monkeypatch.setattr(module, "ROWS", request.param[0])
-    monkeypatch.setattr(module, "COLUMNS", request.param[1])
+    monkeypatch.setattr(module, "ON_CPU", request.param)
 
 
 def normal(*shape, grad=True, dtype=torch.float64):
@@ -115,8 +114,7 @@ def test_bfloat16_is_near_float32(tiles, kind):
 
 @pytest.mark.parametrize("kind", [{}, {"bias": True, "train_head": True, "train_bias": True, "softcap": 2.0}], ids=str)
 def test_gradcheck(monkeypatch, kind):
-    monkeypatch.setattr(module, "ROWS", 3)
-    monkeypatch.setattr(module, "COLUMNS", 4)
+    monkeypatch.setattr(module, "ON_CPU", (3, 4))
     h, head, target, weight = problem(m=4, vocabulary=9, **kind)
     leaves = [t for t in (h, head.w_VH, head.bias_V) if t is not None and t.requires_grad]
 

@@ -66,7 +66,7 @@ class _BlockedAttention(torch.autograd.Function):
     def forward(ctx, q_QND, k_GND, v_GND, lengths, scale):  # type: ignore[no-untyped-def]
         heads, n_all, d = q_QND.shape
         groups, _, d_value = v_GND.shape  # which is not d in DeepSeek's latent attention
-        q = q_QND.reshape(groups, heads // groups, n_all, d)
+        q = (q_QND * scale).reshape(groups, heads // groups, n_all, d)  # a smaller pass than over the logits
         out_NQD = q_QND.new_empty(n_all, heads, d_value)
         out = out_NQD.view(n_all, groups, heads // groups, d_value).permute(1, 2, 0, 3)
         upper = torch.full((BLOCK, BLOCK), -torch.inf, dtype=q.dtype).triu(1)
@@ -75,25 +75,23 @@ class _BlockedAttention(torch.autograd.Function):
             k, v = k_GND[:, start : start + n], v_GND[:, start : start + n]
             for i, j in _blocks(n):
                 rows = slice(start + i, start + j)
-                z = torch.bmm(q[:, :, rows].reshape(groups, -1, d), k[:, :j].transpose(1, 2)).mul_(scale)
+                z = torch.bmm(q[:, :, rows].reshape(groups, -1, d), k[:, :j].transpose(1, 2))
                 z.view(groups, -1, j - i, j)[..., i:] += upper[: j - i, : j - i]
                 p = torch.softmax(z, -1)
                 kept.append(p)
                 out[:, :, rows] = torch.bmm(p, v[:, :j]).view(groups, -1, j - i, d_value)
             start += n
-        ctx.save_for_backward(q_QND, k_GND, v_GND, *kept)
+        ctx.save_for_backward(q, k_GND, v_GND, *kept)
         ctx.lengths, ctx.scale = lengths, scale
         return out_NQD
 
     @staticmethod
     def backward(ctx, g_NQD):  # type: ignore[no-untyped-def]
-        q_QND, k_GND, v_GND, *kept = ctx.saved_tensors
-        heads, n_all, d = q_QND.shape
-        groups, _, d_value = v_GND.shape
-        q = q_QND.reshape(groups, heads // groups, n_all, d)
-        g = g_NQD.view(n_all, groups, heads // groups, d_value).permute(1, 2, 0, 3)
-        dq_QND = q_QND.new_empty(heads, n_all, d)
-        dq = dq_QND.view(q.shape)
+        q, k_GND, v_GND, *kept = ctx.saved_tensors
+        groups, repeat, n_all, d = q.shape
+        d_value = v_GND.shape[-1]
+        g = g_NQD.view(n_all, groups, repeat, d_value).permute(1, 2, 0, 3)
+        dq = torch.empty_like(q)
         dk_GND, dv_GND = (torch.zeros(t.shape, dtype=t.dtype) for t in (k_GND, v_GND))
         blocks, start = iter(kept), 0
         for n in ctx.lengths:
@@ -103,11 +101,11 @@ class _BlockedAttention(torch.autograd.Function):
                 g_block = g[:, :, rows].reshape(groups, -1, d_value)
                 dv[:, :j].baddbmm_(p.transpose(1, 2), g_block)
                 dp = torch.bmm(g_block, v[:, :j].transpose(1, 2))
-                dz = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(ctx.scale)
+                dz = torch._softmax_backward_data(dp, p, -1, p.dtype)
                 dq[:, :, rows] = torch.bmm(dz, k[:, :j]).view(groups, -1, j - i, d)
                 dk[:, :j].baddbmm_(dz.transpose(1, 2), q[:, :, rows].reshape(groups, -1, d))
             start += n
-        return dq_QND, dk_GND, dv_GND, None, None
+        return dq.mul_(ctx.scale).view(-1, n_all, d), dk_GND, dv_GND, None, None
 
 
 def _slice_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
