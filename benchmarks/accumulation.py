@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from common import describe_machine, write_result
 
-from welltuned.data.conversation import to_conversations
+from welltuned.data.formats import to_conversations
 from welltuned.data.render import Example, render_all
 from welltuned.data.source import read_rows
 from welltuned.facts.machine import Device

@@ -130,7 +130,7 @@ def summary(runs: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace
 
 
 def token_mean_length(arguments: argparse.Namespace) -> float:
-    from welltuned.data.conversation import to_conversations
+    from welltuned.data.formats import to_conversations
     from welltuned.data.render import render_all
     from welltuned.models.load import load_tokenizer
 

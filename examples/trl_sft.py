@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 from welltuned import LoraSettings, attach
 from welltuned.adapters.verify import check_tensors, require_learned
-from welltuned.data.conversation import to_conversations
+from welltuned.data.formats import to_conversations
 from welltuned.data.render import render_all, trained_texts
 from welltuned.data.source import read_rows
 from welltuned.models.adapter_file import save_adapter

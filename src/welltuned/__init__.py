@@ -7,9 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["LoraSettings", "__version__", "attach", "load", "plan", "train"]
+__all__ = ["LoraSettings", "__version__", "attach", "inspect", "load", "plan", "train"]
 
 _HOMES = {
+    "inspect": "welltuned.api",
     "plan": "welltuned.api",
     "train": "welltuned.api",
     "load": "welltuned.api",
@@ -18,7 +19,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
-    from welltuned.api import load, plan, train
+    from welltuned.api import inspect, load, plan, train
     from welltuned.models.lora import LoraSettings, attach
 else:
 

@@ -16,14 +16,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from welltuned.advice.plan import Plan
 from welltuned.data.conversation import Conversation, Message
-from welltuned.data.templates import Prompt, render_texts
+from welltuned.data.render import render_prompt
 from welltuned.errors import InputError
 from welltuned.models.adapter_file import load_adapter
 from welltuned.models.generate import Decoding, replies
 from welltuned.models.load import load_model, load_tokenizer
 from welltuned.models.lora import AdapterBank
-from welltuned.recipe import FIELDS, HYPERPARAMETERS, load_recipe
+from welltuned.recipe import KEYS, load_recipe
 from welltuned.training.events import Observer, silent
+from welltuned.training.inspection import SHOWN, Inspection
+from welltuned.training.inspection import inspect as inspect_recipe
 from welltuned.training.prepare import prepare
 from welltuned.training.run import RunResult
 from welltuned.training.run import train as train_prepared
@@ -43,6 +45,21 @@ def plan(recipe: str | None = None, **options: Any) -> Plan:
     return prepare(_recipe(recipe, options)).plan
 
 
+def inspect(recipe: str | None = None, *, show: int = SHOWN, rows: Sequence[str] = (), **options: Any) -> Inspection:
+    """What the data would teach, without training: counts, lengths, findings, and rows as runs of trained text or not.
+
+    Args:
+        recipe: path of a recipe file.
+        show: how many rows to choose.
+        rows: rows to show instead: origins such as `train.jsonl:7`, or the numbers in them.
+        options: as in `plan`. What training would refuse is in the result, whose `blocked` is then true.
+
+    Raises:
+        InputError: as in `plan`, for data that cannot be read at all.
+    """
+    return inspect_recipe(_recipe(recipe, options), show=show, rows=rows)
+
+
 def train(recipe: str | None = None, *, out: str | Path, observer: Observer = silent, **options: Any) -> RunResult:
     """Plan and train, and write the Run to `out`; options as in `plan`."""
     asked = _recipe(recipe, options)
@@ -51,11 +68,9 @@ def train(recipe: str | None = None, *, out: str | Path, observer: Observer = si
 
 
 def _recipe(path: str | None, options: dict[str, Any]) -> Any:
-    unknown = [key for key in options if key not in FIELDS and key not in HYPERPARAMETERS]
+    unknown = [key for key in options if key not in KEYS]
     if unknown:
-        raise InputError(
-            f"{unknown[0]!r} is no recipe key", mend=f"known keys: {', '.join([*FIELDS, *HYPERPARAMETERS])}"
-        )
+        raise InputError(f"{unknown[0]!r} is no recipe key", mend=f"known keys: {', '.join(KEYS)}")
     return load_recipe(path, options)
 
 
@@ -75,13 +90,7 @@ class Tuned:
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation up to where the assistant begins, as in training."""
-        if self.chat_template is None:
-            ids: list[int] = self.tokenizer("".join(m.content for m in messages))["input_ids"]
-            return ids
-        conversation = Conversation(tuple(messages), "prompt")
-        [text] = render_texts(self.tokenizer, self.chat_template, [Prompt(conversation, len(messages), True)])
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return render_prompt(Conversation(tuple(messages), "the prompt"), self.tokenizer, self.chat_template)
 
     def reply(self, text: str, *, system: str | None = None, decoding: Decoding | None = None) -> str:
         """The answer to one message; greedy unless `decoding` says otherwise."""

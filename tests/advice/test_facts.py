@@ -31,6 +31,7 @@ FAMILIES = {
     "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, mlp_only_layers=[1], head_dim=32),
     "qwen2_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
                       shared_expert_intermediate_size=48),
+    "gpt_oss": dict(num_local_experts=4, num_experts_per_tok=2, head_dim=32),
     "gpt2": dict(n_embd=64, n_layer=3, n_head=4, n_positions=32),
     "gpt_neox": dict(num_key_value_heads=None),
 }  # fmt: skip
@@ -212,3 +213,21 @@ def test_cgroup_version_1(tmp_path):
     )
     facts = read_machine_facts(root=root)
     assert (facts.memory_total, facts.memory_available) == (3_000_000_000, 2_000_000_000) and facts.cores >= 1
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "gpt_oss"])
+@pytest.mark.parametrize("targets", [("experts",), ("experts.down_proj",), ("all-linear", "experts"),
+                                     ("q_proj", "experts.gate_up_proj")], ids=str)  # fmt: skip
+def test_counted_adapters_on_experts_are_those_of_the_model(family, targets, tmp_path):
+    """By the slots that the engine lays out, with a rank of their own for experts."""
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from welltuned.models.lora import LoraSettings, attach
+
+    shape = FAMILIES.get(family, dict(num_experts=4, num_experts_per_tok=2))
+    config = transformers.AutoConfig.for_model(family, **{**SMALL, **shape})
+    config.save_pretrained(tmp_path)
+    facts = read_model_facts(str(tmp_path), weights_needed=False)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    bank = attach(model, LoraSettings(r=5, expert_r=2, target_modules=targets))
+    assert facts.lora_parameters(5, targets, expert_r=2) == bank.flat_KP.numel()

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from welltuned.data.conversation import Conversation, Format, Message, Policy, to_conversations
+from welltuned.data.conversation import Conversation, Format, Message, Policy
+from welltuned.data.formats import to_conversations
 from welltuned.data.render import LossOn, MaskFrom, Overlong, render, render_all, trained_runs, trained_texts
 from welltuned.data.source import Row, read_rows
 from welltuned.data.templates import CHATML, resolve_chat_template
@@ -104,7 +105,7 @@ def test_text_pairs_are_messages_where_there_is_a_template(smollm2_tokenizer):
     assert text.ids.tolist() == render(pair("q", "a", Format.MESSAGES), smollm2_tokenizer).ids.tolist()
 
 
-@pytest.mark.parametrize("format", [Format.MESSAGES, Format.QUESTION_ANSWER, Format.INSTRUCTION])
+@pytest.mark.parametrize("format", [Format.MESSAGES, Format.QUESTION_ANSWER, Format.ALPACA])
 def test_chats_need_a_template(format, plain_tokenizer):
     with pytest.raises(InputError, match="x.jsonl:1: the tokenizer has no chat template.*`chat_template: chatml`"):
         render(pair("q", "a", format), plain_tokenizer)

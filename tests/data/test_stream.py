@@ -1,16 +1,26 @@
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from welltuned.data.conversation import Conversation, Message
-from welltuned.data.stream import split_held_out, steps_per_epoch, steps_per_run, update_indices
+from welltuned.data.stream import (
+    _permutation,
+    hold_out,
+    position_of,
+    rank_share,
+    steps_per_epoch,
+    steps_per_run,
+    update_indices,
+)
 
 
-def rows(prompts):
-    return [
-        Conversation((Message("user", str(p)), Message("assistant", f"answer {i}")), f"x.jsonl:{i + 1}")
-        for i, p in enumerate(prompts)
-    ]
+def groups(prompts):
+    """A number for each row: the same for the same prompt, in no order."""
+    return np.array([hash(str(p)) & (2**64 - 1) for p in prompts], np.uint64)
+
+
+def held(split):
+    return np.flatnonzero(split.held_out).tolist()
 
 
 @given(st.integers(1, 60), st.integers(0, 2**32), st.integers(1, 70), st.integers(0, 4))
@@ -20,6 +30,9 @@ def test_each_epoch_is_a_permutation_cut_into_batches(count, seed, batch, epoch)
     assert sorted(i for u in updates for i in u) == list(range(count))
     assert all(len(u) == batch for u in updates[:-1])
     assert 1 <= len(updates[-1]) <= batch
+    assert [position_of(count, batch, epoch * steps + s) for s in range(steps)] == [
+        (epoch, s * batch) for s in range(steps)
+    ]
 
 
 def test_the_stream_is_golden():
@@ -44,45 +57,110 @@ def test_steps_per_run():
     assert steps_per_run(100, 10, 0.3) == 3
 
 
-@pytest.mark.parametrize(("count", "held"), [(2, 1), (10, 1), (100, 10), (999, 100), (1000, 50), (7473, 374)])
-def test_default_fractions(count, held):
-    split = split_held_out(rows(range(count)))
-    assert len(split.held_out) == held
-    assert sorted(split.train + split.held_out) == list(range(count))
-    assert str(held) in split.sentence
+@given(st.integers(0, 50), st.integers(1, 9))
+def test_ranks_share_an_update(rows, world):
+    update = update_indices(max(rows, 1), 3, 7, 0)
+    shares = [rank_share(update, rank, world) for rank in range(world)]
+    assert sorted(i for share in shares for i in share) == sorted(update)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    with pytest.raises(ValueError):
+        rank_share(update, world, world)
+
+
+# ── held-out rows ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("count", "expected"), [(2, 1), (10, 1), (100, 10), (999, 100), (1000, 50), (7473, 374)])
+def test_default_fractions(count, expected):
+    split = hold_out(groups(range(count)))
+    assert len(held(split)) == expected
+    assert str(expected) in split.sentence
 
 
 def test_default_is_capped_and_says_so_and_a_users_fraction_is_not():
-    many = rows(range(12_000))
-    assert len(split_held_out(many).held_out) == 512
-    assert "capped at 512" in split_held_out(many).sentence
-    assert len(split_held_out(many, 0.1).held_out) == 1200
+    many = groups(range(12_000))
+    assert len(held(hold_out(many))) == 512
+    assert "capped at 512" in hold_out(many).sentence
+    assert len(held(hold_out(many, 0.1))) == 1200
 
 
 def test_nothing_is_held_out_when_asked_or_impossible():
-    assert split_held_out(rows(range(5)), 0.0).held_out == ()
-    assert split_held_out(rows([1])).held_out == ()
-    assert "only one row" in split_held_out(rows([1])).sentence
+    assert held(hold_out(groups(range(5)), 0.0)) == []
+    assert held(hold_out(groups([1]))) == []
+    assert "only one row" in hold_out(groups([1])).sentence
+    assert "there are no rows" in hold_out(groups([])).sentence
     with pytest.raises(ValueError):
-        split_held_out(rows([1, 2]), 1.0)
+        hold_out(groups([1, 2]), 1.0)
 
 
 def test_same_seed_same_split():
-    data = rows(range(300))
-    assert split_held_out(data, seed=3) == split_held_out(data, seed=3)
-    assert split_held_out(data, seed=3) != split_held_out(data, seed=4)
+    data = groups(range(300))
+    assert held(hold_out(data, seed=3)) == held(hold_out(data, seed=3))
+    assert held(hold_out(data, seed=3)) != held(hold_out(data, seed=4))
 
 
 @given(st.lists(st.integers(0, 12), min_size=2, max_size=80), st.integers(0, 99))
 def test_no_prompt_on_both_sides_unless_said(prompts, seed):
-    split = split_held_out(rows(prompts), seed=seed)
-    assert split.held_out
-    assert split.train
-    shared = {prompts[i] for i in split.train} & {prompts[i] for i in split.held_out}
+    split = hold_out(groups(prompts), seed=seed)
+    assert 0 < split.held_out.sum() < len(prompts)
+    of = np.array(prompts)
+    shared = set(of[split.held_out].tolist()) & set(of[~split.held_out].tolist())
     assert not shared or "one prompt" in split.sentence
 
 
 def test_one_prompt_for_all_rows_falls_back_to_rows():
-    split = split_held_out(rows(["same"] * 50))
-    assert len(split.held_out) == 5
+    split = hold_out(groups(["same"] * 50))
+    assert len(held(split)) == 5
     assert "most rows share one prompt" in split.sentence
+    assert "most rows share the same `customer`" in hold_out(groups(["x"] * 50), shared="the same `customer`").sentence
+
+
+def reference(prompts, target, seed):
+    """The split as it was first written: whole groups, in order of first appearance, tried in random order."""
+    rows_of = {}
+    for index, prompt in enumerate(prompts):
+        rows_of.setdefault(prompt, []).append(index)
+    every = list(rows_of.values())
+    chosen = []
+    for index in _permutation(len(every), seed, 0).tolist():
+        if len(chosen) + len(every[index]) <= target:
+            chosen += every[index]
+    smallest = min(every, key=len)
+    if not chosen and 2 * len(smallest) <= len(prompts):
+        chosen = list(smallest)
+    return sorted(chosen) or sorted(_permutation(len(prompts), seed, 0)[:target].tolist())
+
+
+@given(st.lists(st.integers(0, 30), min_size=2, max_size=120), st.integers(0, 9), st.floats(0.02, 0.9))
+def test_the_same_rows_as_ever(prompts, seed, fraction):
+    target = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
+    assert held(hold_out(groups(prompts), fraction, seed)) == reference(prompts, target, seed)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 99), min_size=20, max_size=90), min_size=2, max_size=4),
+    st.integers(0, 9),
+)
+def test_each_dataset_gives_its_share(datasets, seed):
+    """Datasets whose groups are single rows: each is off its exact share by less than a row, or gives the one."""
+    names = [[(d, i) for i in range(len(rows))] for d, rows in enumerate(datasets)]
+    owner = np.repeat(np.arange(len(datasets)), [len(rows) for rows in datasets])
+    split = hold_out(groups([name for rows in names for name in rows]), 0.2, seed, owner=owner)
+    given = np.bincount(owner[split.held_out], minlength=len(datasets))
+    exact = np.array([0.2 * len(rows) for rows in datasets])
+    assert (abs(given - exact) < 1.5).all() and split.held_out.sum() == round(0.2 * len(owner))
+
+
+def test_small_datasets_are_held_out_of_too_and_single_rows_are_not():
+    owner = np.repeat(np.arange(3, dtype=np.uint16), [900, 5, 1])
+    split = hold_out(groups(range(906)), owner=owner)
+    assert np.bincount(owner[split.held_out], minlength=3).tolist() == [90, 1, 0]
+
+
+def test_a_prompt_in_two_datasets_stays_on_one_side():
+    prompts = [*range(100), *range(50, 150)]
+    owner = np.repeat([0, 1], 100)
+    split = hold_out(groups(prompts), seed=1, owner=owner)
+    of = np.array(prompts)
+    assert not set(of[split.held_out].tolist()) & set(of[~split.held_out].tolist())
+    assert "rows that share a prompt stay on one side" in split.sentence

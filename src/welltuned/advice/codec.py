@@ -26,7 +26,10 @@ def from_plain(kind: Any, value: Any) -> Any:
     if origin in (Union, types.UnionType):
         if value is None:
             return None
-        return from_plain(next(choice for choice in arguments if choice is not types.NoneType), value)
+        choices = [choice for choice in arguments if choice is not types.NoneType]
+        if isinstance(value, list):  # `str | tuple[str, ...]`
+            choices = [choice for choice in choices if get_origin(choice) is tuple]
+        return from_plain(choices[0], value)
     if is_dataclass(kind) and isinstance(kind, type):
         hints = get_type_hints(kind)
         unknown = set(value) - {field.name for field in fields(kind)}

@@ -10,6 +10,7 @@ from welltuned.advice.rules import cited, number, rule
 from welltuned.advice.settle import from_rule, shown
 from welltuned.choice import Choice
 from welltuned.errors import InputError
+from welltuned.facts.architecture import EXPERTS, is_meant
 from welltuned.facts.model import ModelFacts
 from welltuned.recipe import ALL_LINEAR
 
@@ -59,7 +60,7 @@ def choose_targets(model: ModelFacts) -> Choice:
     names = model.module_names
     why = f"all {len(names)} kinds of linear layer ({shown(names)}): attention alone learns less at equal size"
     if any(shape.expert for shape in model.lora_shapes):
-        why += "; the experts are one fused parameter each and stay as they are"
+        why += f"; the experts keep their weights, unless you write [{ALL_LINEAR}, {EXPERTS}]"
     return from_rule(rule("lora_targets"), why)
 
 
@@ -84,7 +85,7 @@ def target_names(value: str | tuple[str, ...], model: ModelFacts) -> tuple[str, 
     names = (value,) if isinstance(value, str) else value
     for name in names:
         leaf = name.rsplit(".", 1)[-1]
-        if leaf in model.module_names or leaf in _HEADS or not model.parameters_exact:
+        if leaf in _HEADS or not model.parameters_exact or any(is_meant(shape, name) for shape in model.lora_shapes):
             continue
         nearest = get_close_matches(leaf, model.module_names, n=1)
         mend = f"did you mean '{nearest[0]}'?" if nearest else f"it has {shown(model.module_names)}"

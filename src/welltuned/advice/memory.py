@@ -3,7 +3,8 @@
 Per token and layer, with hidden size h, query width q, key/value width k and (active) MLP width i, the backward pass
 keeps 4h (two residuals, two normalised inputs) + 3q (query before and after the rotation, attention's output) + 3k (key
 before and after, value) + 2i (gate and up) + r for every adapter, in the model's number format. Checkpointing keeps h,
-and recomputes one layer at a time. The attention matrix and the logits of the whole batch are never formed.
+and recomputes one layer at a time. The attention matrix and the logits of the whole batch are never formed. Where
+experts run on our code, a layer at work holds four rows of h for each of a token's experts.
 """
 
 from collections.abc import Iterator, Mapping
@@ -71,8 +72,11 @@ def _parts(model: ModelFacts, s: MemorySetting) -> Iterator[tuple[str, float]]:
     workspace = layer * (2 if s.checkpointing else 1)  # one layer's gradients, and with checkpointing its recomputation
     if s.tune is Tune.QLORA:
         workspace += max(shape.inputs * shape.outputs for shape in model.lora_shapes) * word
-    rows = min(number("memory_logit_rows"), s.micro_tokens)
-    logits = rows * model.vocabulary * number("bytes_float32") * number("memory_logit_buffers")
+    if _runs_experts(model, s):
+        rows = number("memory_routed_rows") * model.active_experts
+        workspace += rows * model.hidden_size * word * s.micro_tokens
+    logit_rows = min(number("memory_logit_rows"), s.micro_tokens)
+    logits = logit_rows * model.vocabulary * number("bytes_float32") * number("memory_logit_buffers")
     yield "activations", activations
     yield "workspace", workspace
     yield "logits", logits
@@ -83,8 +87,8 @@ def _parts(model: ModelFacts, s: MemorySetting) -> Iterator[tuple[str, float]]:
 def _weight_parts(model: ModelFacts, s: MemorySetting, word: float) -> Iterator[tuple[str, float]]:
     trained, master = trained_parameters(model, s), number("memory_master_bytes")
     quantised = 0
-    if s.tune is Tune.QLORA:  # linear modules only: embeddings, head, norms and fused experts stay as they are
-        quantised = sum(shape.parameters for shape in model.lora_shapes if not shape.expert)
+    if s.tune is Tune.QLORA:  # embeddings, head and norms stay as they are
+        quantised = sum(shape.parameters for shape in model.lora_shapes)
         yield "quantisation_state", quantised * number("memory_nf4_state_bytes")
     yield "weights", quantised * number("memory_nf4_bytes") + (model.parameters - quantised) * word
     if s.tune is Tune.FULL:
@@ -97,12 +101,15 @@ def _weight_parts(model: ModelFacts, s: MemorySetting, word: float) -> Iterator[
     yield "optimizer", trained * number("memory_adam_bytes")
 
 
+def _runs_experts(model: ModelFacts, s: MemorySetting) -> bool:
+    return s.tune is Tune.QLORA and model.experts > 0 or any(x.expert for x in model.adapted(s.targets or ()))
+
+
 def layer_elements(model: ModelFacts, s: MemorySetting) -> float:
     """Numbers that one layer keeps for the backward pass, for one token."""
     ranks = 0
     if s.tune is not Tune.FULL:
-        names = None if s.targets is None else {target.rsplit(".", 1)[-1] for target in s.targets}
-        ranks = sum(x.count for x in model.lora_shapes if not x.expert and (names is None or x.name in names))
+        ranks = sum(shape.active for shape in model.adapted(s.targets))
     return (
         number("memory_saved_hidden") * model.hidden_size
         + number("memory_saved_query") * model.attention_width

@@ -5,8 +5,8 @@ batch → memory → number of updates → learning rate → schedule. A user's 
 the sound range a warning says so.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -109,6 +109,15 @@ def plan_from_yaml(text: str, where: str = "plan.yaml") -> Plan:
         raise InputError(f"not a plan that can be read ({error})", where=where, mend=mend) from error
     assert isinstance(plan, Plan)
     return plan
+
+
+def with_problems(plan: Plan, problems: Sequence[tuple[float, str]]) -> Plan:
+    """The plan with what the audit of its data found, weighed (0 to 100), among its warnings."""
+    facts = plan.facts
+    warnings = all_warnings(
+        *(plan.recipe, facts.model, facts.dataset, facts.machine, plan.choices, plan.memory, plan.updates), problems
+    )
+    return replace(plan, warnings=warnings)
 
 
 def require_memory(plan: Plan) -> None:

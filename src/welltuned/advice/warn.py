@@ -1,7 +1,7 @@
 """What to beware of in a plan, the weightiest first. Advice warns; it does not overrule."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from welltuned.advice.learning_rate import family_of
@@ -25,10 +25,12 @@ def all_warnings(
     choices: Mapping[str, Choice],
     memory: MemoryForecast,
     updates: int,
+    problems: Sequence[tuple[float, str]] | None = None,
 ) -> tuple[str, ...]:
+    """Sentences, the weightiest first. `problems` are the audit's, weighed; without them the facts must do."""
     found = [
         *_of_memory(recipe, model, machine.device, choices, memory),
-        *_of_data(model, data, choices),
+        *(_of_data(model, data, choices) if problems is None else problems),
         *_of_user_values(choices, updates),
         *_of_run(recipe, model, data, machine, choices, updates),
     ]
@@ -77,8 +79,6 @@ def _of_data(model: ModelFacts, data: DatasetFacts, choices: Mapping[str, Choice
         context = f" (the model's context is {model.context_length:,})" if model.context_length == length else ""
         longest = f"the longest has {data.length_max:,} tokens"
         yield 80, f"max_length {length:,}{context} cuts about {cut:.0%} of the rows; {longest}"
-    if not data.heldout_rows:
-        yield 70, "no held-out rows: nothing will show overfitting"
     if data.heldout_overlap:
         rows = counted(data.heldout_overlap, "held-out row")
         yield 65, f"{rows} also found in the training data: the held-out loss will flatter the run"
@@ -113,6 +113,8 @@ def _of_run(
     choices: Mapping[str, Choice],
     updates: int,
 ) -> Iterator[_Weighed]:
+    if not data.heldout_rows:
+        yield 70, "no held-out rows: nothing will show overfitting"
     batch = choices["effective_batch_size"].value
     if batch > data.rows:
         yield 45, f"an update of {batch} takes every one of the {counted(data.rows, 'row')} more than once"
@@ -122,13 +124,6 @@ def _of_run(
         yield 90, f"the model's weights are stored quantised ({model.quantized}) and cannot be trained in full"
     if recipe.tune is Tune.QLORA and machine.device is Device.CPU:
         yield 22, "4-bit weights save memory on a CPU but cost time: every pass expands them again"
-    if recipe.tune is Tune.QLORA and any(shape.expert for shape in model.lora_shapes):
-        yield 33, "the experts are fused parameters, which 4-bit quantisation does not reach: they stay as they are"
-    if not {"gate_proj", "up_proj", "down_proj"} <= set(model.module_names):
-        yield (
-            12,
-            f"the MLPs of {model.family} have no gate_proj, up_proj and down_proj: they run on the model's own code",
-        )
     if not model.parameters_exact:
         yield 20, f"the architecture {model.family} is not known here: its size is estimated as Llama's would be"
     if recipe.method is Method.SFT and family_of(model.family) is None:

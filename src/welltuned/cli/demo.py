@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import as_file, files
 from itertools import chain, count
 from pathlib import Path
@@ -94,13 +95,12 @@ def _ask(ready: "Ready", prepared: "Prepared") -> list[str]:
 def _answers(model: object, prepared: "Prepared") -> list[str]:
     from transformers import PreTrainedModel
 
-    from welltuned.data.templates import Prompt, render_texts
+    from welltuned.data.render import Renderer
     from welltuned.models.generate import Decoding, replies
 
-    assert isinstance(model, PreTrainedModel) and prepared.chat_template is not None
-    prompts = [Prompt(c, len(c.messages) - 1, True) for c in prepared.held_out_conversations]
-    texts = render_texts(prepared.tokenizer, prepared.chat_template, prompts)
-    ids = prepared.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert isinstance(model, PreTrainedModel)
+    renderer = Renderer(prepared.tokenizer, chat_template=prepared.chat_template)
+    ids = [renderer.prompt(replace(c, messages=c.messages[:-1])) for c in prepared.held_out_conversations]
     return replies(model, prepared.tokenizer, ids, Decoding(max_new_tokens=LONGEST_REPLY, batch_size=28))
 
 

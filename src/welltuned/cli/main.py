@@ -8,11 +8,16 @@ from importlib import import_module
 from typing import NoReturn
 
 import welltuned
+from welltuned.cli.safe import visible
 from welltuned.errors import InputError, WelltunedError
 from welltuned.recipe import FIELDS, Method, Tune
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("welltuned.cli.demo", "Fine-tune a small real model on a small real task, and see what it learned."),
+    "data": (
+        "welltuned.cli.data",
+        "Show what data will teach a model: what is trained of each row, lengths, and everything that looks wrong.",
+    ),
     "plan": (
         "welltuned.cli.plan",
         "Choose every hyperparameter from the model, the data and the machine, and say why.",
@@ -39,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WelltunedError as error:
         if "--debug" in given:
             traceback.print_exc()
-        print("welltuned:", " ".join(str(error).split()), file=sys.stderr)
+        print("welltuned:", visible(" ".join(str(error).split())), file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         return 1
@@ -58,8 +63,15 @@ def build_parser() -> argparse.ArgumentParser:
     made = {name: commands.add_parser(name, help=text, description=text) for name, (_, text) in COMMANDS.items()}
     for command in made.values():
         command.add_argument("--debug", action="store_true", help="show a traceback where an error ends the command")
+    _data_options(made["data"])
     _recipe_options(made["plan"])
-    made["plan"].add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    printed = made["plan"].add_mutually_exclusive_group()
+    printed.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    printed.add_argument(
+        "--emit",
+        choices=["trl", "axolotl", "llamafactory", "unsloth"],
+        help="print a script or configuration on stdout that trains the same plan there",
+    )
     _recipe_options(made["train"])
     made["train"].add_argument("--out", required=True, metavar="DIR", help="the Run directory, new or empty")
     made["train"].add_argument("--json", action="store_true", help="print the run's summary as one JSON document")
@@ -75,10 +87,32 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", nargs="*", metavar="FILE", help=FIELDS["data"].doc + " Or a recipe (.yaml).")
+    parser.add_argument("--model", metavar="MODEL", help=FIELDS["model"].doc)
+    parser.add_argument("--eval-data", action="append", metavar="EVAL_DATA", help=FIELDS["eval_data"].doc)
+    parser.add_argument("--map", action="append", metavar="OURS=THEIRS", help=FIELDS["map"].doc)
+    parser.add_argument("--subset", metavar="NAME", help=FIELDS["subset"].doc)
+    parser.add_argument("--split", metavar="NAME", help=FIELDS["split"].doc)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets", help="set a recipe key")
+    parser.add_argument("--show", type=int, default=3, metavar="N", help="how many rows to show (default: 3)")
+    parser.add_argument(
+        "--row",
+        action="append",
+        default=[],
+        metavar="ROW",
+        help="show this row: its line, or an origin (train.jsonl:7)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+
+
 def _recipe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", metavar="RECIPE.yaml", help="a recipe file; options win over it")
     for name in ("model", "data", "eval_data", "memory"):
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar=name.upper(), help=FIELDS[name].doc)
+        action = "append" if FIELDS[name].many else "store"  # several datasets: the option several times
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, dest=name, action=action, metavar=name.upper(), help=FIELDS[name].doc)
+    parser.add_argument("--map", action="append", metavar="OURS=THEIRS", help=FIELDS["map"].doc)
     parser.add_argument("--method", choices=[str(m) for m in Method], help=FIELDS["method"].doc)
     parser.add_argument("--tune", choices=[str(t) for t in Tune], help=FIELDS["tune"].doc)
     parser.add_argument(

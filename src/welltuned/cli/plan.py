@@ -3,13 +3,15 @@
 import argparse
 import json
 
+from welltuned.advice.plan import Plan
 from welltuned.cli.terminal import console, print_plan, quiet_libraries
 from welltuned.recipe import Recipe, load_recipe
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
     """The recipe that a command's options describe."""
-    options = {name: vars(arguments)[name] for name in ("model", "data", "eval_data", "memory", "method", "tune")}
+    names = ("model", "data", "eval_data", "map", "memory", "method", "tune")
+    options = {name: vars(arguments)[name] for name in names}
     return load_recipe(arguments.recipe, options, arguments.sets)
 
 
@@ -19,10 +21,26 @@ def run(arguments: argparse.Namespace) -> int:
 
     quiet_libraries()
     prepared = prepare(recipe)
+    if arguments.emit is not None:
+        return _emit(prepared.plan, arguments.emit)
     if arguments.json:
         print(json.dumps(prepared.plan.to_json(), ensure_ascii=False))
         return 0
-    for note in prepared.notes:
+    for note in (note for note in prepared.notes if note not in prepared.plan.warnings):
         console.print(f"  {note}", style="dim", markup=False)
     print_plan(prepared.plan)
+    return 0
+
+
+def _emit(plan: Plan, target: str) -> int:
+    """The file on stdout; what it cannot say, and what the plan warns of, on stderr."""
+    from welltuned.interop.emit import Target, emit
+
+    emitted = emit(plan, Target(target))
+    print(emitted.text, end="")
+    for warning in plan.warnings:
+        console.print(f"! {warning}", style="yellow", markup=False)
+    console.print(f"Not, or otherwise, for {target}:", markup=False)
+    for sentence in emitted.missing:
+        console.print(f"- {sentence}", markup=False)
     return 0

@@ -53,6 +53,11 @@ def print_plan(plan: Plan, out: Console = console) -> None:
         f"{data.supervised_share:.0%} of them trained · lengths {data.length_min}–{data.length_max}, "
         f"median {data.length_median}"
     )
+    for part in data.mixture:
+        out.print(
+            f"         an epoch: {part.rows_of_epoch:,} of {part.rows:,} rows, {part.share:.0%} of the tokens, "
+            f"from {escape(part.name)}"
+        )
     name = machine.gpu_name or f"{machine.cores} CPU cores"
     out.print(f"[bold]Machine[/]  {escape(name)} · {size(machine.training_memory)} memory free")
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))

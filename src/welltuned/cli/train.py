@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from welltuned.cli.plan import recipe_of
 from welltuned.cli.terminal import Progress, console, duration, print_plan, quiet_libraries, size
+from welltuned.training.events import Event, Note
 from welltuned.training.rundir import ADAPTER, MODEL, RUN, require_free
 
 if TYPE_CHECKING:
@@ -25,8 +26,13 @@ def run(arguments: argparse.Namespace) -> int:
     prepared = prepare(recipe)
     print_plan(prepared.plan)
     progress = Progress()
+
+    def watch(event: Event) -> None:
+        if not (isinstance(event, Note) and event.text in prepared.plan.warnings):  # the plan has just said those
+            progress(event)
+
     try:
-        result = train(prepared, out, progress)
+        result = train(prepared, out, watch)
     finally:
         progress.close()
     print_result(result)

@@ -1,24 +1,24 @@
-"""What the data will teach, counted before any training: trained share, end tokens, cuts, duplicates, leakage."""
+"""What the data will teach, counted before any training: who says how much of it, what is trained, cut, repeated."""
 
-import re
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from welltuned.data.conversation import Conversation, Defect, Policy
-from welltuned.data.render import Example, trained_runs
-from welltuned.data.templates import control_tokens
-from welltuned.errors import InputError
+from welltuned.data.conversation import Kind, Policy
+from welltuned.data.policies import Finding, Named
+from welltuned.data.rows import Rows
+from welltuned.data.speakers import Speaker
+from welltuned.data.store import kind_bit
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-SHOWN = 5  # origins quoted in a sentence; `Audit` holds all of them
+SHOWN = 5  # origins quoted in a sentence; `Finding` holds more
+LENGTH_STEP = 8  # lengths that are proposed are multiples of it, as those that the plan chooses
+QUANTILES = (95.0, 99.0, 99.9, 100.0)
 
 
 class Severity(StrEnum):
@@ -29,26 +29,58 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
+    """A sentence for the user; the weightier ones (to 100) come first among the plan's warnings."""
+
     severity: Severity
     sentence: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Tokens of one speaker in the training rows, and how many of them are trained."""
+
+    tokens: int
+    trained: int
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A longer max_length: how many training rows it would cut, and the tokens of an epoch against those of now."""
+
+    max_length: int
+    rows_cut: int
+    tokens_times: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """What max_length does to the training rows that are longer: `lose` lose some of their trained tokens.
+
+    `proposals` are longer limits, from the quantiles of the lengths, none beyond the model's context.
+    """
+
+    max_length: int
+    rows: int
+    lose: int
+    tokens: int
+    longest: int
+    context: int | None = None
+    proposals: tuple[Proposal, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Audit:
-    """Counts over the training examples, and the origins of the rows that a person should look at."""
+    """Counts over the training rows as they will be trained on, each once, and what was found in all of the rows."""
 
     rows: int
+    held_out_rows: int
     tokens: int
     supervised_tokens: int
-    end_trained: int  # rows in which every trained run that was not cut ends with a control token
-    untrained: tuple[str, ...] = ()  # rows with no trained token
-    end_untrained: tuple[str, ...] = ()  # uncut rows in which some answer ends without a trained end token
-    cut: tuple[str, ...] = ()  # rows shortened to max_length: their last answer has lost its end
-    duplicates: tuple[tuple[str, str], ...] = ()  # (row, the earlier row with the same tokens)
-    overlap: tuple[tuple[str, str], ...] = ()  # (held-out row, the training row with the same tokens or prompt)
-    control_in_text: tuple[tuple[str, str], ...] = ()  # (row, the special token that its own text spells)
-    empty_turns: tuple[str, ...] = ()  # rows with a blank user or system turn
-    dropped: tuple[Defect, ...] = ()
+    end_trained: int  # rows in which every answer that was not cut ends with a trained end-of-turn token
+    speakers: Mapping[Speaker, Share]
+    findings: Mapping[Kind, Finding]
+    cut: Cut | None = None
 
     @property
     def share(self) -> float:
@@ -58,157 +90,148 @@ class Audit:
     def to_json(self) -> dict[str, Any]:
         return {
             "rows": self.rows,
+            "held_out_rows": self.held_out_rows,
             "tokens": self.tokens,
             "supervised_tokens": self.supervised_tokens,
             "share": round(self.share, 4),
             "end_trained": self.end_trained,
-            "untrained": list(self.untrained),
-            "end_untrained": list(self.end_untrained),
-            "cut": list(self.cut),
-            "duplicates": [list(pair) for pair in self.duplicates],
-            "overlap": [list(pair) for pair in self.overlap],
-            "control_in_text": [list(pair) for pair in self.control_in_text],
-            "empty_turns": list(self.empty_turns),
-            "dropped": [{"origin": d.origin, "what": d.what} for d in self.dropped],
-            "problems": [{"severity": p.severity.value, "sentence": p.sentence} for p in self.problems()],
+            "speakers": {
+                speaker.name.lower(): {"tokens": share.tokens, "trained": share.trained}
+                for speaker, share in self.speakers.items()
+            },
+            "cut": None if self.cut is None else _cut_to_json(self.cut),
+            "found": {str(kind): finding.to_json() for kind, finding in self.findings.items()},
+            "problems": [{"severity": str(p.severity), "sentence": p.sentence} for p in self.problems()],
         }
 
     def problems(self) -> list[Problem]:
         """One sentence for each kind of problem found, the gravest first."""
-        of = f"of {self.rows:,} rows"
-        found: list[tuple[Severity, Sequence[str], str]] = [
-            (Severity.ERROR, self.untrained, f"{of} have no trained token, so they teach nothing"),
-            (
-                Severity.WARNING,
-                self.end_untrained,
-                f"{of} have an answer whose end-of-turn token is not trained, so the model may not learn to stop",
-            ),
-            (Severity.WARNING, self.cut, f"{of} are cut to max_length and lose the end of their last answer"),
-            (Severity.WARNING, [d.origin for d in self.dropped], "rows are left out because of defects"),
-            (
-                Severity.WARNING,
-                [f"{held} (as {train})" for held, train in self.overlap],
-                "held-out rows repeat a training row or its prompt, so the held-out loss is too good",
-            ),
-            (
-                Severity.WARNING,
-                [f"{origin} ({token})" for origin, token in self.control_in_text],
-                f"{of} spell a special token in their own text, and it is read as that token, not as text",
-            ),
-            (
-                Severity.NOTE if 100 * len(self.duplicates) <= self.rows else Severity.WARNING,
-                [f"{origin} (as {first})" for origin, first in self.duplicates],
-                f"{of} repeat an earlier row exactly",
-            ),
-            (Severity.NOTE, self.empty_turns, f"{of} have a blank user or system turn"),
-        ]
-        return [
-            Problem(severity, f"{len(names):,} {sentence}: {_some(names)}")
-            for severity, names, sentence in found
-            if names
-        ]
+        cut = [kind for kind in (Kind.TOO_LONG,) if self.findings[kind].policy is Policy.KEEP]  # `Cut` says more
+        found = [_problem(finding) for kind, finding in self.findings.items() if finding.rows and kind not in cut]
+        if self.cut is not None and self.cut.rows and cut:
+            found.append(Problem(Severity.WARNING, cut_sentence(self.cut), 80))
+        return sorted(found, key=lambda problem: -problem.weight)
 
 
-def audit(
-    examples: Sequence[Example],
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    conversations: Sequence[Conversation] = (),
-    held_out: Sequence[Example] = (),
-    dropped: Sequence[Defect] = (),
-    on_untrained: Policy = Policy.ERROR,
-) -> Audit:
-    """Audit the training `examples`; their `conversations`, where given, are searched for special tokens.
-
-    A row without any trained token is an InputError, unless `on_untrained` is DROP: then it is only listed, and the
-    caller leaves it out.
-    """
-    ends = np.array(sorted(control_tokens(tokenizer).values()), np.int32)
-    untrained = tuple(e.origin for e in examples if not e.mask.any())
-    end_untrained = tuple(e.origin for e in examples if e.mask.any() and not _ends_trained(e, ends))
-    duplicates, overlap = _repeats(examples, held_out)
-    result = Audit(
-        rows=len(examples),
-        tokens=sum(len(e.ids) for e in examples),
-        supervised_tokens=sum(int(e.mask.sum()) for e in examples),
-        end_trained=len(examples) - len(untrained) - len(end_untrained),
-        untrained=untrained,
-        end_untrained=end_untrained,
-        cut=tuple(e.origin for e in examples if e.cut),
-        duplicates=duplicates,
-        overlap=overlap,
-        control_in_text=_control_in_text(conversations, tokenizer),
-        empty_turns=tuple(
-            c.origin
-            for c in conversations
-            if any(m.role in ("user", "system") and not m.content.strip() for m in c.messages)
+def audit(train: Rows, held_out: Rows, findings: Mapping[Kind, Finding], *, context: int | None = None) -> Audit:
+    """Count the training rows, and add what was found while rows were chosen; `context` is the model's length."""
+    marks = train.tally()
+    seen = train.column("found")
+    ends = int(((seen & (kind_bit(Kind.UNTRAINED) | kind_bit(Kind.END_UNTRAINED))) == 0).sum())
+    return Audit(
+        rows=len(train),
+        held_out_rows=len(held_out),
+        tokens=int(marks.sum()),
+        supervised_tokens=int(marks[1::2].sum()),
+        end_trained=ends,
+        speakers=MappingProxyType(
+            {
+                speaker: Share(int(marks[2 * speaker] + marks[2 * speaker + 1]), int(marks[2 * speaker + 1]))
+                for speaker in Speaker
+            }
         ),
-        dropped=tuple(dropped),
+        findings=MappingProxyType(dict(findings)),
+        cut=_cut(train, int(marks.sum()), context),
     )
-    if untrained and on_untrained is Policy.ERROR:
-        what = f"none of the row's tokens is trained ({len(untrained):,} such rows)"
-        raise InputError(what, where=untrained[0], mend="see what the chat template renders, or drop such rows")
-    return result
 
 
-def _some(names: Sequence[str]) -> str:
-    rest = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {rest:,} more" if rest > 0 else "")
+def _cut(train: Rows, tokens: int, context: int | None) -> Cut | None:
+    limit, lengths = train.max_length, train.column("length")
+    if limit is None or not len(lengths) or int(lengths.max()) <= limit:
+        return None
+    long = lengths > limit
+    return Cut(
+        max_length=limit,
+        rows=int(long.sum()),
+        lose=int((long & (train.column("last") >= limit)).sum()),
+        tokens=int((lengths[long] - limit).sum()),
+        longest=int(lengths.max()),
+        context=context,
+        proposals=propose(lengths, limit, tokens, context),
+    )
 
 
-def _ends_trained(example: Example, ends: NDArray[np.int32]) -> bool:
-    """Each trained run ends with a control token (or with one and a newline token, where everything is trained).
+def propose(
+    lengths: NDArray[np.integer[Any]], max_length: int, tokens: int, context: int | None
+) -> tuple[Proposal, ...]:
+    """Longer limits: the shortest quantile that cuts fewer rows, and the one that cuts none; `tokens` are those of now.
 
-    The last run of a cut example is not judged: it lost its end with the cut, which is counted on its own.
+    None is beyond the model's context, which stands in for what is longer.
     """
-    runs = trained_runs(example.mask)
-    if example.cut and runs[-1][1] == len(example.ids):
-        runs.pop()
-    return all(bool(np.isin(example.ids[max(start, end - 2) : end], ends).any()) for start, end in runs)
+    found: dict[int, Proposal] = {}
+    wanted = [math.ceil(int(n) / LENGTH_STEP) * LENGTH_STEP for n in np.percentile(lengths, QUANTILES, method="higher")]
+    longer = [n if context is None else min(n, context) for n in wanted]
+    for length in [n for n in longer if n > max_length]:
+        left = int(np.minimum(lengths, length).sum(dtype=np.int64))
+        found[length] = Proposal(length, int((lengths > length).sum()), left / max(tokens, 1))
+    return tuple(p for n, p in found.items() if n in (min(found), max(found)))
 
 
-def _digest(ids: NDArray[np.int32]) -> bytes:
-    return blake2b(ids.tobytes(), digest_size=16).digest()
+def cut_sentence(cut: Cut) -> str:
+    """What max_length cuts off, what would cut less, and what that costs."""
+    bound = f" (the model's context is {cut.context:,})" if cut.max_length == cut.context else ""
+    loss = f"{cut.lose:,} of them lose trained tokens" if cut.lose else "none of them loses a trained token"
+    text = f"{cut.rows:,} training rows are longer than max_length {cut.max_length:,}{bound} and were cut"
+    text += f": {loss}"
+    for proposal in cut.proposals:
+        cuts = f"cut {proposal.rows_cut:,}" if proposal.rows_cut else "cut none"
+        text += f"; {proposal.max_length:,} would {cuts}, for {proposal.tokens_times - 1:.1%} more tokens"
+    return text if cut.proposals else text + f"; the longest has {cut.longest:,} tokens"
 
 
-def _repeats(
-    examples: Sequence[Example], held_out: Sequence[Example]
-) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
-    """Rows with the tokens of an earlier row, and held-out rows with the tokens or the prompt of a training row."""
-    rows: dict[bytes, str] = {}
-    duplicates = []
-    for example in examples:
-        first = rows.setdefault(_digest(example.ids), example.origin)
-        if first is not example.origin:
-            duplicates.append((example.origin, first))
-    if not held_out:
-        return tuple(duplicates), ()
-    prompts = {_digest(p): e.origin for e in reversed(examples) if len(p := _prompt(e)) > 1}
-    overlap = []
-    for example in held_out:
-        first_same = rows.get(_digest(example.ids)) or prompts.get(_digest(_prompt(example)))
-        if first_same is not None:
-            overlap.append((example.origin, first_same))
-    return tuple(duplicates), tuple(overlap)
+_WORDS: Mapping[Kind, tuple[float, str]] = MappingProxyType(
+    {
+        Kind.TOO_LONG: (79, "are longer than max_length"),
+        Kind.BAD_ROW: (76, "cannot be read as conversations"),
+        Kind.UNTRAINED: (72, "have no trained token, so they teach nothing"),
+        Kind.END_UNTRAINED: (
+            *(78, "have an answer whose end-of-turn token is not trained, so the model may not learn to stop"),
+        ),
+        Kind.LOST_THINKING: (68, "have a thinking block that the chat template leaves out, so it is not learned"),
+        Kind.LEAK: (65, "are also found in the training data (they repeat a training row or its prompt): the held-out "
+                        "loss will flatter the run"),
+        Kind.BAD_ENCODING: (50, "have characters of a wrong encoding, such as Ã© for é, which the model would learn"),
+        Kind.CONTROL_TOKEN: (40, "spell a special token in their own text; it is read as text, never as that token"),
+        Kind.REPEATED_TURN: (30, "have the same turn twice in a row"),
+        Kind.DUPLICATE: (25, "repeat an earlier training row exactly: what stands twice counts twice"),
+        Kind.EMPTY_TURN: (14, "have a blank user or system turn"),
+    }
+)  # fmt: skip
 
 
-def _prompt(example: Example) -> NDArray[np.int32]:
-    """ids [p] before the first trained token; one token (a BOS) or none is no prompt."""
-    first = int(np.argmax(example.mask))
-    return example.ids[:first]
+_OF_TRAINING = (Kind.DUPLICATE, Kind.TOO_LONG)
 
 
-def _control_in_text(
-    conversations: Sequence[Conversation], tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[tuple[str, str], ...]:
-    """Special tokens spelled out in the rows' own texts. Added tokens that are not special (<think>) may be meant."""
-    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content.strip()]
-    if not special:
-        return ()
-    pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
-    found = []
-    for conversation in conversations:
-        match = next((hit for m in conversation.messages if (hit := pattern.search(m.content))), None)
-        if match:
-            found.append((conversation.origin, match.group()))
-    return tuple(found)
+def _problem(finding: Finding) -> Problem:
+    weight, words = _WORDS[finding.kind]
+    refused = finding.policy is Policy.ERROR  # only in a view of the data: whoever trains was stopped by it
+    rows = "held-out rows" if finding.kind is Kind.LEAK else "training rows" if finding.kind in _OF_TRAINING else "rows"
+    what = "; the training rows are left out" if finding.kind is Kind.LEAK else "; left out"
+    done = "; training refuses them" if refused else what if finding.policy is Policy.DROP else "; kept"
+    few = finding.kind in (Kind.DUPLICATE, Kind.EMPTY_TURN) and 100 * finding.rows <= finding.of
+    key = f"on_{finding.kind}" + (" is error" if refused else "")
+    sentence = f"{finding.rows:,} of {finding.of:,} {rows} {words}{done} ({key}): {_some(finding)}"
+    if refused:
+        return Problem(Severity.ERROR, sentence, weight + 100)
+    return Problem(Severity.NOTE if few else Severity.WARNING, sentence, weight - 5 * few)
+
+
+def _some(finding: Finding) -> str:
+    names: Sequence[Named] = finding.named[:SHOWN]
+    rest = finding.rows - len(names)
+    shown = ", ".join(origin + (f" ({beside})" if beside else "") for origin, beside in names)
+    return shown + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def _cut_to_json(cut: Cut) -> dict[str, Any]:
+    return {
+        "max_length": cut.max_length,
+        "rows": cut.rows,
+        "rows_losing_trained_tokens": cut.lose,
+        "tokens": cut.tokens,
+        "longest": cut.longest,
+        "proposals": [
+            {"max_length": p.max_length, "rows_cut": p.rows_cut, "tokens_times": round(p.tokens_times, 4)}
+            for p in cut.proposals
+        ],
+    }

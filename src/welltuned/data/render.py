@@ -1,30 +1,48 @@
-"""One function gives a conversation's token ids and its loss mask together.
+"""One function gives a conversation's token ids and its loss mask together, and whose each token is.
 
-The text is tokenised once and as a whole, with offsets, and a token is trained when its characters lie in a trained
-span. At inference the prompt is tokenised on its own. Where that gives other tokens (one would straddle prompt and
-answer; or GPT-2's rule, by which two newlines are one token at the end of a text and two before a word), the text is
-split there, so that the model is trained on the ids that it will see. The template writes every special token itself,
-so none is added (no double BOS). Control tokens inside users' texts are tokenised as control tokens, as
-`apply_chat_template` does too: the audit counts them.
+The template writes every special token itself, so none is added (no double BOS). One that a row's own text spells is
+tokenised as text (see `control`), at inference too. Texts that are rendered without a template, documents and prompts
+with completions for a base model, are taken as they are: what they spell are control tokens.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from welltuned.data.conversation import Conversation, Defect, Format, Policy
-from welltuned.data.spans import LossOn, MaskFrom, Parts, Rendered, rendered_spans
+from welltuned.data import findings
+from welltuned.data.chat import Chat
+from welltuned.data.control import THINKING, Hidden
+from welltuned.data.conversation import Conversation, Defect, Format, Kind, Policy
+from welltuned.data.parts import Parts
+from welltuned.data.spans import LossOn, MaskFrom, Rendered, wanted
+from welltuned.data.speakers import Speaker
 from welltuned.data.templates import MEND_TEMPLATE, control_tokens, resolve_chat_template
+from welltuned.data.tokens import FastEncoder, SlowTokeniser, Tokenised, Tokeniser, opened, opening_ids
 from welltuned.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Example", "LossOn", "MaskFrom", "Overlong", "Rendering", "render", "render_all", "trained_texts"]
+__all__ = [
+    "Example",
+    "LossOn",
+    "MaskFrom",
+    "Overlong",
+    "Renderer",
+    "Rendering",
+    "Speaker",
+    "one_per_answer",
+    "render",
+    "render_all",
+    "render_prompt",
+    "shortened",
+    "trained_runs",
+    "trained_texts",
+]
 
 CHUNK = 512  # conversations tokenised at a time: long enough to use all cores, short enough to bound the memory
 
@@ -45,6 +63,8 @@ class Example:
     mask: NDArray[np.bool_]
     origin: str
     cut: bool = False  # shortened to max_length
+    roles: NDArray[np.uint8] | None = None  # [n] whose token it is: a Speaker's value; None where not asked for
+    found: frozenset[Kind] = frozenset()  # what rendering saw
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +78,122 @@ class Rendering:
     boundary_splits: int = 0  # examples split between prompt and answer, since inference tokenises the prompt alone
 
 
-class Tokens(NamedTuple):
-    """Ids [n], and the characters of each token: starts and ends [n] tile the text, raw_starts [n] as reported."""
+class Renderer:
+    """Conversations to examples: ids, mask, roles and what was found, for one tokenizer and one dataset.
 
-    ids: NDArray[np.int32]
-    starts: NDArray[np.int64]
-    ends: NDArray[np.int64]
-    raw_starts: NDArray[np.int64]
+    Attributes:
+        template: the chat template; None where texts are taken as they are.
+        mask_from: how the trained tokens were found, after the first call.
+        boundary_splits: rows tokenised in pieces, since inference tokenises the prompt alone.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        loss_on: LossOn = LossOn.ASSISTANT,
+        instruction_part: str | None = None,
+        response_part: str | None = None,
+        chat_template: str | None = None,
+    ):
+        self.parts = _parts(instruction_part, response_part)
+        self.template = resolve_chat_template(tokenizer, chat_template)
+        if self.parts is not None and self.template is None:
+            raise InputError("`instruction_part` and `response_part` need a chat template", mend=MEND_TEMPLATE)
+        self.tokenizer = tokenizer
+        self.loss_on = loss_on
+        self.mask_from: MaskFrom | None = None
+        self.tokeniser = _tokeniser(tokenizer)
+        closing = {index for text, index in control_tokens(tokenizer).items() if not THINKING.search(text)}
+        self.ends = frozenset(closing if tokenizer.eos_token_id is None else {*closing, tokenizer.eos_token_id})
+        self.chat = None if self.template is None else Chat(tokenizer, self.template)
+
+    @property
+    def boundary_splits(self) -> int:
+        twin = self.chat.twin if self.chat is not None else None
+        return self.tokeniser.boundary_splits + (twin.boundary_splits if twin is not None else 0)
+
+    def __call__(self, conversations: Sequence[Conversation]) -> list[Example]:
+        """One example for each conversation, in order; InputError with the origin of one that cannot be rendered."""
+        examples: list[Example] = []
+        for first in range(0, len(conversations), CHUNK):
+            examples += self._chunk(conversations[first : first + CHUNK])
+        return examples
+
+    def prompt(self, conversation: Conversation) -> list[int]:
+        """As `render_prompt`, for whoever asks more than once: what rows with control tokens need is built once."""
+        if self.chat is None:
+            return _plain_prompt(conversation, self.tokenizer, self.tokeniser)
+        hidden, row = self.chat.prompt(conversation)
+        return self._tokenised([row], [hidden])[0].ids.tolist()
+
+    def _chunk(self, conversations: Sequence[Conversation]) -> list[Example]:
+        chats = [i for i, c in enumerate(conversations) if self.chat is not None and c.format is not Format.TEXT]
+        texts = sorted(set(range(len(conversations))) - set(chats))
+        examples = dict(zip(texts, self._texts([conversations[i] for i in texts]), strict=True))
+        examples |= dict(zip(chats, self._chats([conversations[i] for i in chats]), strict=True))
+        return [examples[i] for i in range(len(conversations))]
+
+    def _chats(self, conversations: Sequence[Conversation]) -> Iterator[Example]:
+        if self.chat is None or not conversations:
+            return
+        hidden = [self.chat.guard.hide(c) for c in conversations]
+        shown = [c if h is None else h.conversation for c, h in zip(conversations, hidden, strict=True)]
+        rows, how = self.chat.rows(shown, self.loss_on, self.parts)
+        self.mask_from = MaskFrom.MARKERS if MaskFrom.MARKERS in (self.mask_from, how) else how
+        for conversation, row, spelled in zip(conversations, rows, hidden, strict=True):
+            if spelled is not None:
+                self.chat.guard.require_harmless(conversation, spelled, row.text)
+        tokenised = self._tokenised(rows, hidden)
+        for conversation, row, spelled, tokens in zip(shown, rows, hidden, tokenised, strict=True):
+            self._require_one_start(tokens, row.origin)
+            found = {Kind.CONTROL_TOKEN} if spelled is not None else set()
+            trained = wanted(conversation, self.loss_on)
+            if findings.loses_thinking(conversation, row.text, row.answers, trained):
+                found.add(Kind.LOST_THINKING)
+            yield self._example(conversation, tokens, found)
+
+    def _texts(self, conversations: Sequence[Conversation]) -> Iterator[Example]:
+        """The text and an end token, with the start token once if the tokenizer adds one by itself."""
+        if not conversations:
+            return
+        end = self.tokenizer.eos_token_id
+        if end is None:
+            raise InputError("the tokenizer has no end token, so the model would never learn to stop")
+        rows = [_plain_text(c, self.loss_on) for c in conversations]
+        documents = all(c.format is Format.TEXT for c in conversations)
+        self.mask_from = self.mask_from or (MaskFrom.EVERYTHING if documents else MaskFrom.PLAIN)
+        opening = opening_ids(self.tokenizer)
+        for conversation, row, (ids, mask, roles) in zip(conversations, rows, self.tokeniser.rows(rows), strict=True):
+            added = len(ids)
+            ids = opened(ids, opening)
+            added = len(ids) - added
+            mask = np.concatenate([np.zeros(added, bool), mask])
+            roles = np.concatenate([np.zeros(added, np.uint8), roles])
+            if ids[-1] != end:
+                ids, mask = np.append(ids, np.int32(end)), np.append(mask, bool(row.spans))
+                roles = np.append(roles, np.uint8(row.said[-1][2] if row.said else 0))
+            yield self._example(conversation, Tokenised(ids, mask, roles), set())
+
+    def _example(self, conversation: Conversation, tokens: Tokenised, found: set[Kind]) -> Example:
+        tokens.mask[:1] = False  # nothing comes before the first token that it could be predicted from
+        found.update(findings.in_messages(conversation))
+        found.update(findings.in_tokens(tokens.ids, tokens.mask, self.ends, self.loss_on is LossOn.EVERYTHING))
+        return Example(tokens.ids, tokens.mask, conversation.origin, roles=tokens.roles, found=frozenset(found))
+
+    def _tokenised(self, rows: Sequence[Rendered], hidden: Sequence[Hidden | None]) -> list[Tokenised]:
+        plain = self.tokeniser.rows([row for row, spelled in zip(rows, hidden, strict=True) if spelled is None])
+        if len(plain) == len(rows) or self.chat is None:
+            return plain
+        own = self.chat.tokenised([(r, h) for r, h in zip(rows, hidden, strict=True) if h is not None])
+        tokens, plain_tokens = iter(own), iter(plain)
+        return [next(plain_tokens) if spelled is None else next(tokens) for spelled in hidden]
+
+    def _require_one_start(self, tokens: Tokenised, origin: str) -> None:
+        start = self.tokenizer.bos_token_id
+        if start is not None and len(tokens.ids) > 1 and tokens.ids[0] == start == tokens.ids[1]:
+            what = f"the chat template writes the start token {self.tokenizer.bos_token!r} twice"
+            raise InputError(what, where=origin, mend="take one out of the template, and give that as `chat_template`")
 
 
 def render(
@@ -106,32 +235,55 @@ def render_all(
     `chat_template` is a file, an inline template, `chatml`, or None for the tokenizer's own. A row none of whose tokens
     is trained (cut before its answer, say) is a defect: an error, or dropped under `on_defect`.
     """
-    if (instruction_part is None) != (response_part is None):
-        missing = "instruction_part" if instruction_part is None else "response_part"
-        raise InputError(f"`{missing}` is missing", mend="give both parts, or neither")
-    if instruction_part == "" or response_part == "":
-        raise InputError("`instruction_part` and `response_part` must not be empty")
     if max_length is not None and max_length < 2:
         raise InputError(f"max_length is {max_length}, and a token is learned from the one before it", mend="give more")
-    parts = Parts(instruction_part, response_part) if instruction_part and response_part else None
-    template = resolve_chat_template(tokenizer, chat_template)
-    if parts is not None and template is None:
-        raise InputError("`instruction_part` and `response_part` need a chat template", mend=MEND_TEMPLATE)
-    tokeniser = _Tokeniser(tokenizer)
-    examples: list[Example] = []
-    how: MaskFrom | None = None
-    for first in range(0, len(conversations), CHUNK):
-        chunk = conversations[first : first + CHUNK]
-        if template is None:
-            examples += tokeniser.plain(chunk, loss_on)
-            how = MaskFrom.PLAIN
-        else:
-            rendered, chunk_how = rendered_spans(chunk, tokenizer, template, loss_on, parts)
-            examples += tokeniser.examples(rendered)
-            how = MaskFrom.MARKERS if MaskFrom.MARKERS in (how, chunk_how) else chunk_how
-    kept, dropped = _shorten(examples, max_length, overlong, on_defect)
+    renderer = Renderer(
+        tokenizer,
+        loss_on=loss_on,
+        instruction_part=instruction_part,
+        response_part=response_part,
+        chat_template=chat_template,
+    )
+    kept, dropped = _shorten(renderer(conversations), max_length, overlong, on_defect)
     cut = tuple(e.origin for e in kept if e.cut)
-    return Rendering(kept, how or MaskFrom.PREFIXES, cut, dropped, tokeniser.boundary_splits)
+    return Rendering(kept, renderer.mask_from or MaskFrom.PREFIXES, cut, dropped, renderer.boundary_splits)
+
+
+def render_prompt(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase", template: str | None) -> list[int]:
+    """Ids of what the model is given at inference, up to where it begins to answer: as in training.
+
+    `template` is the jinja text; None for plain text, which gets the start token if the tokenizer adds one by itself.
+    """
+    if template is None:
+        return _plain_prompt(conversation, tokenizer, _tokeniser(tokenizer))
+    return Renderer(tokenizer, chat_template=template).prompt(conversation)
+
+
+def shortened(example: Example, max_length: int) -> Example:
+    """The example's first `max_length` tokens; the example itself where it is not longer."""
+    if len(example.ids) <= max_length:
+        return example
+    mask = example.mask[:max_length]
+    return replace(
+        example,
+        ids=example.ids[:max_length],
+        mask=mask,
+        cut=True,
+        roles=None if example.roles is None else example.roles[:max_length],
+        found=example.found if mask.any() else example.found | {Kind.UNTRAINED},
+    )
+
+
+def one_per_answer(conversation: Conversation, loss_on: LossOn = LossOn.ASSISTANT) -> list[Conversation]:
+    """A conversation for each trained answer, which ends with it and trains nothing else.
+
+    For templates that render a turn differently once others follow (Qwen 3 leaves out earlier thinking): every answer
+    is then trained just as it is generated.
+    """
+    return [
+        replace(conversation, messages=conversation.messages[: index + 1], trained_from=index)
+        for index in wanted(conversation, loss_on)
+    ]
 
 
 def trained_texts(example: Example, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
@@ -160,7 +312,7 @@ def _shorten(
             if overlong is Overlong.DROP:
                 dropped.append(Defect(example.origin, what))
                 continue
-            example = Example(example.ids[:max_length], example.mask[:max_length], example.origin, cut=True)
+            example = shortened(example, max_length)
         if not example.mask.any():
             what = "none of the row's tokens is trained"
             what += f": cut to max_length {max_length:,} it loses its whole answer" if example.cut else ""
@@ -173,161 +325,42 @@ def _shorten(
     return kept, tuple(dropped)
 
 
-class _Tokeniser:
-    """Rendered texts to examples, for one tokenizer."""
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
-        self.tokenizer = tokenizer
-        self.control_ids = frozenset(control_tokens(tokenizer).values())
-        self.boundary_splits = 0
-        self.headers: dict[str, list[int]] = {}  # ids of the short texts between a prompt's last control token and end
-
-    def examples(self, rendered: Sequence[Rendered]) -> list[Example]:
-        rows = self._rows(rendered)
-        return [_example(ids, mask, row.origin) for row, (ids, mask) in zip(rendered, rows, strict=True)]
-
-    def plain(self, conversations: Sequence[Conversation], loss_on: LossOn) -> list[Example]:
-        """Prompt + completion + end token, with the start token once if the tokenizer adds one by itself."""
-        end = self.tokenizer.eos_token_id
-        if end is None:
-            raise InputError("the tokenizer has no end token, so the model would never learn to stop")
-        rendered = [_plain_text(c, loss_on) for c in conversations]
-        opening = np.array(self._opening_ids(), np.int32)
-        examples = []
-        for row, (ids, mask) in zip(rendered, self._rows(rendered), strict=True):
-            if not np.array_equal(ids[: len(opening)], opening):
-                ids = np.concatenate([opening, ids])
-                mask = np.concatenate([np.zeros(len(opening), bool), mask])
-            if ids[-1] != end:
-                ids, mask = np.append(ids, np.int32(end)), np.append(mask, True)
-            examples.append(_example(ids, mask, row.origin))
-        return examples
-
-    def _rows(self, rendered: Sequence[Rendered]) -> list[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
-        """Ids [n] and mask [n] of each text."""
-        if not self.tokenizer.is_fast:
-            return [self._slow(row) for row in rendered]
-        rows = []
-        for row, tokens in zip(rendered, self._encode([row.text for row in rendered]), strict=True):
-            mask, cuts = self._mark(row, tokens)
-            if cuts:
-                self.boundary_splits += 1
-                tokens = self._encode_pieces(row.text, cuts)
-                mask, _ = self._mark(row, tokens)
-            rows.append((tokens.ids, mask))
-        return rows
-
-    def _opening_ids(self) -> list[int]:
-        """The special tokens that the tokenizer puts before a text by itself (BOS, for most of those that do)."""
-        bare = self._ids("a", add_special_tokens=False)
-        full = self._ids("a", add_special_tokens=True)
-        at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
-        return full[:at]
-
-    def _ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
-
-    def _mark(self, row: Rendered, tokens: Tokens) -> tuple[NDArray[np.bool_], list[int]]:
-        """mask [n] of the tokens inside the spans, and the borders of spans where the text has to be split."""
-        mask = np.zeros(len(tokens.ids), bool)
-        cuts: list[int] = []
-        for start, end in row.spans:
-            first = int(np.searchsorted(tokens.ends, start, "right"))
-            stop = int(np.searchsorted(tokens.ends, end, "right"))
-            # Tokens of no width at `end`: the last bytes of a character before it, or a marker of what comes after it.
-            while stop > first and tokens.raw_starts[stop - 1] >= end and tokens.starts[stop - 1] >= end:
-                stop -= 1
-            straddled = first < len(mask) and tokens.starts[first] < start
-            if straddled or not self._prompt_as_at_inference(row.text, tokens, first, start):
-                cuts.append(start)
-            if stop < len(mask) and tokens.starts[stop] < end:
-                if int(tokens.ids[stop]) in self.control_ids:
-                    stop += 1  # an end-of-turn token that takes in the whitespace after it (Phi-3's <|end|>)
-                else:
-                    cuts.append(end)
-            mask[first:stop] = True
-        return mask, cuts
-
-    def _prompt_as_at_inference(self, text: str, tokens: Tokens, first: int, start: int) -> bool:
-        """Whether text[:start], tokenised alone, gives the `first` tokens of the whole. A control token separates what
-        is before it from what is after it, so only the text from the last one on (the header) can differ."""
-        if first == 0:
-            return True
-        at = first - 1
-        while at > 0 and int(tokens.ids[at]) not in self.control_ids:
-            at -= 1
-        header = text[int(tokens.raw_starts[at]) if at else 0 : start]
-        alone = self.headers.get(header)
-        if alone is None:
-            alone = self._ids(header)
-            if len(header) <= 100 and len(self.headers) < 1000:
-                self.headers[header] = alone
-        return bool(alone == tokens.ids[at:first].tolist())
-
-    def _encode(self, texts: list[str]) -> list[Tokens]:
-        encoded = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # no warning about the model's length: max_length is ours to judge
-        )
-        return [
-            _tokens(ids, offsets) for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        ]
-
-    def _encode_pieces(self, text: str, cuts: Sequence[int]) -> Tokens:
-        """Tokens of the text split at `cuts`. Later pieces are encoded after a newline, which is taken off again, so
-        that SentencePiece tokenizers don't put the space there that they put at the start of a text."""
-        borders = [0, *sorted(set(cuts)), len(text)]
-        newline = self._ids("\n")
-        ids: list[int] = []
-        offsets: list[tuple[int, int]] = []
-        for start, end in zip(borders, borders[1:], strict=False):
-            piece = text[start:end]
-            for lead, skip in ((("\n", len(newline)) if start else ("", 0)), ("", 0)):
-                encoded = self.tokenizer(lead + piece, add_special_tokens=False, return_offsets_mapping=True)
-                if encoded["input_ids"][:skip] == newline[:skip]:
-                    break
-            ids += encoded["input_ids"][skip:]
-            shift = start - len(lead)
-            offsets += [(a + shift, b + shift) for a, b in encoded["offset_mapping"][skip:]]
-        return _tokens(ids, offsets)
-
-    def _slow(self, row: Rendered) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """A tokenizer without offsets: pieces between the spans' borders, which must be the whole text's tokens."""
-        ids: list[int] = []
-        mask: list[bool] = []
-        borders = sorted({0, len(row.text), *(border for span in row.spans for border in span)})
-        for start, end in zip(borders, borders[1:], strict=False):
-            piece = self._ids(row.text[start:end])
-            ids += piece
-            mask += [any(a <= start and end <= b for a, b in row.spans)] * len(piece)
-        if ids != self._ids(row.text):
-            what = "this slow tokenizer gives other tokens for the text in pieces, so the mask is not certain"
-            raise InputError(what, where=row.origin, mend="use the model's fast tokenizer (tokenizer.json)")
-        return np.array(ids, np.int32), np.array(mask, bool)
+def _tokeniser(tokenizer: "PreTrainedTokenizerBase") -> Tokeniser | SlowTokeniser:
+    return Tokeniser(FastEncoder(tokenizer)) if tokenizer.is_fast else SlowTokeniser(tokenizer)
 
 
-def _example(ids: NDArray[np.int32], mask: NDArray[np.bool_], origin: str) -> Example:
-    mask[:1] = False  # nothing comes before the first token that it could be predicted from
-    return Example(ids, mask, origin)
+def _plain_prompt(
+    conversation: Conversation, tokenizer: "PreTrainedTokenizerBase", tokeniser: Tokeniser | SlowTokeniser
+) -> list[int]:
+    ids = np.array(tokeniser.ids("".join(message.content for message in conversation.messages)), np.int32)
+    return [int(i) for i in opened(ids, opening_ids(tokenizer))]
+
+
+def _parts(instruction: str | None, response: str | None) -> Parts | None:
+    if (instruction is None) != (response is None):
+        missing = "instruction_part" if instruction is None else "response_part"
+        raise InputError(f"`{missing}` is missing", mend="give both parts, or neither")
+    if instruction is None or response is None:
+        return None
+    if not instruction or not response:
+        raise InputError("`instruction_part` and `response_part` must not be empty")
+    return Parts(instruction, response)
 
 
 def _plain_text(conversation: Conversation, loss_on: LossOn) -> Rendered:
+    """A document, trained whole; or a prompt and its completion, as they are."""
+    if conversation.format is Format.TEXT:
+        [document] = conversation.messages
+        end = len(document.content)
+        spans = ((0, end),) if document.trained is not False and end else ()
+        return Rendered(document.content, spans, conversation.origin, said=((0, end, int(Speaker.DOCUMENT)),))
     if conversation.format is not Format.PROMPT_COMPLETION:
         what = f"the tokenizer has no chat template, and the data are {conversation.format.value}"
         raise InputError(what, where=conversation.origin, mend=MEND_TEMPLATE)
-    prompt, completion = (message.content for message in conversation.messages)
-    start = 0 if loss_on is LossOn.EVERYTHING else len(prompt)
-    return Rendered(prompt + completion, ((start, len(prompt) + len(completion)),), conversation.origin)
-
-
-def _tokens(ids: list[int], offsets: list[tuple[int, int]]) -> Tokens:
-    """Byte-level tokenizers may leave a token's leading spaces out of its offsets: the ends alone are reliable, and
-    each token begins where the one before it ended."""
-    pairs = np.array(offsets, np.int64).reshape(-1, 2)
-    ends = np.maximum.accumulate(pairs[:, 1])
-    starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])[: len(ends)]
-    return Tokens(np.array(ids, np.int32), starts, ends, pairs[:, 0])
+    prompt, completion = conversation.messages
+    between, end = len(prompt.content), len(prompt.content) + len(completion.content)
+    start = 0 if loss_on is LossOn.EVERYTHING else between
+    spans = () if completion.trained is False else ((start, end),)
+    said = ((0, between, int(Speaker.USER)), (between, end, int(Speaker.ASSISTANT)))
+    text = prompt.content + completion.content
+    return Rendered(text, spans, conversation.origin, starts=(between,), said=said)

@@ -1,12 +1,13 @@
 """Chat templates: which one is used, and texts rendered with it; a template's failure names the row it failed on."""
 
+import os.path
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from welltuned.data.conversation import Conversation
+from welltuned.data.conversation import Conversation, Message
 from welltuned.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,6 +35,28 @@ def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     """Text and id of the tokens that a tokenizer matches whole (<|im_end|>, </s>, ...); whitespace ones left out."""
     added = tokenizer.added_tokens_decoder
     return {token.content: index for index, token in added.items() if token.content.strip()}
+
+
+def any_of(strings: Sequence[str]) -> str:
+    """A regular expression for any of the strings, the longest that fits; branching by character, since thousands of
+    alternatives tried one by one at every `<` are slow."""
+    if not strings:
+        return "(?!)"
+    tree: dict[str, Any] = {}
+    for string in strings:
+        node = tree
+        for character in string:
+            node = node.setdefault(character, {})
+        node[""] = {}
+    return _branch(tree)
+
+
+def _branch(node: dict[str, Any]) -> str:
+    options = [re.escape(character) + _branch(below) for character, below in node.items() if character]
+    if not options:
+        return ""
+    joined = options[0] if len(options) == 1 else f"(?:{'|'.join(options)})"
+    return f"(?:{joined})?" if "" in node else joined
 
 
 def resolve_chat_template(tokenizer: "PreTrainedTokenizerBase", spec: str | None = None) -> str | None:
@@ -67,8 +90,21 @@ def has_generation_markers(template: str) -> bool:
 
 
 def render_texts(tokenizer: "PreTrainedTokenizerBase", template: str, prompts: Sequence[Prompt]) -> list[str]:
-    """The text of each prompt, rendered as one batch where there are no tools (a batch costs a third less)."""
-    texts: list[str] = [""] * len(prompts)
+    """The text of each prompt; InputError with the origin of the first that the template cannot render."""
+    texts = []
+    for text in try_render_texts(tokenizer, template, prompts):
+        if isinstance(text, InputError):
+            raise text
+        texts.append(text)
+    return texts
+
+
+def try_render_texts(
+    tokenizer: "PreTrainedTokenizerBase", template: str, prompts: Sequence[Prompt]
+) -> list[str | InputError]:
+    """The text of each prompt, or why the template cannot render it. Prompts without tools are rendered as one batch,
+    which costs a third less."""
+    texts: list[str | InputError] = [""] * len(prompts)
     batches: dict[bool, list[int]] = {False: [], True: []}
     for index, prompt in enumerate(prompts):
         if prompt.conversation.tools is None:
@@ -78,13 +114,13 @@ def render_texts(tokenizer: "PreTrainedTokenizerBase", template: str, prompts: S
     for generation_prompt, indices in batches.items():
         chats = [_chat(prompts[i]) for i in indices]
         try:
-            rendered = tokenizer.apply_chat_template(
+            rendered: Sequence[Any] = tokenizer.apply_chat_template(
                 chats, chat_template=template, add_generation_prompt=generation_prompt, tokenize=False
             )
         except _template_failures():
-            rendered = [_render_one(tokenizer, template, prompts[i]) for i in indices]  # raises at the right row
+            rendered = [_render_one(tokenizer, template, prompts[i]) for i in indices]
         for index, text in zip(indices, rendered, strict=True):
-            texts[index] = str(text)
+            texts[index] = text
     return texts
 
 
@@ -109,7 +145,7 @@ def render_marked(
     return texts[0], [(int(start), int(end)) for start, end in spans[0]]
 
 
-def _render_one(tokenizer: "PreTrainedTokenizerBase", template: str, prompt: Prompt) -> str:
+def _render_one(tokenizer: "PreTrainedTokenizerBase", template: str, prompt: Prompt) -> str | InputError:
     try:
         text = tokenizer.apply_chat_template(
             _chat(prompt),
@@ -119,7 +155,7 @@ def _render_one(tokenizer: "PreTrainedTokenizerBase", template: str, prompt: Pro
             tokenize=False,
         )
     except _template_failures() as error:
-        raise _failure(error, prompt.conversation.origin) from error
+        return _failure(error, prompt.conversation.origin)
     return str(text)
 
 
@@ -145,3 +181,27 @@ def _failure(error: Exception, origin: str) -> InputError:
         return InputError(f"line {error.lineno} is not valid jinja ({error.message})", where="chat_template")
     what = f"the chat template cannot render this row ({error or type(error).__name__})"
     return InputError(what, where=origin, mend="change the row, or give another `chat_template`")
+
+
+def closing_text(tokenizer: "PreTrainedTokenizerBase", template: str) -> str:
+    """What the template writes after the last turn's end when no answer is asked for, as the end of the whole text
+    (Phi-3's <|endoftext|>) or as a generation prompt that nobody asked for; "" for most.
+
+    It follows the last answer and no other, and a turn's end or the beginning of a header tells it from the answer's
+    own end (gpt-oss ends the last answer with another token, which is the answer's).
+    """
+    turns = (Message("user", "first"), Message("assistant", "@answer@"), Message("user", "second"))
+    probe = Conversation(turns, "probe")
+    prompts = [Prompt(probe, 2), Prompt(probe, 3, generation_prompt=True), Prompt(probe, 1, generation_prompt=True)]
+    last, inner, asked = (t if isinstance(t, str) else "" for t in try_render_texts(tokenizer, template, prompts))
+    if last.count("@answer@") != 1 or inner.count("@answer@") != 1:
+        return ""
+    tail, following = (text.split("@answer@")[1] for text in (last, inner))
+    common = os.path.commonprefix([tail, following])
+    if common == tail:
+        return ""
+    ends = [common.find(token) + len(token) for token in control_tokens(tokenizer) if token in common]
+    if ends:
+        return tail[min(ends) :]
+    rest = tail[len(common) :]
+    return rest if asked.rpartition("first")[2].endswith(rest) else ""

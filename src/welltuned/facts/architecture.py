@@ -12,14 +12,19 @@ from typing import Any
 
 from welltuned.errors import InputError
 from welltuned.facts.weights import StoredTensor
+from welltuned.recipe import ALL_LINEAR
+
+EXPERTS = "experts"
+"""The name that target_modules has for all experts of a model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearShape:
     """A linear layer, by the last part of its module name. `count` is how many the whole model has.
 
-    `expert` layers are stored by transformers 5 as one three-dimensional parameter, not as modules: all-linear does
-    not reach them. `active` says how many of `count` one token passes through.
+    `expert` layers are stored by transformers 5 in three-dimensional parameters ("experts.gate_up_proj" and
+    "experts.down_proj"), not as modules: all-linear does not reach them, "experts" does. `active` says how many of
+    `count` one token passes through.
     """
 
     name: str
@@ -66,6 +71,8 @@ class _Family:
     qkv_bias: bool | None = None
     out_bias: bool | None = None
     joint: bool = False  # q, k, v in one layer; gate and up in one layer
+    sinks: bool = False  # one a head
+    expert_bias: bool = False  # in experts and routers
     tied: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -103,8 +110,19 @@ _FAMILIES: Mapping[str, _Family] = MappingProxyType(
         "qwen2_moe": _Family(qkv_bias=True, out_bias=False),
         "qwen3_moe": _Family(qk_norm="head"),
         "olmoe": _Family(qk_norm="full"),
+        "gpt_oss": _Family(qkv_bias=True, out_bias=True, sinks=True, expert_bias=True),
     }
 )
+
+
+def is_meant(shape: LinearShape, target: str) -> bool:
+    """Whether a name in target_modules stands for this layer, by the last parts of both names."""
+    module, _, leaf = target.rpartition(".")
+    if leaf == EXPERTS:
+        return shape.expert
+    if module.rpartition(".")[2] == EXPERTS:
+        return shape.expert and (shape.name == "down_proj") == (leaf == "down_proj")
+    return not shape.expert and (target == ALL_LINEAR or leaf == shape.name)
 
 
 def architecture_from_config(config: Mapping[str, Any], where: str) -> Architecture:
@@ -138,11 +156,11 @@ def _gated_architecture(family: str, config: Mapping[str, Any], where: str) -> A
     qkv_bias = switch if spec.qkv_bias is None else spec.qkv_bias
     out_bias = switch if spec.out_bias is None else spec.out_bias
     attention = _attention(spec.joint, hidden, q_width, kv_width, layers, qkv_bias, out_bias)
-    mlp, routers, width = _mlp(spec.joint, config, hidden, layers, where)
+    mlp, routers, width = _mlp(spec, config, hidden, layers, where)
     linears = (*attention, *mlp)
     qk_norm = {"head": 2 * head_dim, "full": q_width + kv_width, "": 0}[spec.qk_norm]
     tied = bool(config.get("tie_word_embeddings", spec.tied))
-    rest = layers * (spec.norms * hidden + qk_norm) + hidden + routers
+    rest = layers * (spec.norms * hidden + qk_norm + heads * spec.sinks) + hidden + routers
     rest += vocabulary * hidden * (1 if tied else 2)
     experts, active = _expert_counts(config)
     return Architecture(
@@ -174,14 +192,14 @@ def _attention(
 
 
 def _mlp(
-    joint: bool, config: Mapping[str, Any], hidden: int, layers: int, where: str
+    spec: _Family, config: Mapping[str, Any], hidden: int, layers: int, where: str
 ) -> tuple[list[LinearShape], int, int]:
     """The MLP's linears, the routers' parameters, and the width that one token passes through."""
     bias = bool(config.get("mlp_bias", False))
     experts, active = _expert_counts(config)
     if not experts:
         width = _need(config, "intermediate_size", where)
-        if joint:
+        if spec.joint:
             pair = [_linear("gate_up_proj", hidden, 2 * width, layers), _linear("down_proj", width, hidden, layers)]
             return pair, 0, width
         return _gated(hidden, width, layers, bias), 0, width
@@ -189,9 +207,9 @@ def _mlp(
     step = int(config.get("decoder_sparse_step") or 1)
     sparse = sum(1 for layer in range(layers) if layer not in dense_only and (layer + 1) % step == 0)
     width = int(config.get("moe_intermediate_size") or _need(config, "intermediate_size", where))
-    linears = _gated(hidden, width, sparse * experts, False, active=sparse * active, expert=True)
+    linears = _gated(hidden, width, sparse * experts, spec.expert_bias, active=sparse * active, expert=True)
     width *= active
-    routers = sparse * hidden * experts
+    routers = sparse * (hidden + spec.expert_bias) * experts
     if layers > sparse:
         linears += _gated(hidden, _need(config, "intermediate_size", where), layers - sparse, bias)
     if shared := int(config.get("shared_expert_intermediate_size") or 0):

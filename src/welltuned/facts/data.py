@@ -1,19 +1,35 @@
 """DatasetFacts: the numbers of a dataset that choices depend on. Built from lengths, so it knows no file format."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from welltuned.data.conversation import Kind
+from welltuned.data.dataset import Dataset
 from welltuned.errors import InputError
 
 Counts = npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureFacts:
+    """What one of the training datasets is of an epoch; `share` is that of the tokens."""
+
+    name: str
+    rows: int
+    rows_of_epoch: int
+    tokens_of_epoch: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetFacts:
-    """Tokens are counted over the training rows, once. `length_percentiles` holds the 0th to the 100th percentile."""
+    """Rows and tokens are those of an epoch: every training row once, unless the recipe takes more or fewer of some.
+
+    `length_percentiles` holds the 0th to the 100th percentile.
+    """
 
     format_name: str
     rows: int
@@ -31,6 +47,7 @@ class DatasetFacts:
     unsupervised_rows: int = 0
     duplicates: int = 0
     heldout_overlap: int = 0
+    mixture: tuple[MixtureFacts, ...] = ()
 
     @property
     def supervised_share(self) -> float:
@@ -53,8 +70,12 @@ def dataset_facts(
     format_name: str,
     duplicates: int = 0,
     heldout_overlap: int = 0,
+    passes: npt.ArrayLike | None = None,
 ) -> DatasetFacts:
-    """Tokens and trained tokens of every example, training and held out, in; facts out."""
+    """Tokens and trained tokens of every example, training and held out, in; facts out.
+
+    `passes` says how often an epoch takes each training row, on average; None is once.
+    """
     lengths, supervised = _counts(train_lengths), _counts(train_supervised)
     held, held_supervised = _counts(heldout_lengths), _counts(heldout_supervised)
     if lengths.size == 0:
@@ -64,14 +85,14 @@ def dataset_facts(
     if int(supervised.sum()) == 0:
         mend = "the rows need answers; see `welltuned data FILE --model M --show 1`"
         raise InputError("no token of the training rows is trained on", where="data", mend=mend)
-    # "higher": a percentile is the length of a real row, so that a limit set at it cuts nothing below it
-    percentiles = np.percentile(lengths, np.arange(101), method="higher").astype(int)
+    times = None if passes is None else np.asarray(passes, dtype=np.float64)
+    percentiles = _percentiles(lengths, times)
     return DatasetFacts(
         format_name=format_name,
-        rows=int(lengths.size),
+        rows=int(lengths.size) if times is None else round(float(times.sum())),
         heldout_rows=int(held.size),
-        tokens=int(lengths.sum()),
-        supervised_tokens=int(supervised.sum()),
+        tokens=int(lengths.sum()) if times is None else round(float(lengths @ times)),
+        supervised_tokens=int(supervised.sum()) if times is None else round(float(supervised @ times)),
         heldout_tokens=int(held.sum()),
         heldout_supervised_tokens=int(held_supervised.sum()),
         length_min=int(percentiles[0]),
@@ -84,6 +105,53 @@ def dataset_facts(
         duplicates=duplicates,
         heldout_overlap=heldout_overlap,
     )
+
+
+def facts_of(dataset: Dataset) -> DatasetFacts:
+    """The facts of the data that a recipe named, as they are before any cut."""
+    train, held, mixed = dataset.train, dataset.held_out, dataset.mixture
+    even = mixed.quotas == mixed.rows
+    lengths = train.column("length")
+    times = np.array(mixed.quotas) / np.maximum(mixed.rows, 1)
+    left = {kind: dataset.findings[kind].rows - dataset.findings[kind].dropped for kind in (Kind.DUPLICATE, Kind.LEAK)}
+    facts = dataset_facts(
+        lengths,
+        train.column("trained"),
+        held.column("length") if len(held) else (),
+        held.column("trained") if len(held) else (),
+        format_name=dataset.formats,
+        duplicates=left[Kind.DUPLICATE],
+        heldout_overlap=0 if dataset.findings[Kind.LEAK].dropped else left[Kind.LEAK],
+        passes=None if even else times[train.owner()],
+    )
+    if len(mixed.rows) == 1 and even:
+        return facts
+    tokens = np.bincount(train.owner(), weights=lengths, minlength=len(times)) * times
+    return replace(
+        facts,
+        mixture=tuple(
+            MixtureFacts(
+                name=name,
+                rows=have,
+                rows_of_epoch=quota,
+                tokens_of_epoch=round(n),
+                share=round(n / float(tokens.sum()), 4),
+            )
+            for name, have, quota, n in zip(
+                dataset.recipe.datasets, mixed.rows, mixed.quotas, tokens.tolist(), strict=True
+            )
+        ),
+    )
+
+
+def _percentiles(lengths: Counts, times: npt.NDArray[np.float64] | None) -> Counts:
+    """Each is the length of a real row, so that a limit set at it cuts nothing below it."""
+    if times is None:
+        return np.percentile(lengths, np.arange(101), method="higher").astype(int)
+    order = np.argsort(lengths, kind="stable")
+    weight = np.cumsum(times[order])
+    at = np.searchsorted(weight, np.arange(101) / 100 * weight[-1], "left")
+    return lengths[order][np.minimum(at, len(order) - 1)]
 
 
 def _counts(values: npt.ArrayLike) -> Counts:

@@ -14,6 +14,7 @@ from welltuned.facts.architecture import (
     Architecture,
     LinearShape,
     architecture_from_config,
+    is_meant,
     stored_linears,
     stored_parameters,
 )
@@ -59,14 +60,21 @@ class ModelFacts:
         """Names that a target may have: every linear layer that is a module of its own."""
         return tuple(dict.fromkeys(shape.name for shape in self.lora_shapes if not shape.expert))
 
-    def lora_parameters(self, r: int, targets: Iterable[str] | None = None) -> int:
-        """r · Σ(in + out) over the targeted linears; None targets all of them."""
-        names = None if targets is None else {target.rsplit(".", 1)[-1] for target in targets}
-        return r * sum(
-            (shape.inputs + shape.outputs) * shape.count
-            for shape in self.lora_shapes
-            if not shape.expert and (names is None or shape.name in names)
-        )
+    def adapted(self, targets: Iterable[str] | None) -> tuple[LinearShape, ...]:
+        """What gets adapters; None targets every linear layer, which experts are not."""
+        if targets is None:
+            return tuple(shape for shape in self.lora_shapes if not shape.expert)
+        return tuple(shape for shape in self.lora_shapes if any(is_meant(shape, target) for target in targets))
+
+    def lora_parameters(self, r: int, targets: Iterable[str] | None = None, expert_r: int | None = None) -> int:
+        """r · Σ(in + out) over what is targeted; None targets all linear layers. A gate and its up share one A."""
+        shapes = self.adapted(targets)
+        gated = any(shape.expert and shape.name == "gate_proj" for shape in shapes)
+        total = 0
+        for shape in shapes:
+            inputs = 0 if gated and shape.expert and shape.name == "up_proj" else shape.inputs
+            total += ((expert_r or r) if shape.expert else r) * (inputs + shape.outputs) * shape.count
+        return total
 
 
 def read_model_facts(model: str, *, weights_needed: bool = True) -> ModelFacts:

@@ -156,9 +156,13 @@ def packed_attention(
 
 
 def bounds(lengths: list[int], device: torch.device) -> Tensor:
-    """Where examples begin and end in the packed row: [examples + 1], int32. No wait for the GPU."""
-    bounds_B = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
-    return bounds_B if device.type == "cpu" else bounds_B.pin_memory().to(device, non_blocking=True)
+    """Where examples begin and end in the packed row: [examples + 1], int32."""
+    return on(device, torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32))
+
+
+def on(device: torch.device, host: Tensor) -> Tensor:
+    """A small tensor made on the CPU, on its way to the device: the GPU is not waited for."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def _cuda_varlen(

@@ -1,7 +1,14 @@
-"""Adapters on disk, in PEFT's format: adapter_config.json and adapter_model.safetensors."""
+"""Adapters on disk, in PEFT's format: adapter_config.json and adapter_model.safetensors.
+
+A stack of experts is a parameter, which PEFT names in `target_parameters` and wraps: of two stacks of one module the
+later one lies outside, so its tensors are the module's own and the other's are within `base_layer`. All experts lie in
+one A [experts · r, in] and one B [out, r · experts], in which the expert is the last index.
+"""
 
 import json
 import os
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +17,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from welltuned.errors import InputError, RunError
+from welltuned.models.experts import expert_stacks
 from welltuned.models.lora import ALL_LINEAR, AdapterBank, Bias, LoraSettings, attach
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # What PEFT computes other than plain LoRA, or in more places than the tensors' names tell.
 _REFUSED = (
-    *("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters", "lora_bias"),
+    *("use_dora", "modules_to_save", "alpha_pattern", "lora_bias"),
     *("layer_replication", "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora"),
     *("arrow_config", "kasa_config", "monteclora_config"),
 )
+# PEFT 0.21 takes these names for the experts' own in most families whose experts transformers fuses on loading
+# (Qwen3-MoE, DeepSeek, GLM-4, ...), by whatever path: dense layers and shared experts would go without. It finds them
+# as parameters ("….weight").
+_TAKEN_FOR_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others (PiSSA, OLoRA, ...) change the base weights
 
 
@@ -33,7 +46,7 @@ def save_adapter(bank: AdapterBank, folder: Path, base: str, k: int = 0) -> None
         RunError: what was read back differs from what is in memory.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {_to_file(name, bank): t.detach().cpu().contiguous().clone() for name, t in bank.tensors(k).items()}
+    tensors = {_to_file(name, bank): _as_file(name, t).cpu().clone() for name, t in bank.tensors(k).items()}
     weights = folder / WEIGHTS
     save_file(tensors, folder / (WEIGHTS + ".tmp"), metadata={"format": "pt"})
     os.replace(folder / (WEIGHTS + ".tmp"), weights)
@@ -46,9 +59,10 @@ def save_adapter(bank: AdapterBank, folder: Path, base: str, k: int = 0) -> None
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> AdapterBank:
     """Put a PEFT LoRA adapter on a model. Everything in the file must be used, and everything needed be in it."""
-    config = read_config(folder)
-    tensors = {_from_file(name): tensor for name, tensor in _read(folder / WEIGHTS).items()}
-    bank = attach(model, _settings(config, tensors))
+    config, stored = read_config(folder), _read(folder / WEIGHTS)
+    names = _stack_names(model, config.get("target_parameters") or ())
+    tensors = {_from_file(name, names): tensor for name, tensor in stored.items()}
+    bank = attach(model, _settings(config, tensors, set(names.values()), str(folder)))
     expected = bank.tensors()
     for missing in sorted(expected.keys() - tensors.keys()):
         raise InputError(
@@ -57,10 +71,11 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> AdapterBank:
     for extra in sorted(tensors.keys() - expected.keys()):
         raise InputError(f"the model has no place for {extra!r}", where=str(folder), mend="it may be for another model")
     for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            what = f"{name} is {tuple(tensor.shape)} in the adapter and {tuple(expected[name].shape)} in the model"
+        wanted = _as_file(name, expected[name]).shape
+        if tensor.shape != wanted:
+            what = f"{name} is {tuple(tensor.shape)} in the adapter and {tuple(wanted)} in the model"
             raise InputError(what, where=str(folder), mend="give the model that the adapter was trained on")
-        expected[name].copy_(tensor)
+        expected[name].copy_(_from_file_layout(name, tensor, expected[name]))
     bank.start_KP.copy_(bank.flat_KP)
     return bank
 
@@ -104,32 +119,95 @@ def _read(path: Path) -> dict[str, Tensor]:
 def _to_file(name: str, bank: AdapterBank) -> str:
     """Our tensor's name as PEFT writes it: a trained bias of an adapted layer lies within `base_layer`."""
     module, _, leaf = name.rpartition(".")
+    if module in bank.stacks:
+        return f"{_PREFIX}{_wrapped(bank.stacks)[module]}.{leaf}.weight"
     if leaf.startswith("lora_"):
         return f"{_PREFIX}{name}.weight"
     return f"{_PREFIX}{module}.base_layer.{leaf}" if module in bank.modules else _PREFIX + name
 
 
-def _from_file(name: str) -> str:
-    return name.removeprefix(_PREFIX).removesuffix(".weight").replace(".base_layer.", ".")
+def _from_file(name: str, stacks: Mapping[str, str]) -> str:
+    """PEFT's name as ours; `stacks` by the name that PEFT's wrapper has in the file."""
+    plain = name.removeprefix(_PREFIX).removesuffix(".weight")
+    module, _, leaf = plain.rpartition(".")
+    return f"{stacks[module]}.{leaf}" if module in stacks else plain.replace(".base_layer.", ".")
+
+
+def _wrapped(stacks: Iterable[str]) -> dict[str, str]:
+    """Where PEFT's wrappers of these stacks lie, which come in the order in which their module registers them."""
+    found: dict[str, str] = {}
+    for name in reversed(list(stacks)):
+        module = name.rpartition(".")[0]
+        outer = sum(other.rpartition(".")[0] == module for other in found)
+        found[name] = module + ".base_layer" * outer
+    return found
+
+
+def _stack_names(model: PreTrainedModel, parameters: Iterable[str]) -> dict[str, str]:
+    """The stacks that `target_parameters` names, by the name of PEFT's wrapper."""
+    wanted = tuple(parameters)
+    if not wanted:
+        return {}
+    chosen = [name for name in expert_stacks(model) if any(f".{name}".endswith(f".{ending}") for ending in wanted)]
+    return {wrapper: name for name, wrapper in _wrapped(chosen).items()}
+
+
+def _as_file(name: str, tensor: Tensor) -> Tensor:
+    """A stack's A_ERI as [experts · r, in] and B_EOR as [out, r · experts]; anything else as it is."""
+    tensor = tensor.detach()
+    if tensor.dim() == 3:
+        tensor = tensor.flatten(0, 1) if name.endswith("lora_A") else tensor.permute(1, 2, 0).flatten(1)
+    return tensor.contiguous()
+
+
+def _from_file_layout(name: str, tensor: Tensor, like: Tensor) -> Tensor:
+    if like.dim() == 3 and name.endswith("lora_B"):
+        experts, outputs, r = like.shape
+        return tensor.view(outputs, r, experts).permute(2, 0, 1)
+    return tensor.view(like.shape)
 
 
 def _config(bank: AdapterBank, base: str, k: int) -> dict[str, Any]:
     s = bank.settings[k]
-    return {
+    modules, parameters = _peft_places(bank)
+    stacks = _shortest(bank.stacks, expert_stacks(bank.model))
+    config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": s.r,
         "lora_alpha": int(s.lora_alpha) if float(s.lora_alpha).is_integer() else s.lora_alpha,
-        "lora_dropout": s.lora_dropout,
+        "lora_dropout": 0.0 if parameters else s.lora_dropout,  # PEFT refuses it on parameters, where it cannot act
         "use_rslora": s.use_rslora,
-        "target_modules": peft_targets(bank.model, bank.targets),
+        "target_modules": peft_targets(bank.model, modules),
         "bias": str(s.bias),
         "fan_in_fan_out": any(isinstance(module.base, Conv1D) for module in bank.modules.values()),
         "init_lora_weights": True,
         "inference_mode": True,
         "modules_to_save": None,
     }
+    if stacks or parameters:
+        config["target_parameters"] = [*stacks, *parameters]
+    if stacks and s.expert_rank != s.r:
+        config["rank_pattern"] = dict.fromkeys(map(re.escape, stacks), s.expert_rank)
+    return config
+
+
+def _peft_places(bank: AdapterBank) -> tuple[list[str], list[str]]:
+    """(modules, parameters) by which PEFT finds the adapted linear layers."""
+    linears = [name for name in bank.targets if name not in bank.stacks]
+    fused = [c.target_patterns for c in get_checkpoint_conversion_mapping(bank.model.config.model_type) or ()]
+    if not any(pattern.endswith("gate_up_proj") for patterns in fused for pattern in patterns):
+        return linears, []
+    taken = [name for name in linears if name.rpartition(".")[2] in _TAKEN_FOR_EXPERTS]
+    return [name for name in linears if name not in taken], [f"{name}.weight" for name in taken]
+
+
+def _shortest(chosen: list[str], every: Iterable[str]) -> list[str]:
+    """Endings ("experts.down_proj") that mean exactly the chosen stacks, else their full names."""
+    endings = sorted({".".join(name.split(".")[-2:]) for name in chosen})
+    meant = {name for name in every if name.endswith(tuple(f".{ending}" for ending in endings))}
+    return endings if meant == set(chosen) else list(chosen)
 
 
 def peft_targets(model: PreTrainedModel, targets: list[str]) -> list[str]:
@@ -139,13 +217,24 @@ def peft_targets(model: PreTrainedModel, targets: list[str]) -> list[str]:
     return leaves if named == set(targets) else list(targets)
 
 
-def _settings(config: dict[str, Any], tensors: dict[str, Tensor]) -> LoraSettings:
-    modules = tuple(sorted({n.rpartition(".")[0] for n in tensors if n.endswith("lora_A")}))
+def _settings(config: dict[str, Any], tensors: dict[str, Tensor], stacks: set[str], where: str) -> LoraSettings:
+    names = tuple(sorted({n.rpartition(".")[0] for n in tensors if n.endswith("lora_A")}))
+    r = int(config["r"])
+    patterns = config.get("rank_pattern") or {}
+
+    def rank(name: str) -> int:
+        return next((int(v) for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), r)
+
+    expert_ranks = {rank(name) for name in names if name in stacks}
+    if len(expert_ranks) > 1 or any(rank(name) != r for name in names if name not in stacks):
+        what = "rank_pattern is understood only where all experts share one rank and all other layers have r"
+        raise InputError(what, where=where, mend="merge the adapter with PEFT first")
     return LoraSettings(
-        r=int(config["r"]),
+        r=r,
+        expert_r=next(iter(expert_ranks - {r}), None),
         lora_alpha=float(config["lora_alpha"]),
         lora_dropout=float(config.get("lora_dropout") or 0.0),
-        target_modules=modules or ALL_LINEAR,
+        target_modules=names or ALL_LINEAR,
         use_rslora=bool(config.get("use_rslora")),
         bias=Bias(config.get("bias") or "none"),
     )

@@ -1,6 +1,8 @@
 """Frozen projections: what the adapters stand on, dense or 4-bit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from copy import copy
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,30 @@ from welltuned.kernels.nf4 import DenseWeight, FrozenWeight, NF4Weight
 
 # Routers pick experts: "all linear" does not mean them. State-space layers use dt_proj's weight without calling it.
 LEFT_ALONE = ("gate", "router", "shared_expert_gate", "dt_proj")
+
+
+def is_projection(module: nn.Module) -> bool:
+    """Whether this is a plain x W^T + b: Falcon's own nn.Linear is one, DeepSeek-V4's multiplies in groups."""
+    if not isinstance(module, (nn.Linear, Conv1D, NF4Linear)):
+        return False
+    known = (nn.Linear.forward, Conv1D.forward, NF4Linear.forward)
+    return type(module).forward in known or _multiplies(module)
+
+
+def _multiplies(linear: nn.Module) -> bool:
+    """A kind of nn.Linear with a forward of its own, tried with small numbers in the place of its weight."""
+    with torch.no_grad(), torch.device("cpu"):  # also while transformers builds a model on the meta device
+        tiny = copy(linear)
+        weight, bias = torch.linspace(-1, 1, 12).view(3, 4), torch.linspace(1, 2, 3)
+        has_bias = linear._parameters.get("bias") is not None
+        tiny.__dict__["_parameters"] = {"weight": weight, "bias": bias if has_bias else None}
+        x = torch.linspace(-2, 2, 8).view(1, 2, 4)
+        try:
+            y = tiny.forward(x)
+        except (RuntimeError, AttributeError, ValueError, TypeError):
+            return False
+        expected = torch.nn.functional.linear(x, weight, bias if has_bias else None)
+        return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected, atol=1e-6)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -59,14 +85,29 @@ def frozen_weight(module: nn.Module) -> FrozenWeight:
     raise InputError(f"{type(module).__name__} is not a projection that LoRA can stand on", where="target_modules")
 
 
-def quantize_linears(model: PreTrainedModel) -> int:
-    """Replace every linear layer but the head and routers by an NF4 one, freeing dense weights as it goes; how many."""
-    head, done = model.get_output_embeddings(), 0
-    for parent in list(model.modules()):
-        for leaf, child in list(parent.named_children()):
-            if isinstance(child, (nn.Linear, Conv1D)) and child is not head and leaf not in LEFT_ALONE:
-                parent.register_module(
-                    leaf, NF4Linear(NF4Weight.quantize(frozen_weight(child).dense(child.weight.dtype)), child.bias)
-                )
-                done += 1
-    return done
+def quantisable(model: PreTrainedModel) -> list[str]:
+    """Names of the linear layers that 4 bits are meant for: all but the head and routers."""
+    head = model.get_output_embeddings()
+    return [
+        f"{prefix}.{leaf}" if prefix else leaf
+        for prefix, parent in model.named_modules()
+        for leaf, child in parent.named_children()
+        if is_projection(child) and not isinstance(child, NF4Linear) and child is not head and leaf not in LEFT_ALONE
+    ]
+
+
+def quantize_linears(model: PreTrainedModel, ready: Mapping[str, NF4Weight] = MappingProxyType({})) -> int:
+    """Replace every linear layer but the head and routers by an NF4 one, freeing dense weights as it goes; how many.
+
+    Args:
+        ready: weights that were quantised while they were read, by module name.
+    """
+    names = quantisable(model)
+    for name in names:
+        module = model.get_submodule(name)
+        weight = ready.get(name)
+        if weight is None:
+            weight = NF4Weight.quantize(frozen_weight(module).dense(module.weight.dtype))
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent).register_module(leaf, NF4Linear(weight, module.bias))
+    return len(names)

@@ -24,8 +24,13 @@ from welltuned.kernels.norm import rms_norm
 from welltuned.kernels.token_loss import Head
 from welltuned.models.lora import AdapterBank, LoraLinear, shared_rows
 
-_OTHER_NORMS = "norms that are not RMS norms"
-_OTHER_MLPS = "gated MLPs that compute something else"
+OTHER_NORMS = "norms that are not RMS norms"
+OTHER_MLPS = "gated MLPs that compute something else"
+BARE_MLPS = "gated MLPs with biases or unadapted projections"
+STRANGE_MLPS = "gated MLPs with an unknown activation"
+UNGATED_MLPS = "MLPs without gate_proj, up_proj and down_proj"
+STACKS = "stacks of experts, which carry no adapters"
+GATED = frozenset({"gate_proj", "up_proj", "down_proj"})
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
@@ -50,7 +55,11 @@ class Fused:
         self.modules.clear()
 
     def sentences(self) -> list[str]:
-        return [f"{what} left on the model's own code" + f" ({n} of them)" * (n > 1) for what, n in self.plain.items()]
+        return [left(what) + f" ({n} of them)" * (n > 1) for what, n in self.plain.items()]
+
+
+def left(what: str) -> str:
+    return f"{what} left on the model's own code"
 
 
 def fuse(model: PreTrainedModel, bank: AdapterBank | None) -> Fused:
@@ -58,19 +67,19 @@ def fuse(model: PreTrainedModel, bank: AdapterBank | None) -> Fused:
     fused, training = Fused(), model.training
     model.eval()  # no dropout while replacements are compared with what they replace
     for module in model.modules():
-        if bank is not None and {"gate_proj", "up_proj", "down_proj"} <= module._modules.keys():
+        if bank is not None and module._modules.keys() >= GATED:
             _fuse_mlp(module, fused)
-        elif _looks_like_rms_norm(module):
+        elif looks_like_rms_norm(module):
             _fuse_norm(module, fused)
-        elif not isinstance(module, (LoraLinear, nn.Conv1d)) and _has_stacked_weights(module):
-            fused.plain["stacks of experts, which carry no adapters"] += 1
-    if bank is not None and not fused.done["gated MLP"] and not fused.plain.keys() - {_OTHER_NORMS}:
-        fused.plain["MLPs without gate_proj, up_proj and down_proj"] = 1
+        elif not isinstance(module, (LoraLinear, nn.Conv1d)) and has_stacked_weights(module):
+            fused.plain[STACKS] += 1
+    if bank is not None and not fused.done["gated MLP"] and not fused.plain.keys() - {OTHER_NORMS}:
+        fused.plain[UNGATED_MLPS] = 1
     model.train(training)
     return fused
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return False
     tolerance = _TOLERANCE[a.dtype]
@@ -89,15 +98,20 @@ def recognise_activation(function: Callable[[Tensor], Tensor]) -> Activation | N
     return next((kind for kind, f in FORWARD.items() if torch.allclose(f(x), y, rtol=1e-9, atol=1e-12)), None)
 
 
+def mlp_activation(mlp: nn.Module) -> Activation | None:
+    """The known activation of a gated MLP, or None."""
+    functions = [c for name, c in mlp._modules.items() if name in ("act_fn", "activation_fn") and c is not None]
+    return recognise_activation(functions[0]) if functions else None
+
+
 def _fuse_mlp(module: nn.Module, fused: Fused) -> None:
     gate, up, down = (module.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
-    activations = [c for name, c in module._modules.items() if name in ("act_fn", "activation_fn") and c is not None]
     if not all(isinstance(m, LoraLinear) and m.bias_O is None for m in (gate, up, down)):
-        fused.plain["gated MLPs with biases or unadapted projections"] += 1
+        fused.plain[BARE_MLPS] += 1
         return
-    kind = recognise_activation(activations[0]) if activations else None
-    if kind is None or not _takes_one_argument(module):
-        fused.plain["gated MLPs with an unknown activation" if kind is None else _OTHER_MLPS] += 1
+    kind = mlp_activation(module)
+    if kind is None or not takes_one_argument(module):
+        fused.plain[STRANGE_MLPS if kind is None else OTHER_MLPS] += 1
         return
     assert isinstance(gate, LoraLinear) and isinstance(up, LoraLinear) and isinstance(down, LoraLinear)
     mlp = GatedMLP(gate.projection, up.projection, down.projection, kind)
@@ -113,10 +127,10 @@ def _fuse_mlp(module: nn.Module, fused: Fused) -> None:
 
     with torch.no_grad():
         x = _random(1, 5, gate.projection.weight.shape[1], like=gate.lora_A).to(_dtype(gate))
-        if _same(forward(x), original(x)):
+        if same(forward(x), original(x)):
             fused.replace(module, forward, "gated MLP")
         else:
-            fused.plain[_OTHER_MLPS] += 1
+            fused.plain[OTHER_MLPS] += 1
 
 
 def _dtype(module: LoraLinear) -> torch.dtype:
@@ -124,16 +138,16 @@ def _dtype(module: LoraLinear) -> torch.dtype:
     return torch.float32 if weight is None else weight.dtype
 
 
-def _takes_one_argument(module: nn.Module) -> bool:
+def takes_one_argument(module: nn.Module) -> bool:
     return len(signature(module.forward).parameters) == 1
 
 
-def _has_stacked_weights(module: nn.Module) -> bool:
+def has_stacked_weights(module: nn.Module) -> bool:
     """transformers 5 keeps a layer's experts as [experts, in, out]."""
     return any(p is not None and p.dim() == 3 for p in module._parameters.values())
 
 
-def _looks_like_rms_norm(module: nn.Module) -> bool:
+def looks_like_rms_norm(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     return (
         weight is not None
@@ -149,18 +163,28 @@ def _epsilon(module: nn.Module) -> float | None:
 
 
 def _fuse_norm(module: nn.Module, fused: Fused) -> None:
-    weight, eps = module._parameters["weight"], _epsilon(module)
-    assert weight is not None and eps is not None
+    weight = module._parameters["weight"]
+    assert weight is not None
     if weight.requires_grad:
         return
-    with torch.no_grad():
-        x = _random(3, weight.shape[0], like=weight)
-        y = module(x) if _takes_one_argument(module) else x.new_empty(0)  # Qwen3-Next gates some of its norms
-        for gain in (weight.detach(), (1.0 + weight.detach().float()).to(weight.dtype)):  # Gemma stores gain - 1
-            if _same(rms_norm(x, gain, eps), y):
-                fused.replace(module, partial(rms_norm, gain_H=gain, eps=eps), "RMS norm")
-                return
-    fused.plain[_OTHER_NORMS] += 1
+    forward = rms_norm_of(module)
+    if forward is None:
+        fused.plain[OTHER_NORMS] += 1
+    else:
+        fused.replace(module, forward, "RMS norm")
+
+
+@torch.no_grad()
+def rms_norm_of(module: nn.Module) -> Callable[..., Tensor] | None:
+    """An RMS norm that gives this module's numbers, or None; for modules that look like one."""
+    weight, eps = module._parameters["weight"], _epsilon(module)
+    assert weight is not None and eps is not None
+    x = _random(3, weight.shape[0], like=weight)
+    y = module(x) if takes_one_argument(module) else x.new_empty(0)  # Qwen3-Next gates some of its norms
+    for gain in (weight.detach(), (1.0 + weight.detach().float()).to(weight.dtype)):  # Gemma stores gain - 1
+        if same(rms_norm(x, gain, eps), y):
+            return partial(rms_norm, gain_H=gain, eps=eps)
+    return None
 
 
 def find_head(model: PreTrainedModel) -> Head | None:
@@ -176,9 +200,9 @@ def find_head(model: PreTrainedModel) -> Head | None:
     model.eval()  # dropout of its own would tell the two runs apart
     with torch.no_grad():
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        same = _same(head.logits(hidden[0]), model(input_ids=ids, use_cache=False).logits[0])
+        understood = same(head.logits(hidden[0]), model(input_ids=ids, use_cache=False).logits[0])
     model.train(training)
-    return head if same else None
+    return head if understood else None
 
 
 def checkpoint_layers(model: PreTrainedModel, fused: Fused) -> int:

@@ -1,12 +1,31 @@
-"""Load a causal language model and its tokenizer from a hub id, a folder or a GGUF file."""
+"""Load a causal language model and its tokenizer from a hub id, a folder or a GGUF file.
+
+For 4 bits each weight is quantised on its device as it is read, by transformers' own hook for quantisers, so that no
+more than one is ever dense. GGUF files have a quantiser of their own there: those are read whole and quantised after.
+"""
 
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from welltuned.errors import InputError
-from welltuned.models.frozen import quantize_linears
+from welltuned.kernels.grouped import NF4Stack
+from welltuned.kernels.nf4 import NF4Weight
+from welltuned.models.experts import expert_stacks, layout_of, quantize_experts, quantize_stack
+from welltuned.models.frozen import quantisable, quantize_linears
 from welltuned.models.resolve import ModelSource, SourceKind, resolve
 
 # Whatever transformers raises while it reads a model's files (nearly every type of exception, by which field of
@@ -32,8 +51,19 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_config(model: str) -> PretrainedConfig:
+    """The model's configuration, without its weights (which need not be there)."""
+    source = resolve(model, weights_needed=False)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(**_arguments(source))
+    except Exception as error:
+        what = f"the model's configuration could not be read ({_in_short(error)})"
+        raise InputError(what, where=model, mend=_MEND_HUB) from error
+    return config
+
+
 def load_model(model: str, *, dtype: torch.dtype, device: str = "cpu", nf4: bool = False) -> PreTrainedModel:
-    """The model in `dtype` on `device`; with `nf4` every linear layer but the head is stored in 4 bits.
+    """The model in `dtype` on `device`; with `nf4` linear layers (not the head) and experts are stored in 4 bits.
 
     No code from a model's repository is run and no pickle is read: weights are safetensors or GGUF.
     """
@@ -44,10 +74,12 @@ def load_model(model: str, *, dtype: torch.dtype, device: str = "cpu", nf4: bool
     if source.kind is not SourceKind.GGUF:
         arguments["use_safetensors"] = True
     try:
+        by_weight = nf4 and source.kind is not SourceKind.GGUF and not _is_quantized(arguments)
+        if by_weight:
+            arguments["quantization_config"] = _NF4Config(device)
         loaded, report = AutoModelForCausalLM.from_pretrained(
             **arguments,
-            dtype=dtype,
-            attn_implementation="sdpa",
+            dtype=dtype,  # attention is transformers' choice: SDPA, or eager where that is not possible (gpt-oss)
             ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
         )
@@ -55,12 +87,20 @@ def load_model(model: str, *, dtype: torch.dtype, device: str = "cpu", nf4: bool
         raise InputError(f"the model could not be loaded ({_in_short(error)})", where=model, mend=_MEND_HUB) from error
     assert isinstance(loaded, PreTrainedModel)
     _refuse_random_weights(report, model)
-    if source.kind is SourceKind.GGUF:
-        _forget_gguf(loaded)
+    linears, stacks = (loaded.hf_quantizer.linears, loaded.hf_quantizer.stacks) if by_weight else ({}, {})
+    if by_weight or source.kind is SourceKind.GGUF:
+        _forget_quantizer(loaded)
     if nf4:
-        quantize_linears(loaded)
+        quantize_linears(loaded, linears)
+        quantize_experts(loaded, stacks)
     loaded.config.name_or_path = source.name if source.path is None else str(source.path)
     return loaded.to(device).eval()
+
+
+def _is_quantized(arguments: dict[str, Any]) -> bool:
+    """Whether the files hold a quantised model, for which transformers uses the quantiser that made it."""
+    config = AutoConfig.from_pretrained(**arguments)
+    return any(c.to_dict().get("quantization_config") for c in (config, config.get_text_config()))
 
 
 def _require_bitsandbytes() -> None:
@@ -83,13 +123,81 @@ def _refuse_random_weights(report: dict[str, Any], model: str) -> None:
         raise InputError(f"the weights lack {missing[0]}{more}", where=model, mend=mend)
 
 
-def _forget_gguf(model: PreTrainedModel) -> None:
-    """transformers dequantises a GGUF on loading but keeps it marked as quantised, and then refuses to save it."""
+def _forget_quantizer(model: PreTrainedModel) -> None:
+    """transformers keeps a model marked as quantised, and then refuses to save it, even a GGUF that is dense by now."""
     model.hf_quantizer = None
     model.is_quantized = False
     model.config.__dict__.pop("quantization_config", None)
+    model.config.__dict__.pop("_is_quantized", None)
 
 
 def _in_short(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:199] + "…"
+
+
+# ── 4 bits, a weight at a time ───────────────────────────────────────────────────────────────────────────────────────
+
+_NF4 = "welltuned_nf4"
+
+
+@register_quantization_config(_NF4)
+class _NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
+    """What transformers passes on to the quantiser: where weights are to be quantised."""
+
+    def __init__(self, device: str):
+        self.quant_method = _NF4
+        self.device = device
+
+
+@register_quantizer(_NF4)
+class _NF4Quantizer(HfQuantizer):  # type: ignore[misc]
+    """Takes weights as they are read and keeps their codes; the modules are replaced afterwards.
+
+    Attributes:
+        waiting: what has not been read yet, by the parameter's name: the module that it belongs to.
+        linears: quantised weights by module name. stacks: quantised stacks of experts by parameter name.
+    """
+
+    def __init__(self, quantization_config: _NF4Config, **more: Any):
+        super().__init__(quantization_config, **more)
+        self.waiting: dict[str, nn.Module] = {}
+        self.linears: dict[str, NF4Weight] = {}
+        self.stacks: dict[str, NF4Stack] = {}
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        self.waiting = {f"{name}.weight": model.get_submodule(name) for name in quantisable(model)}
+        self.waiting |= {name: model.get_submodule(name.rpartition(".")[0]) for name in expert_stacks(model)}
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
+        return param_name in self.waiting  # no longer once it is read: then its shape is compared with the module's
+
+    def get_quantize_ops(self) -> "_Quantize":
+        return _Quantize(self)
+
+    def take(self, name: str, value: Tensor) -> Tensor:
+        """Quantise one weight; what stands in its place until the modules are replaced has its shape and no numbers."""
+        module, device = self.waiting.pop(name), self.quantization_config.device
+        layout = layout_of(module)
+        if layout is not None:
+            self.stacks[name] = quantize_stack(value, layout.transposed, device)
+        else:
+            w_OI = value.t() if isinstance(module, Conv1D) else value
+            self.linears[name.removesuffix(".weight")] = NF4Weight.quantize(w_OI.to(device))
+        return value.to("meta")
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+class _Quantize(ConversionOps):  # type: ignore[misc]
+    def __init__(self, quantizer: _NF4Quantizer):
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, Tensor]:
+        tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        return {name: self.quantizer.take(name, tensor) for name, tensor in tensors.items()}

@@ -5,7 +5,7 @@ with the start one operation each; every module's A_KRI and B_KOR are views of i
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,11 +14,11 @@ from enum import StrEnum
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from welltuned.errors import InputError, RunError
 from welltuned.kernels.lora import Dropout, Projection, Rows, lora
-from welltuned.models.frozen import LEFT_ALONE, NF4Linear, frozen_weight
+from welltuned.models.experts import LoraExperts, expert_stacks, has_stacks, stack_shape
+from welltuned.models.frozen import LEFT_ALONE, frozen_weight, is_projection
 
 ALL_LINEAR = "all-linear"
 
@@ -38,9 +38,16 @@ class Bias(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSettings:
-    """PEFT's names and meanings. `target_modules`: "all-linear" or name endings, each of which must match."""
+    """PEFT's names and meanings.
+
+    Args:
+        target_modules: "all-linear", or name endings, each of which must match. Experts are no linear layers: they are
+            named by their module ("experts") or, as in PEFT's `target_parameters`, by a stack ("experts.down_proj").
+        expert_r: the rank of every expert's own adapter; None for r.
+    """
 
     r: int = 16
+    expert_r: int | None = None
     lora_alpha: float = 32
     lora_dropout: float = 0.0
     target_modules: str | tuple[str, ...] = ALL_LINEAR
@@ -51,7 +58,18 @@ class LoraSettings:
 
     @property
     def scale(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        return self._scale(self.r)
+
+    @property
+    def expert_rank(self) -> int:
+        return self.expert_r or self.r
+
+    @property
+    def expert_scale(self) -> float:
+        return self._scale(self.expert_rank)
+
+    def _scale(self, r: int) -> float:
+        return self.lora_alpha / (math.sqrt(r) if self.use_rslora else r)
 
 
 class LoraLinear(nn.Module):
@@ -84,6 +102,11 @@ class LoraLinear(nn.Module):
         y = lora(x.reshape(-1, x.shape[-1]), self.projection, self.lora_A, self.lora_B, self.bias_O, self.rows)
         return y.view(*x.shape[:-1], y.shape[-1])
 
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight: DeepSeek-V3.2 and others ask a projection for its dtype."""
+        return self.base.get_parameter("weight")
+
     def check_dropout(self) -> None:
         """Refuse to train without the dropout asked for: its masks belong to examples, which only our loop names."""
         if self.drops and self.training and not self.rows.dropout.p:
@@ -92,7 +115,7 @@ class LoraLinear(nn.Module):
 
 def shared_rows(model: nn.Module) -> Rows:
     """The one Rows object that every adapted projection of the model reads."""
-    return next((module.rows for module in model.modules() if isinstance(module, LoraLinear)), Rows())
+    return next((m.rows for m in model.modules() if isinstance(m, (LoraLinear, LoraExperts))), Rows())
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +137,16 @@ class AdapterBank:
     Attributes:
         flat_KP, grad_KP: all trained numbers and their gradients, fp32.
         slots: name and place of each tensor in a row of flat_KP.
+        targets: names of what is adapted, in the model's order; `stacks` are those among them that hold experts.
         rows: which rows of the current micro-batch belong to which adapter and example.
     """
 
     def __init__(self, model: PreTrainedModel, settings: Sequence[LoraSettings]):
         self.model, self.settings = model, tuple(settings)
         first = self.settings[0]
-        if len({(s.r, s.target_modules, s.bias, s.lora_dropout) for s in self.settings}) > 1:
-            raise InputError("adapters of one bank share r, target_modules, bias and lora_dropout")
-        if any(isinstance(module, LoraLinear) for module in model.modules()):
+        if len({(s.r, s.expert_rank, s.target_modules, s.bias, s.lora_dropout) for s in self.settings}) > 1:
+            raise InputError("adapters of one bank share r, expert_r, target_modules, bias and lora_dropout")
+        if any(isinstance(module, (LoraLinear, LoraExperts)) for module in model.modules()):
             raise InputError("the model already carries adapters", mend="detach them first")
         if len(self.settings) > 1 and first.bias is not Bias.NONE:
             raise InputError(
@@ -130,17 +154,20 @@ class AdapterBank:
             )
         self.rows = Rows(dropout=Dropout())
         self.targets = find_targets(model, first.target_modules)
+        self.stacks = [name for name in self.targets if name not in linear_modules(model)]
+        if self.stacks:
+            _check_experts(first)
         biases = _trained_biases(model, self.targets, first.bias)
         for name, parameter in biases.items():
             if parameter.dtype.itemsize < 4 and name.rpartition(".")[0] not in self.targets:
                 what = f"{name} is {str(parameter.dtype).removeprefix('torch.')}: too coarse to be trained"
                 raise InputError(what, where="bias", mend="use lora_only, or a float32 model")
-        self.slots = _layout(model, self.targets, first.r, biases)
+        self.slots = _layout(model, self.targets, first, biases)
         device = next(model.parameters()).device
         total = sum(slot.size for slot in self.slots)
         self.flat_KP = torch.zeros(len(self.settings), total, dtype=torch.float32, device=device)
         self.grad_KP = torch.zeros_like(self.flat_KP)
-        self.modules: dict[str, LoraLinear] = {}
+        self.modules: dict[str, LoraLinear | LoraExperts] = {}
         self._parameters: dict[Slot, nn.Parameter] = {}
         self._original_biases = {name: p.data for name, p in biases.items()}
         self._required_grad = [p for p in model.parameters() if p.requires_grad]
@@ -162,26 +189,51 @@ class AdapterBank:
             parameter.grad = self.grad_KP[:, columns].view(parameter.shape)
 
     def _attach(self, biases: dict[str, nn.Parameter]) -> None:
-        by_name = {slot.name: slot for slot in self.slots}
+        linears = linear_modules(self.model)
+        index_of = {name: index for index, name in enumerate(linears)}
         scale_K = [s.scale for s in self.settings]
-        index_of = {name: index for index, name in enumerate(linear_modules(self.model))}
+        if self.stacks:
+            self._attach_experts(len(linears))
         for name in self.targets:
-            index = index_of[name]
-            base = self.model.get_submodule(name)
-            a, b = self._parameter(by_name[f"{name}.lora_A"]), self._parameter(by_name[f"{name}.lora_B"])
+            if name in self.stacks:
+                continue
+            index, base = index_of[name], self.model.get_submodule(name)
+            a, b = self._pair(name)
             for k, settings in enumerate(self.settings):
                 init_a(a.data[k], settings, index)
             projection = Projection(frozen_weight(base), scale_K, index)
-            self.modules[name] = LoraLinear(base, projection, a, b, self.rows, drops=self.settings[0].lora_dropout > 0)
-            _replace(self.model, name, self.modules[name])
+            self._put(name, LoraLinear(base, projection, a, b, self.rows, drops=self.settings[0].lora_dropout > 0))
         for name, bias in biases.items():
-            slot = by_name[name]
+            slot = next(slot for slot in self.slots if slot.name == name)
             columns = slice(slot.start, slot.start + slot.size)
             self.flat_KP[0, columns] = bias.data.float().flatten()
             bias.data = self.flat_KP[0, columns].view(slot.shape)
             bias.requires_grad_(True)
             self._parameters[slot] = bias
         self.claim_gradients()
+
+    def _attach_experts(self, index: int) -> None:
+        """Adapters on stacks; `index` is where their names for the start of A begin, one for each expert."""
+        adapters: dict[str, dict[str, tuple[nn.Parameter, nn.Parameter]]] = {}
+        for name, count in expert_stacks(self.model).items():
+            if name in self.stacks:
+                module, _, leaf = name.rpartition(".")
+                a, b = adapters.setdefault(module, {})[leaf] = self._pair(name)
+                for k, settings in enumerate(self.settings):
+                    for expert in range(count):
+                        init_a(a.data[k, expert], settings, index + expert)
+            index += count
+        scale_K = [s.expert_scale for s in self.settings]
+        for module, pairs in adapters.items():
+            self._put(module, LoraExperts(self.model.get_submodule(module), pairs, scale_K, self.rows))
+
+    def _pair(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        a, b = (next(s for s in self.slots if s.name == f"{name}.{leaf}") for leaf in ("lora_A", "lora_B"))
+        return self._parameter(a), self._parameter(b)
+
+    def _put(self, name: str, module: LoraLinear | LoraExperts) -> None:
+        self.modules[name] = module
+        _replace(self.model, name, module)
 
     def detach(self) -> None:
         """Put the model back as it was."""
@@ -241,7 +293,7 @@ def init_a(a_RI: Tensor, settings: LoraSettings, index: int) -> None:
     """
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
     if settings.init is Init.GAUSSIAN:
-        a_RI.copy_(torch.randn(a_RI.shape, generator=generator).div_(settings.r))
+        a_RI.copy_(torch.randn(a_RI.shape, generator=generator).div_(len(a_RI)))
         return
     bound = 1.0 / math.sqrt(a_RI.shape[1])
     a_RI.copy_(torch.rand(a_RI.shape, generator=generator).mul_(2 * bound).sub_(bound))
@@ -253,41 +305,77 @@ def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D, NF4Linear))
-        and module is not head
-        and name.rsplit(".", 1)[-1] not in LEFT_ALONE
+        if is_projection(module) and module is not head and name.rsplit(".", 1)[-1] not in LEFT_ALONE
     }
 
 
 def find_targets(model: PreTrainedModel, wanted: str | tuple[str, ...]) -> list[str]:
-    """Names of the modules to adapt, in the model's order. A wanted name that matches nothing is an error."""
+    """Names of what to adapt, in the model's order. A wanted name that matches nothing is an error."""
     linears = linear_modules(model)
     if wanted == ALL_LINEAR:
         return list(linears)
     endings = (wanted,) if isinstance(wanted, str) else wanted
-    leaves = sorted({name.rsplit(".", 1)[-1] for name in linears})
+    stacks = expert_stacks(model)
     found: set[str] = set()
     for ending in endings:
-        matches = {name for name in linears if name == ending or name.endswith("." + ending)}
+        matches = {name for name in linears if ending == ALL_LINEAR or _ends(name, ending)}
+        matches |= {name for name in stacks if _means_stack(name, ending)}
         if not matches:
-            near = get_close_matches(ending, leaves, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"this model has {', '.join(leaves)}"
-            raise InputError(f"{ending!r} matches no linear layer of the model", where="target_modules", mend=hint)
+            raise _no_match(model, ending, linears, stacks)
         found |= matches
-    return [name for name in linears if name in found]
+    return [name for name in (*linears, *stacks) if name in found]
 
 
-def _layout(model: PreTrainedModel, targets: list[str], r: int, biases: dict[str, nn.Parameter]) -> list[Slot]:
-    slots, start = [], 0
+def _ends(name: str, ending: str) -> bool:
+    return name == ending or name.endswith("." + ending)
+
+
+def _means_stack(name: str, ending: str) -> bool:
+    """By its module ("experts") or with it ("experts.down_proj"): "down_proj" alone is a dense layer's name."""
+    return _ends(name.rpartition(".")[0], ending) or ("." in ending and _ends(name, ending))
+
+
+def _no_match(model: PreTrainedModel, ending: str, linears: Iterable[str], stacks: Iterable[str]) -> InputError:
+    for name, module in model.named_modules():
+        if has_stacks(module) and not any(stack.startswith(f"{name}.") for stack in stacks) and _ends(name, ending):
+            what = f"{name} keeps its experts in a way that no adapter of ours can stand on"
+            return InputError(what, where="target_modules", mend=f"leave {ending!r} out")
+    known = {name.rsplit(".", 1)[-1] for name in linears} | {".".join(name.rsplit(".", 2)[-2:]) for name in stacks}
+    near = [name for name in known if _ends(name, ending)] or get_close_matches(ending, sorted(known), 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"this model has {', '.join(sorted(known))}"
+    return InputError(f"{ending!r} matches no linear layer of the model", where="target_modules", mend=hint)
+
+
+def _layout(
+    model: PreTrainedModel, targets: list[str], settings: LoraSettings, biases: dict[str, nn.Parameter]
+) -> list[Slot]:
+    slots: list[Slot] = []
+    start = 0
+    linears = linear_modules(model)
     for name in targets:
-        out_features, in_features = frozen_weight(model.get_submodule(name)).shape
-        for tensor, shape in (("lora_A", (r, in_features)), ("lora_B", (out_features, r))):
+        shapes: tuple[tuple[int, ...], tuple[int, ...]]
+        if name in linears:
+            out_features, in_features = frozen_weight(model.get_submodule(name)).shape
+            shapes = (settings.r, in_features), (out_features, settings.r)
+        else:
+            experts, out_features, in_features = stack_shape(model, name)
+            shapes = (experts, settings.expert_rank, in_features), (experts, out_features, settings.expert_rank)
+        for tensor, shape in zip(("lora_A", "lora_B"), shapes, strict=True):
             slots.append(Slot(f"{name}.{tensor}", start, shape))
             start += slots[-1].size
     for name, bias in biases.items():
         slots.append(Slot(name, start, tuple(bias.shape)))
         start += slots[-1].size
     return slots
+
+
+def _check_experts(settings: LoraSettings) -> None:
+    if settings.lora_dropout:
+        what = "dropout cannot act on experts: each one's weight is changed as a whole, as PEFT does it"
+        raise InputError(what, where="lora_dropout", mend="set it to 0, or leave the experts out of target_modules")
+    if settings.bias is Bias.ALL:
+        what = "biases are not trained where experts carry adapters"
+        raise InputError(what, where="bias", mend="use none or lora_only, or leave the experts out of target_modules")
 
 
 def _trained_biases(model: PreTrainedModel, targets: list[str], bias: Bias) -> dict[str, nn.Parameter]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from welltuned.kernels.attention import bounds, packed_attention
+from welltuned.kernels.attention import bounds, on, packed_attention
 from welltuned.kernels.lora import Dropout
 from welltuned.models.lora import shared_rows
 
@@ -46,7 +46,7 @@ class Packed:
         """Each token's place in its example."""
         position_ids_N = torch.cat([torch.arange(n) for n in self.lengths])
         device = self.ids_N.device
-        return position_ids_N if device.type == "cpu" else position_ids_N.pin_memory().to(device, non_blocking=True)
+        return on(device, position_ids_N)
 
 
 def _attention(
@@ -126,13 +126,41 @@ def packs(model: PreTrainedModel) -> bool:
     return _PACKS[model]
 
 
+def _packable_layers(model: PreTrainedModel) -> bool:
+    """Whether the configuration names only attention that packed rows can have."""
+    layers = model.config.get_text_config().to_dict().get("layer_types") or ()
+    return _PACKABLE_LAYERS.issuperset(layers)
+
+
+@torch.no_grad()
+def refuses_packing(skeleton: PreTrainedModel) -> bool:
+    """Whether a model without numbers ("meta") shows that its rows cannot be packed; `packs` finds the rest."""
+    if not _packable_layers(skeleton):
+        return True
+    try:
+        with _attending(skeleton, ATTENTION):
+            if skeleton.config._attn_implementation != ATTENTION:
+                return True
+            batch = _trial("meta")
+            # With a mask transformers does not look at the values of the position ids, and we take no mask.
+            skeleton.base_model(**_arguments(batch), attention_mask=torch.ones_like(batch.ids_N)[None])
+    except NotPackable:
+        return True
+    except (RuntimeError, NotImplementedError):  # what the model does next depends on its numbers
+        return False
+    return False
+
+
+def _trial(device: torch.device | str) -> Packed:
+    ids_N = torch.tensor([3, 4, 5, 6, 7, 8, 9, 13, 12, 11, 10, 9, 8, 7, 6, 5], device=device)
+    return Packed(ids_N, [7, 9])
+
+
 @torch.no_grad()
 def _try_packing(model: PreTrainedModel) -> bool:
-    layers = model.config.get_text_config().to_dict().get("layer_types") or ()
-    if not _PACKABLE_LAYERS.issuperset(layers):
+    if not _packable_layers(model):
         return False
-    ids_N = torch.tensor([3, 4, 5, 6, 7, 8, 9, 13, 12, 11, 10, 9, 8, 7, 6, 5], device=model.device)
-    batch = Packed(ids_N, [7, 9])
+    batch = _trial(model.device)
     with _attending(model, model.config._attn_implementation):
         alone_NV = logits(model, batch)
     try:

@@ -1,26 +1,25 @@
 """From a recipe to a plan: read the model's facts, the data and the machine, and choose. No weights are loaded."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from welltuned.advice.plan import Plan, make_plan
-from welltuned.data.audit import Audit, Severity, audit
-from welltuned.data.conversation import Conversation, to_conversations
-from welltuned.data.render import Example, LossOn, Rendering, render_all
-from welltuned.data.source import read_rows
-from welltuned.data.stream import split_held_out
-from welltuned.data.templates import resolve_chat_template
+from welltuned.advice.plan import Plan, make_plan, with_problems
+from welltuned.data.audit import Audit
+from welltuned.data.conversation import Conversation
+from welltuned.data.dataset import Dataset, open_sources, read_dataset
+from welltuned.data.mix import Mixture
+from welltuned.data.render import Example
 from welltuned.errors import InputError
-from welltuned.facts.data import dataset_facts
+from welltuned.facts.data import facts_of
 from welltuned.facts.machine import MachineFacts, read_machine_facts
-from welltuned.facts.model import read_model_facts
-from welltuned.recipe import Method, Recipe
+from welltuned.facts.model import ModelFacts, read_model_facts
+from welltuned.recipe import Method, Recipe, Tune
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEFAULT_SEED = 3407
+PLAIN_PARTS = 12  # weight among the plan's warnings of a part that runs on the model's own code: it costs time only
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +28,19 @@ class Prepared:
 
     Attributes:
         chat_template: the template that rows were rendered with, which inference must use too; None for plain text.
-        held_out_prompts: conversations of the held-out rows, for replies before and after.
-        notes: sentences about the data that the user should see.
+        train: all training rows, read when they are asked for; `mixture` says which of them make an update.
+        held_out_conversations: those of the held-out rows, for replies before and after; read when asked for.
+        notes: sentences about the data that the user should see; those that warn are among the plan's warnings too.
     """
 
     recipe: Recipe
     plan: Plan
     tokenizer: "PreTrainedTokenizerBase"
     chat_template: str | None
-    train: tuple[Example, ...]
-    held_out: tuple[Example, ...]
-    held_out_conversations: tuple[Conversation, ...]
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+    held_out_conversations: Sequence[Conversation]
+    mixture: Mixture
     audit: Audit
     notes: tuple[str, ...]
 
@@ -50,86 +51,51 @@ def prepare(recipe: Recipe, machine: MachineFacts | None = None) -> Prepared:
     Raises:
         InputError: anything in the recipe, the model's folder or the data that training could not use.
     """
+    from welltuned.models.foresee import foresee
     from welltuned.models.load import load_tokenizer
 
     if recipe.method is not Method.SFT:
         raise InputError(f"training by {recipe.method} is not built yet", where="method", mend="use sft")
     model_facts = read_model_facts(recipe.model)
-    train, held_out, notes = _conversations(recipe)
+    sources = open_sources(recipe)
     tokenizer = load_tokenizer(recipe.model)
-    rendered, rendered_held = (_render(recipe, tokenizer, c, None) for c in (train, held_out))
-    _check_vocabulary([*rendered.examples, *rendered_held.examples], model_facts.vocabulary)
-    notes.append(f"Trained tokens are found from {rendered.mask_from}.")
-    report = audit(rendered.examples, tokenizer, conversations=train, held_out=rendered_held.examples)
-    errors = [p.sentence for p in report.problems() if p.severity is Severity.ERROR]
-    if errors:
-        raise InputError(errors[0], where=recipe.data)
-    notes += [p.sentence for p in report.problems()]
-    facts = dataset_facts(
-        *_counts(rendered.examples),
-        *_counts(rendered_held.examples),
-        format_name=str(train[0].format),
-        duplicates=len(report.duplicates),
-        heldout_overlap=len(report.overlap),
-    )
-    plan = make_plan(recipe, model_facts, facts, machine or read_machine_facts(ask_gpu=True))
-    longest = plan.value("max_length")
-    if facts.length_max > longest:
-        rendered = _render(recipe, tokenizer, train, longest)
-        notes.append(f"{len(rendered.cut)} training rows are longer than max_length {longest} and were cut.")
-    # Held-out rows are cut as the training rows are, or where the model itself ends.
-    bound = "max_length" in recipe.hyperparameters or facts.length_max > longest
-    most = longest if bound else model_facts.context_length
-    if most is not None and any(len(e.ids) > most for e in rendered_held.examples):
-        rendered_held = _render(recipe, tokenizer, held_out, most)
-        notes.append(f"{len(rendered_held.cut)} held-out rows are longer than {most} tokens and were cut.")
+    dataset = read_dataset(recipe, tokenizer, sources=sources, embedding=model_facts.vocabulary)
+    plan, dataset = _planned(recipe, dataset, model_facts, machine or read_machine_facts(ask_gpu=True))
+    report = dataset.audit(model_facts.context_length)
+    problems = report.problems()
+    weighed = [(problem.weight, problem.sentence) for problem in problems]
+    weighed += [(PLAIN_PARTS, sentence) for sentence in foresee(recipe.model, _targets(plan))]
     return Prepared(
         recipe=recipe,
-        plan=plan,
+        plan=with_problems(plan, weighed),
         tokenizer=tokenizer,
-        chat_template=resolve_chat_template(tokenizer, recipe.chat_template),
-        train=tuple(rendered.examples),
-        held_out=tuple(rendered_held.examples),
-        held_out_conversations=tuple(held_out),
+        chat_template=dataset.chat_template,
+        train=dataset.train,
+        held_out=dataset.held_out,
+        held_out_conversations=dataset.held_out_conversations(),
+        mixture=replace(dataset.mixture, seed=plan.value("seed")),
         audit=report,
-        notes=tuple(notes),
+        notes=(*dataset.notes, *(problem.sentence for problem in problems)),
     )
 
 
-def _conversations(recipe: Recipe) -> tuple[list[Conversation], list[Conversation], list[str]]:
-    found = to_conversations(read_rows(recipe.data, recipe.subset, recipe.split))
-    notes = [found.detected.sentence()]
-    if recipe.eval_data is not None:
-        own = to_conversations(read_rows(recipe.eval_data))
-        notes.append(f"Held out: the {len(own.items)} rows of {recipe.eval_data}.")
-        return list(found.items), list(own.items), notes
-    split = split_held_out(found.items, recipe.eval_fraction, recipe.hyperparameters.get("seed", DEFAULT_SEED))
-    notes.append(split.sentence)
-    return [found.items[i] for i in split.train], [found.items[i] for i in split.held_out], notes
+def _targets(plan: Plan) -> str | tuple[str, ...] | None:
+    """What will get adapters; None where all of the model is trained."""
+    if plan.recipe.tune is Tune.FULL:
+        return None
+    wanted = plan.value("target_modules")
+    return wanted if isinstance(wanted, str) else tuple(wanted)
 
 
-def _render(
-    recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Conversation], max_length: int | None
-) -> Rendering:
-    loss_on = LossOn.ASSISTANT if recipe.hyperparameters.get("assistant_only_loss", True) else LossOn.EVERYTHING
-    return render_all(
-        rows,
-        tokenizer,
-        loss_on=loss_on,
-        max_length=max_length,
-        instruction_part=recipe.instruction_part,
-        response_part=recipe.response_part,
-        chat_template=recipe.chat_template,
-    )
-
-
-def _counts(examples: Sequence[Example]) -> tuple[list[int], list[int]]:
-    return [len(e.ids) for e in examples], [int(e.mask[1:].sum()) for e in examples]
-
-
-def _check_vocabulary(examples: Sequence[Example], embedding: int) -> None:
-    """By the tokens that the rows use: Gemma 3 1B's own tokenizer has one more than its embedding, an image's."""
-    for example in examples:
-        if int(example.ids.max()) >= embedding:
-            what = f"the row has token {int(example.ids.max())}, and the model's embedding ends with {embedding - 1}"
-            raise InputError(what, where=example.origin, mend="use the tokenizer that belongs to the model")
+def _planned(recipe: Recipe, dataset: Dataset, model: ModelFacts, machine: MachineFacts) -> tuple[Plan, Dataset]:
+    """The plan, and the data within its max_length. Rows left out for their length make it another plan."""
+    while True:
+        facts = facts_of(dataset)
+        plan = make_plan(recipe, model, facts, machine)
+        longest = plan.value("max_length")
+        within = dataset.within(longest)
+        if len(within.train) == len(dataset.train):
+            # Held-out rows are cut as the training rows are, or where the model itself ends.
+            bound = "max_length" in recipe.hyperparameters or facts.length_max > longest
+            return plan, within.held_out_within(longest if bound else model.context_length)
+        dataset = within

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 import welltuned
 from welltuned.adapters.verify import TensorCheck, check_tensors, require_learned, sha256
 from welltuned.advice.plan import Plan, plan_to_yaml, require_memory
-from welltuned.data.stream import steps_per_epoch, update_indices
 from welltuned.errors import InputError, RunError
 from welltuned.facts.machine import Device
 from welltuned.models.adapter_file import save_adapter
@@ -34,6 +33,7 @@ from welltuned.training.process import allocator_keeps_memory, memory_used
 from welltuned.training.rundir import ADAPTER, MODEL, PLAN, RECIPE, RUN, RunDir, require_free
 from welltuned.training.step import Engine, Evaluation, Trained, accumulate_gradient, evaluate
 
+MOST_ORIGINS = 1_000  # held-out rows named in run.json
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -145,7 +145,7 @@ def train(
 
             directory.write(RECIPE, recipe_to_yaml(plan.recipe))
             directory.write(PLAN, plan_to_yaml(plan))
-            for text in (*prepared.notes, *ready.notes):
+            for text in (*prepared.notes, *(text for text in ready.notes if text not in plan.warnings)):
                 tell(Note(text))
             start_hashes = _hashes(ready.engine.trained)
             if before_training is not None:
@@ -178,7 +178,7 @@ def _evaluated(engine: Engine, prepared: Prepared, step: int, tell: Observer) ->
 
 def _loop(engine: Engine, prepared: Prepared, tell: Observer) -> tuple[float, int, Evaluation | None]:
     """All updates; (seconds and tokens spent in updates, the last evaluation)."""
-    plan, rows = prepared.plan, prepared.train
+    plan, rows, mixture = prepared.plan, prepared.train, prepared.mixture
     seed, batch, total = plan.value("seed"), plan.value("effective_batch_size"), plan.updates
     schedule = Schedule(
         kind=Scheduler(plan.value("lr_scheduler_type")),
@@ -188,11 +188,11 @@ def _loop(engine: Engine, prepared: Prepared, tell: Observer) -> tuple[float, in
     )
     optimizer = FlatAdamW(engine.trained.flat_KP, engine.trained.grad_KP, engine.trained.decayed, adamw_settings(plan))
     engine.trained.claim_gradients()
-    per_epoch = steps_per_epoch(len(rows), batch)
+    per_epoch = mixture.steps_per_epoch(batch)
     seconds, tokens, last = 0.0, 0, None
     for step in range(total):
         started = time.perf_counter()
-        chosen = update_indices(len(rows), seed, batch, step)
+        chosen = mixture.update(batch, step)
         optimizer.zero_grad()
         made = accumulate_gradient(engine, [rows[i] for i in chosen], [_dropout_key(seed, step, i) for i in chosen])
         norm = clip_(engine.trained.grad_KP, plan.value("max_grad_norm"))[0]
@@ -285,7 +285,7 @@ def _summary(prepared: Prepared, ready: Ready, result: RunResult) -> dict[str, A
         "updates": result.updates,
         "held_out": {
             "rows": len(prepared.held_out),
-            "origins": [e.origin for e in prepared.held_out],
+            "origins": [e.origin for e in prepared.held_out[:MOST_ORIGINS]],
             "before": loss(result.before),
             "after": loss(result.after),
         },
@@ -295,6 +295,7 @@ def _summary(prepared: Prepared, ready: Ready, result: RunResult) -> dict[str, A
         "memory_forecast_bytes": prepared.plan.memory.total_bytes,
         "fused": dict(ready.fused.done),
         "notes": [*prepared.notes, *ready.notes],
+        "mixture": asdict(prepared.mixture),
         "audit": prepared.audit.to_json(),
         "trained_tensors": [asdict(check) for check in result.checks],
         "versions": {

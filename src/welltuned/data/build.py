@@ -1,0 +1,200 @@
+"""A source becomes a store: its rows are read, rendered and appended some hundred at a time, or found in the cache."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
+from typing import TYPE_CHECKING
+
+from welltuned.data.cache import Cache, cache_key
+from welltuned.data.conversation import Conversation, Format, MixedSchema, NotTrained, Policy
+from welltuned.data.formats import Detected, detect, to_conversation
+from welltuned.data.render import Example, LossOn, Renderer
+from welltuned.data.source import Row, Source
+from welltuned.data.store import KEPT_DEFECTS, BadRow, ExampleStore, StoreWriter, digest
+from welltuned.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SAMPLE = 1_000  # rows from which the format is detected
+CHUNK_ROWS = 512  # long enough to use all cores
+CHUNK_CHARACTERS = 2**20  # short enough to bound the memory: a token's offsets cost a hundred times its id
+SMALLEST_CACHED = 10**6  # bytes; less than this is tokenised in a second
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """How rows are read and rendered: with source and tokenizer, all that a store depends on."""
+
+    format: Format | None = None
+    mapping: Mapping[str, str] = field(default_factory=dict)
+    group_by: str | None = None
+    loss_on: LossOn = LossOn.ASSISTANT
+    instruction_part: str | None = None
+    response_part: str | None = None
+    chat_template: str | None = None
+
+    def renderer(self, tokenizer: "PreTrainedTokenizerBase") -> Renderer:
+        return Renderer(
+            tokenizer,
+            loss_on=self.loss_on,
+            instruction_part=self.instruction_part,
+            response_part=self.response_part,
+            chat_template=self.chat_template,
+        )
+
+
+def read_store(
+    source: Source,
+    tokenizer: "PreTrainedTokenizerBase",
+    reading: Reading,
+    on_bad_row: Policy = Policy.ERROR,
+    cache: Cache | None = None,
+) -> ExampleStore:
+    """All examples of a source, in order. Rows that cannot be read are left out and listed, or an error.
+
+    Raises:
+        InputError: no format fits, a row of another schema, a template that cannot be used, a bad row under ERROR.
+    """
+    if 0 < source.size < SMALLEST_CACHED:
+        return _built(StoreWriter(), source, tokenizer, reading, on_bad_row).store()
+    cache = cache or Cache()
+    options = {**asdict(reading), "chat_template": None}  # the template itself counts, not where it was found
+    template = reading.renderer(tokenizer).template
+    key = cache_key(source.fingerprint(), source.name, tokenizer, template, options)
+    store = cache.find(key)
+    if store is None:
+        store = cache.publish(key, _built(cache.begin(), source, tokenizer, reading, on_bad_row))
+    return store
+
+
+def conversations_at(source: Source, reading: Reading, rows: Sequence[int]) -> list[Conversation]:
+    """The conversations of ascending row numbers, read once more from the source."""
+    wanted = set(rows)
+    found = []
+    for number, row, detected in _rows(source, reading):
+        if number in wanted:
+            found.append(to_conversation(row, detected, reading.group_by))
+            if len(found) == len(wanted):
+                break
+    return found
+
+
+def _rows(source: Source, reading: Reading) -> Iterator[tuple[int, Row, Detected]]:
+    """Each row with its number, and the format that the first ones are in."""
+    rows = iter(source.rows())
+    sample = list(islice(rows, SAMPLE))
+    detected = detect(sample, format=reading.format, mapping=reading.mapping)
+    for number, row in enumerate(chain(sample, rows)):
+        yield number, row, detected
+
+
+def _built(
+    writer: StoreWriter,
+    source: Source,
+    tokenizer: "PreTrainedTokenizerBase",
+    reading: Reading,
+    on_bad_row: Policy,
+) -> StoreWriter:
+    try:
+        builder = _Builder(writer, reading.renderer(tokenizer), on_bad_row)
+        detected: Detected | None = None
+        for number, row, detected in _rows(source, reading):  # noqa: B007  (one for all of the rows)
+            builder.add(number, row, detected, reading.group_by)
+        assert detected is not None  # a source without rows is an error of its own
+        builder.end(detected)
+    except BaseException:
+        writer.discard()
+        raise
+    return writer
+
+
+class _Builder:
+    """Conversations wait until there are enough of them to render at once."""
+
+    def __init__(self, writer: StoreWriter, renderer: Renderer, on_bad_row: Policy):
+        self.writer = writer
+        self.renderer = renderer
+        self.on_bad_row = on_bad_row
+        self.waiting: list[tuple[int, Conversation]] = []
+        self.characters = self.written = self.not_trained = self.bad_rows = 0
+        self.bad: list[BadRow] = []
+
+    def add(self, number: int, row: Row, detected: Detected, group_by: str | None) -> None:
+        try:
+            conversation = to_conversation(row, detected, group_by)
+        except MixedSchema:
+            raise
+        except NotTrained:
+            self.not_trained += 1
+            return
+        except InputError as error:
+            self._refuse(error, row.origin)
+            return
+        self.waiting.append((number, conversation))
+        self.characters += sum(len(message.content) for message in conversation.messages)
+        if len(self.waiting) == CHUNK_ROWS or self.characters > CHUNK_CHARACTERS:
+            self._render()
+
+    def end(self, detected: Detected) -> None:
+        self._render()
+        if not self.written:
+            rows = self.bad_rows + self.not_trained
+            why, where = (self.bad[0].what, self.bad[0].origin) if self.bad else ("no answer is desirable", None)
+            raise InputError(f"all {rows:,} rows have defects ({why})", where=where)
+        self.writer.close(
+            bad=tuple(self.bad),
+            bad_rows=self.bad_rows,
+            not_trained=self.not_trained,
+            format_name=str(detected.format),
+            format_sentence=detected.sentence(),
+            mask_from=str(self.renderer.mask_from or ""),
+            boundary_splits=self.renderer.boundary_splits,
+        )
+
+    def _refuse(self, error: InputError, origin: str) -> None:
+        if self.on_bad_row is Policy.ERROR:
+            raise error
+        self.bad_rows += 1
+        if len(self.bad) < KEPT_DEFECTS:
+            self.bad.append(BadRow(origin, error.what, error.mend))
+
+    def _render(self) -> None:
+        if not self.waiting:
+            return
+        conversations = [conversation for _, conversation in self.waiting]
+        try:
+            examples: Sequence[Example | None] = self.renderer(conversations)
+        except InputError as error:
+            if self.on_bad_row is Policy.ERROR:
+                raise
+            examples = self._one_by_one(conversations)
+            if not self.written and not any(examples):
+                raise error  # not the rows': no row can be rendered at all
+        done = [
+            (example, number, conversation)
+            for example, (number, conversation) in zip(examples, self.waiting, strict=True)
+            if example is not None
+        ]
+        groups = (_group(conversation) for _, _, conversation in done)
+        self.writer.add([e for e, _, _ in done], [n for _, n, _ in done], groups)
+        self.written += len(done)
+        self.waiting.clear()
+        self.characters = 0
+
+    def _one_by_one(self, conversations: Iterable[Conversation]) -> list[Example | None]:
+        """A row that the template cannot render is a bad row like any other."""
+        examples: list[Example | None] = []
+        for conversation in conversations:
+            try:
+                examples += self.renderer([conversation])
+            except InputError as error:
+                self._refuse(error, conversation.origin)
+                examples.append(None)
+        return examples
+
+
+def _group(conversation: Conversation) -> bytes:
+    """What keeps rows on one side of the held-out split: the named column's text, or the prompt."""
+    key = conversation.prompt() if conversation.group is None else conversation.group
+    return digest(repr(key).encode("utf-8", "surrogatepass"))

@@ -1,0 +1,293 @@
+"""The one way in: a recipe's data become training rows, held-out rows, a mixture, and what is to be said about them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import cached_property
+from types import MappingProxyType
+from typing import TYPE_CHECKING, overload
+
+from welltuned.data.audit import Audit, audit
+from welltuned.data.build import Reading, conversations_at, read_store
+from welltuned.data.cache import Cache
+from welltuned.data.conversation import Conversation, Format, Kind, Policy
+from welltuned.data.mix import Mixture, mixture
+from welltuned.data.policies import (
+    DEFAULT_POLICIES,
+    Finding,
+    Policies,
+    bad_rows,
+    sift_duplicates,
+    sift_leaks,
+    sift_length,
+    sift_seen,
+    together,
+)
+from welltuned.data.render import LossOn
+from welltuned.data.rows import Rows, all_rows
+from welltuned.data.source import Source, open_source
+from welltuned.data.store import About
+from welltuned.data.stream import hold_out
+from welltuned.errors import InputError
+from welltuned.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_SEED = 3407
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """The recipe's data, opened and not yet read."""
+
+    train: tuple[Source, ...]
+    held_out: tuple[Source, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Dataset:
+    """What a run trains on and is judged by.
+
+    Attributes:
+        train: training rows, those of one source after the other's.
+        held_out: of the sources in `held_out_sources`, in their order.
+        mixture: which training rows make an epoch.
+        findings: what was found of each kind of defect, and done about it.
+        chat_template: the template that rows are rendered with, which inference must use too; None for plain text.
+        notes: sentences on how the data were read.
+    """
+
+    recipe: Recipe
+    reading: Reading
+    policies: Policies
+    sources: Sources
+    train: Rows
+    held_out: Rows
+    mixture: Mixture
+    findings: Mapping[Kind, Finding]
+    chat_template: str | None
+    notes: tuple[str, ...]
+
+    @property
+    def formats(self) -> str:
+        """The formats that the rows were in."""
+        return ", ".join(dict.fromkeys(part.store.about.format_name for part in self.train.parts))
+
+    @property
+    def held_out_sources(self) -> tuple[Source, ...]:
+        return self.sources.held_out or self.sources.train
+
+    def audit(self, context: int | None = None) -> Audit:
+        """Counts and sentences; `context` is the model's own length."""
+        return audit(self.train, self.held_out, self.findings, context=context)
+
+    def within(self, max_length: int) -> "Dataset":
+        """The same with training rows of at most `max_length` tokens, cut or left out as the policies say.
+
+        Raises:
+            InputError: a policy makes a longer row an error, or a row loses all that it teaches.
+        """
+        short = sift_length(self.train, max_length, self.policies)
+        if not len(short.rows):
+            raise InputError(f"no training row is within max_length {max_length:,}", where="max_length")
+        findings = dict(self.findings)
+        if short.too_long.rows or not findings[Kind.TOO_LONG].dropped:
+            findings[Kind.TOO_LONG] = short.too_long
+        findings[Kind.UNTRAINED] = together(findings[Kind.UNTRAINED], short.untrained)
+        mixed = _mixture(self.recipe, short.rows)
+        return replace(self, train=short.rows, mixture=mixed, findings=MappingProxyType(findings))
+
+    def held_out_within(self, max_length: int | None) -> "Dataset":
+        """The same with held-out rows of at most `max_length` tokens, and a note where some are longer."""
+        if max_length is None or not len(self.held_out):
+            return self
+        short = sift_length(self.held_out, max_length, self.policies)
+        if not short.too_long.rows:
+            return replace(self, held_out=short.rows)
+        done = "were left out" if short.too_long.dropped else "were cut"
+        note = f"{short.too_long.rows:,} held-out rows are longer than {max_length:,} tokens and {done}"
+        if short.untrained.rows:
+            note += f"; {short.untrained.rows:,} of them lost their whole answers and were left out"
+        untrained = together(self.findings[Kind.UNTRAINED], short.untrained)
+        findings = MappingProxyType({**self.findings, Kind.UNTRAINED: untrained})
+        return replace(self, held_out=short.rows, findings=findings, notes=(*self.notes, note + "."))
+
+    def held_out_conversations(self) -> "Conversations":
+        """The conversations of the held-out rows, for replies to them."""
+        return Conversations(self.held_out, self.held_out_sources, self.reading)
+
+
+class Conversations(Sequence[Conversation]):
+    """The conversations behind rows, read from their sources when the first one is asked for."""
+
+    def __init__(self, rows: Rows, sources: Sequence[Source], reading: Reading):
+        self._rows, self._sources, self._reading = rows, sources, reading
+
+    @cached_property
+    def _read(self) -> tuple[Conversation, ...]:
+        return tuple(self._each())
+
+    def _each(self) -> Iterator[Conversation]:
+        for part, source in zip(self._rows.parts, self._sources, strict=True):
+            if len(part.index):
+                numbers = part.store.column("row")[part.index]
+                yield from conversations_at(source, self._reading, numbers.tolist())
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Conversation: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Conversation, ...]: ...
+    def __getitem__(self, index: int | slice) -> Conversation | tuple[Conversation, ...]:
+        return self._read[index]
+
+
+def open_sources(recipe: Recipe) -> Sources:
+    """Find the recipe's data, before anything slow is done for them."""
+    train = tuple(open_source(spec, recipe.subset, recipe.split) for spec in recipe.datasets)
+    return Sources(train, tuple(open_source(spec) for spec in recipe.eval_datasets))
+
+
+def read_dataset(
+    recipe: Recipe,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    sources: Sources | None = None,
+    embedding: int | None = None,
+    cache: Cache | None = None,
+) -> Dataset:
+    """Read, render, choose and split, by the recipe.
+
+    Args:
+        embedding: the number of tokens that the model knows.
+
+    Raises:
+        InputError: data that cannot be read, or a defect whose policy is error.
+    """
+    sources, cache = sources or open_sources(recipe), cache or Cache()
+    reading, policies = reading_of(recipe), policies_of(recipe)
+    every = (*sources.train, *sources.held_out)
+    stores = [read_store(source, tokenizer, reading, policies[Kind.BAD_ROW], cache) for source in every]
+    if embedding is not None:
+        for store in stores:
+            _check_vocabulary(store.about, embedding)
+    findings = {Kind.BAD_ROW: bad_rows([store.about for store in stores], policies[Kind.BAD_ROW])}
+    rows, seen = sift_seen(all_rows(stores), policies)
+    findings |= {finding.kind: finding for finding in seen}
+    train, held_out, sentence = _split(recipe, rows, len(sources.train))
+    if not len(train):
+        raise InputError("no training row is left", where=recipe.datasets[0], mend="see the policies of the recipe")
+    train, findings[Kind.LEAK] = sift_leaks(train, held_out, policies[Kind.LEAK])
+    train, findings[Kind.DUPLICATE] = sift_duplicates(train, policies[Kind.DUPLICATE])
+    findings[Kind.TOO_LONG] = Finding(Kind.TOO_LONG, policies[Kind.TOO_LONG], of=len(train))
+    mixed = _mixture(recipe, train)
+    notes = [*_source_notes(every, [s.about for s in stores]), sentence, *_mixture_notes(recipe, mixed), *cache.notes]
+    return Dataset(
+        recipe=recipe,
+        reading=reading,
+        policies=policies,
+        sources=sources,
+        train=train,
+        held_out=held_out,
+        mixture=mixed,
+        findings=MappingProxyType({kind: findings[kind] for kind in Kind}),
+        chat_template=reading.renderer(tokenizer).template,
+        notes=tuple(notes),
+    )
+
+
+def reading_of(recipe: Recipe) -> Reading:
+    """The recipe's keys about reading and rendering, as this room names them."""
+    loss_on = LossOn(recipe.loss_on or LossOn.ASSISTANT)
+    if recipe.hyperparameters.get("assistant_only_loss") is False:
+        loss_on = LossOn.EVERYTHING
+    return Reading(
+        format=_format(recipe.format),
+        mapping=dict(_pair(pair) for pair in recipe.map or ()),
+        group_by=recipe.group_by,
+        loss_on=loss_on,
+        instruction_part=recipe.instruction_part,
+        response_part=recipe.response_part,
+        chat_template=recipe.chat_template,
+    )
+
+
+def policies_of(recipe: Recipe) -> Policies:
+    """The policy of every kind of defect: the recipe's, or the default."""
+    given = {kind: recipe.policies.get(f"on_{kind}", policy) for kind, policy in DEFAULT_POLICIES.items()}
+    return MappingProxyType({kind: Policy(policy) for kind, policy in given.items()})
+
+
+def _pair(text: str) -> tuple[str, str]:
+    ours, _, theirs = text.partition("=")
+    return ours.strip(), theirs.strip()
+
+
+def _format(name: str | None) -> Format | None:
+    if name is None:
+        return None
+    names = [str(member) for member in Format]
+    if name in names:
+        return Format(name)
+    close = get_close_matches(name, names, n=1)
+    mend = f"did you mean {close[0]}?" if close else f"known are {', '.join(names)}"
+    raise InputError(f"unknown format '{name}'", where="format", mend=mend)
+
+
+def _check_vocabulary(about: About, embedding: int) -> None:
+    """By the tokens that the rows use: Gemma 3 1B's own tokenizer has one more than its embedding, an image's."""
+    if about.largest_id >= embedding:
+        what = f"the row has token {about.largest_id}, and the model's embedding ends with {embedding - 1}"
+        raise InputError(what, where=about.largest_id_origin, mend="use the tokenizer that belongs to the model")
+
+
+def _split(recipe: Recipe, rows: Rows, datasets: int) -> tuple[Rows, Rows, str]:
+    """Training rows, held-out rows, and a sentence."""
+    if recipe.eval_data is not None:
+        train, held_out = (replace(rows, parts=p) for p in (rows.parts[:datasets], rows.parts[datasets:]))
+        if not len(held_out):
+            raise InputError("no held-out row is left", where=recipe.eval_datasets[0], mend="see the recipe's policies")
+        return train, held_out, f"Held out: the {len(held_out):,} rows of {', '.join(recipe.eval_datasets)}."
+    split = hold_out(
+        rows.column("group"),
+        recipe.eval_fraction,
+        recipe.hyperparameters.get("seed", DEFAULT_SEED),
+        owner=rows.owner(),
+        shared="a prompt" if recipe.group_by is None else f"the same `{recipe.group_by}`",
+    )
+    return rows.where(~split.held_out), rows.where(split.held_out), split.sentence
+
+
+def _mixture(recipe: Recipe, train: Rows) -> Mixture:
+    seed = recipe.hyperparameters.get("seed", DEFAULT_SEED)
+    return mixture(train.sizes(), seed, weights=recipe.data_weights, counts=recipe.data_rows, names=recipe.datasets)
+
+
+def _source_notes(sources: Sequence[Source], abouts: Sequence[About]) -> Iterator[str]:
+    sentences = {about.format_sentence for about in abouts}
+    if len(sentences) == 1:
+        yield from sentences
+    for source, about in zip(sources, abouts, strict=True):
+        name = f"{source.name}: " if len(sources) > 1 else ""
+        if len(sentences) > 1:
+            yield name + about.format_sentence
+        if source.note is not None:
+            yield name + source.note
+        if source.skipped:
+            yield f"{name}files that are not data were skipped: {', '.join(source.skipped)}"
+        if about.not_trained:
+            yield f"{name}{about.not_trained:,} rows are left out, since their answers are labelled as undesirable"
+    how = dict.fromkeys(about.mask_from for about in abouts)
+    yield f"Trained tokens are found from {' and '.join(how)}."
+
+
+def _mixture_notes(recipe: Recipe, mixed: Mixture) -> Iterator[str]:
+    if len(mixed.rows) > 1 or mixed.quotas != mixed.rows:
+        parts = [
+            f"{quota:,} of {have:,} rows of {name}" + (" (repeated)" if quota > have else "")
+            for name, have, quota in zip(recipe.datasets, mixed.rows, mixed.quotas, strict=True)
+        ]
+        yield f"An epoch takes {', '.join(parts)}."

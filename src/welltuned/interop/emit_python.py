@@ -1,0 +1,302 @@
+"""A plan as a Python script for TRL, or for Unsloth, which trains with TRL's trainers on its own models."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from welltuned.advice.plan import Plan
+from welltuned.facts.machine import Device
+from welltuned.interop.emit_code import data_code
+from welltuned.interop.emit_missing import (
+    missing_everywhere,
+    mixture_differs,
+    model_there,
+    other_rows_held_out,
+)
+from welltuned.interop.emit_rows import Look, Shape, look_at, loss_of, shape_of, template_code
+from welltuned.interop.emit_text import Setting, bullets, comment, python_call, python_value, reasoned, title
+from welltuned.recipe import ALL_LINEAR, Method, Tune
+
+TRAINERS = {
+    Method.SFT: ("trl", "SFTConfig", "SFTTrainer"),
+    Method.DPO: ("trl", "DPOConfig", "DPOTrainer"),
+    Method.KTO: ("trl", "KTOConfig", "KTOTrainer"),
+    Method.GRPO: ("trl", "GRPOConfig", "GRPOTrainer"),
+    Method.ORPO: ("trl.experimental.orpo", "ORPOConfig", "ORPOTrainer"),
+}
+SHARED = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2"),
+    *("max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
+)
+"""Choices whose names transformers' TrainingArguments have too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """The text, and what it leaves out."""
+
+    text: str
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What both scripts are made from."""
+
+    plan: Plan
+    looks: tuple[Look, ...]
+    held_out: tuple[Look, ...]
+    shape: Shape
+    unsloth: bool
+
+    @property
+    def method(self) -> Method:
+        return self.plan.recipe.method
+
+    @property
+    def evaluates(self) -> bool:
+        return self.plan.facts.dataset.heldout_rows > 0
+
+    @property
+    def dtype(self) -> str:
+        return str(self.plan.value("dtype"))
+
+
+def emit_script(plan: Plan, *, unsloth: bool) -> Script:
+    recipe = plan.recipe
+    looks = look_at(recipe, recipe.datasets)
+    held_out = look_at(recipe, recipe.eval_datasets, hub_options=False)
+    chat = plan.facts.model.has_chat_template or recipe.chat_template is not None
+    job = _Job(plan, looks, held_out, shape_of(recipe, (*looks, *held_out), chat), unsloth)
+    missing = tuple(_missing(job))
+    parts = [
+        _head(job, missing),
+        _imports(job),
+        _constants(job),
+        data_code(job.plan, job.looks, job.held_out, job.shape),
+        _settings(job),
+        _main(job),
+    ]
+    return Script("\n\n".join(part.strip("\n") + "\n" for part in parts), missing)
+
+
+def _missing(job: _Job) -> Iterator[str]:
+    plan, recipe = job.plan, job.plan.recipe
+    yield from missing_everywhere(plan, (*job.looks, *job.held_out), job.shape)
+    if job.evaluates and not job.held_out:
+        yield other_rows_held_out(plan)
+    if (mixed := mixture_differs(plan)) is not None:
+        yield mixed
+    if recipe.instruction_part or recipe.response_part:
+        yield "instruction_part and response_part: what is trained is found from the chat template there"
+    if job.method is Method.SFT and job.shape is Shape.CHAT and loss_of(recipe) == "assistant":
+        yield (
+            "several answers in a row: assistant_only_loss needs a chat template with {% generation %} marks; TRL has "
+            "such ones for common models and refuses others"
+        )
+    if job.method is Method.GRPO:
+        yield "the reward: `reward` below is a stand-in that looks for the reference answer; write your own"
+    if job.method in (Method.ORPO, Method.GRPO):
+        yield f"max_length {plan.value('max_length')}: {_length_note(job)}"
+
+
+def _length_note(job: _Job) -> str:
+    return (
+        "TRL's ORPO drops nothing but cuts prompts differently"
+        if job.method is Method.ORPO
+        else ("GRPO bounds the answers (max_completion_length), not the prompts")
+    )
+
+
+# ── the parts of the script ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _head(job: _Job, missing: Sequence[str]) -> str:
+    recipe = job.plan.recipe
+    tool = "unsloth" if job.unsloth else "trl"
+    versions = ("Unsloth 2026.10, " if job.unsloth else "") + "TRL 1.16 and transformers 5.23"
+    needs = "unsloth" if job.unsloth else "trl peft" + (" bitsandbytes" if recipe.tune is Tune.QLORA else "")
+    lines = [
+        *title(job.plan),
+        f"# For {versions}. Run it where the paths of the data begin:",
+        "#",
+        f"#     pip install {needs}",
+        f"#     python train_{tool}.py",
+        "#",
+        "# What it cannot say, or says otherwise, than `welltuned train`:",
+        *bullets(missing),
+    ]
+    return "\n".join(lines)
+
+
+def _imports(job: _Job) -> str:
+    package, config, trainer = TRAINERS[job.method]
+    own = [f"from {package} import {config}, {trainer}"]
+    if not job.unsloth:
+        others = "AutoModelForCausalLM, AutoTokenizer" + (
+            ", BitsAndBytesConfig" if job.plan.recipe.tune is Tune.QLORA else ""
+        )
+        peft = [] if job.plan.recipe.tune is Tune.FULL else ["from peft import LoraConfig"]
+        own = [*peft, f"from transformers import {others}", *own]
+    first = ["from unsloth import FastLanguageModel  # before the libraries that it changes", ""] if job.unsloth else []
+    third = sorted(["from datasets import Dataset, load_dataset", *own], key=lambda line: line.split()[1])
+    standard = ["import hashlib", "import json", "import random"]
+    return "\n".join([*first, *standard, "", "import torch", *third])
+
+
+def _constants(job: _Job) -> str:
+    recipe = job.plan.recipe
+    out = f"runs/{recipe.method}-{recipe.tune}"
+    return f"MODEL = {python_value(model_there(recipe))}\nOUT = {python_value(out)}"
+
+
+# ── settings ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _settings(job: _Job) -> str:
+    _, config, _ = TRAINERS[job.method]
+    parts = ["\n".join([f"def config() -> {config}:", *python_call(config, list(_trainer_settings(job)))])]
+    if job.plan.recipe.tune is not Tune.FULL and not job.unsloth:
+        settings = [*_adapter_settings(job), Setting("task_type", "CAUSAL_LM")]
+        parts.append("\n".join(["def adapter() -> LoraConfig:", *python_call("LoraConfig", settings)]))
+    if job.plan.recipe.tune is Tune.QLORA and not job.unsloth:
+        quantised = [
+            Setting("load_in_4bit", True, "QLoRA: the base lies in memory in 4 bits, as NormalFloat"),
+            Setting("bnb_4bit_quant_type", "nf4"),
+            Setting("bnb_4bit_use_double_quant", True),
+        ]
+        call = python_call("BitsAndBytesConfig", quantised)
+        call.insert(-1, f"        bnb_4bit_compute_dtype=torch.{job.dtype},")
+        parts.append("\n".join(["def four_bits() -> BitsAndBytesConfig:", *call]))
+    if job.method is Method.GRPO:
+        parts.append(_REWARD)
+    return "\n\n\n".join(part.strip("\n") for part in parts)
+
+
+_REWARD = '''\
+def reward(completions, answer, **columns):
+    """1 where the reference answer stands in the completion. A stand-in: write what is right for your task."""
+    texts = [completion[-1]["content"] for completion in completions]
+    return [float(bool(want) and str(want) in text) for text, want in zip(texts, answer)]
+'''
+
+
+def _trainer_settings(job: _Job) -> Iterator[Setting]:
+    plan, choices = job.plan, job.plan.choices
+    cuda = plan.facts.machine.device is Device.CUDA
+    yield Setting("output_dir", f"runs/{plan.recipe.method}-{plan.recipe.tune}")
+    if "max_steps" in choices:
+        yield reasoned(plan, "max_steps", value=plan.updates)
+    else:
+        yield reasoned(plan, "num_train_epochs", value=float(plan.value("num_train_epochs")))
+    for name in SHARED:
+        yield reasoned(plan, name)
+    yield reasoned(plan, "optim", value="adamw_torch_fused" if cuda else "adamw_torch")
+    yield reasoned(plan, "gradient_checkpointing", "activation_checkpointing")
+    mixed = job.dtype == "bfloat16"
+    yield Setting("bf16", mixed, "autocast to bfloat16, as the base is" if mixed else "TRL's default is True")
+    if not cuda:
+        yield Setting("use_cpu", True)
+    yield from _method_settings(job)
+    if job.evaluates:
+        yield Setting("eval_strategy", "steps")
+        yield reasoned(plan, "eval_steps")
+        yield Setting("per_device_eval_batch_size", plan.value("per_device_train_batch_size"))
+    yield Setting("save_strategy", "no", "saved once, at the end")
+    yield Setting("logging_steps", 1)
+    yield Setting("logging_nan_inf_filter", False, "a loss that is not a number is shown, not averaged away")
+    yield Setting("report_to", "none")
+
+
+def _method_settings(job: _Job) -> Iterator[Setting]:
+    plan, method = job.plan, job.method
+    if method is not Method.GRPO:
+        yield reasoned(plan, "max_length")
+    if method is Method.SFT:
+        yield Setting("packing", False, "as explained at the top")
+        yield from _loss(job)
+        return
+    yield reasoned(plan, "beta")
+    if method is Method.GRPO:
+        for name in ("num_generations", "max_completion_length", "temperature"):
+            if name in plan.choices:
+                yield reasoned(plan, name)
+
+
+def _loss(job: _Job) -> Iterator[Setting]:
+    if job.shape is Shape.CHAT:
+        yield reasoned(job.plan, "assistant_only_loss")
+    elif job.shape is not Shape.TEXT:
+        yield reasoned(
+            job.plan, "assistant_only_loss", "completion_only_loss", value=loss_of(job.plan.recipe) != "everything"
+        )
+
+
+def _adapter_settings(job: _Job) -> Iterator[Setting]:
+    plan = job.plan
+    for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "bias"):
+        value = plan.value(name)
+        whole = name == "lora_alpha" and float(value).is_integer()
+        yield reasoned(plan, name, value=int(value) if whole else value)
+    targets = plan.value("target_modules")
+    if targets == ALL_LINEAR and job.unsloth:
+        targets = plan.facts.model.module_names
+    yield reasoned(plan, "target_modules", value=targets)
+
+
+# ── the model and the run ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _main(job: _Job) -> str:
+    _, _, trainer = TRAINERS[job.method]
+    lines = ["def main() -> None:", *(_unsloth_model(job) if job.unsloth else _trl_model(job))]
+    if job.plan.recipe.chat_template is not None:
+        lines.append(f"    tokenizer.chat_template = {template_code(job.plan.recipe.chat_template)}")
+    lines.append("    train, held_out = split(TRAIN)")
+    lines += ["    held_out, _ = split(EVAL)"] if job.held_out else []
+    lines += [f"    trainer = {trainer}(", "        model=model,", "        args=config(),"]
+    lines += ["        reward_funcs=reward,"] if job.method is Method.GRPO else []
+    lines += ["        train_dataset=Dataset.from_list(train),"]
+    lines += ["        eval_dataset=Dataset.from_list(held_out),"] if job.evaluates else []
+    lines += ["        processing_class=tokenizer,"]
+    lines += ["        peft_config=adapter(),"] if not job.unsloth and job.plan.recipe.tune is not Tune.FULL else []
+    lines += ["    )", "    trainer.train()"]
+    lines += ["    print(trainer.evaluate())"] if job.evaluates else []
+    lines += ["    trainer.save_model(OUT)", "", "", 'if __name__ == "__main__":', "    main()"]
+    return "\n".join(lines)
+
+
+def _trl_model(job: _Job) -> list[str]:
+    quantised = ", quantization_config=four_bits()" if job.plan.recipe.tune is Tune.QLORA else ""
+    device = ', device_map={"": 0}' if quantised and job.plan.facts.machine.device is Device.CUDA else ""
+    return [
+        *comment(job.plan.choices["dtype"].reason, "    "),
+        f"    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.{job.dtype}{quantised}{device})",
+        "    tokenizer = AutoTokenizer.from_pretrained(MODEL)",
+    ]
+
+
+def _unsloth_model(job: _Job) -> list[str]:
+    plan, tune = job.plan, job.plan.recipe.tune
+    loading = [
+        Setting("max_seq_length", plan.value("max_length")),
+        Setting("load_in_4bit", tune is Tune.QLORA),
+        Setting("full_finetuning", tune is Tune.FULL),
+    ]
+    lines = comment(plan.choices["dtype"].reason, "    ")
+    lines += [
+        "    model, tokenizer = FastLanguageModel.from_pretrained(",
+        "        MODEL,",
+        f"        dtype=torch.{job.dtype},",
+    ]
+    lines += [f"        {setting.name}={python_value(setting.value)}," for setting in loading] + ["    )"]
+    if tune is Tune.FULL:
+        return lines
+    own = [
+        *_adapter_settings(job),
+        Setting("use_gradient_checkpointing", plan.value("gradient_checkpointing")),
+        Setting("random_state", plan.value("seed")),
+    ]
+    call = python_call("FastLanguageModel.get_peft_model", own)
+    call[0] = call[0].replace("return", "model =")
+    call.insert(1, "        model,")
+    return [*lines, *call]

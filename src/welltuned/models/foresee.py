@@ -1,0 +1,113 @@
+"""What will stay on the model's own code, said before any weights are read: from the model's shape alone.
+
+The model is built without numbers ("meta"), which takes a second for any size. Its norms are small enough to be given
+random numbers and tried; of a gated MLP the three projections are replaced by tiny ones. What only the weights can
+show (a head that does something of its own) is found by `fuse`, and said by the run.
+"""
+
+from copy import deepcopy
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from welltuned.kernels.gated_mlp import FORWARD
+from welltuned.models.frozen import is_projection
+from welltuned.models.fuse import (
+    BARE_MLPS,
+    GATED,
+    OTHER_MLPS,
+    OTHER_NORMS,
+    STACKS,
+    STRANGE_MLPS,
+    UNGATED_MLPS,
+    Fused,
+    has_stacked_weights,
+    looks_like_rms_norm,
+    mlp_activation,
+    rms_norm_of,
+    same,
+    takes_one_argument,
+)
+from welltuned.models.load import load_config
+from welltuned.models.lora import ALL_LINEAR, find_targets
+from welltuned.models.packed import refuses_packing
+
+ONE_BY_ONE = "this model's own code carries state along a row, so examples run one at a time, not packed"
+_INPUTS, _INNER = 8, 12  # of the tiny projections
+
+
+def foresee(model: str, target_modules: str | tuple[str, ...] | None = ALL_LINEAR) -> tuple[str, ...]:
+    """Sentences on what cannot be made faster, as `Fused.sentences` says them after loading.
+
+    Args:
+        target_modules: what will get adapters; None for full fine-tuning.
+    """
+    config = load_config(model)
+    with torch.random.fork_rng(devices=[]):  # modules draw their first numbers, which the caller must not notice
+        return tuple(_foreseen(_skeleton(config), target_modules))
+
+
+def _foreseen(skeleton: PreTrainedModel, target_modules: str | tuple[str, ...] | None) -> list[str]:
+    found = Fused()
+    adapted = frozenset(find_targets(skeleton, target_modules)) if target_modules is not None else frozenset()
+    known: dict[type[nn.Module], str | None] = {}
+    for name, module in skeleton.named_modules():
+        if adapted and module._modules.keys() >= GATED:
+            bare = not all(_is_plain(module.get_submodule(part), f"{name}.{part}" in adapted) for part in GATED)
+            if type(module) not in known:
+                known[type(module)] = _mlp_left(module)
+            _count(found, BARE_MLPS if bare else known[type(module)], "gated MLP")
+        elif looks_like_rms_norm(module) and adapted:
+            if type(module) not in known:
+                known[type(module)] = _norm_left(module)
+            _count(found, known[type(module)], "RMS norm")
+        elif not isinstance(module, nn.Conv1d) and has_stacked_weights(module):
+            found.plain[STACKS] += 1
+    if adapted and not found.done["gated MLP"] and not found.plain.keys() - {OTHER_NORMS}:
+        found.plain[UNGATED_MLPS] = 1
+    return [*found.sentences(), ONE_BY_ONE] if refuses_packing(skeleton) else found.sentences()
+
+
+def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model.eval()
+
+
+def _count(found: Fused, left: str | None, fused: str) -> None:
+    if left is None:
+        found.done[fused] += 1
+    else:
+        found.plain[left] += 1
+
+
+def _is_plain(projection: nn.Module, adapted: bool) -> bool:
+    return adapted and is_projection(projection) and projection._parameters.get("bias") is None
+
+
+def _norm_left(norm: nn.Module) -> str | None:
+    tried = deepcopy(norm).to_empty(device="cpu").float()
+    with torch.no_grad():
+        for parameter in tried.parameters():
+            parameter.copy_(torch.linspace(0.5, 1.5, parameter.numel()))
+    return None if rms_norm_of(tried) is not None else OTHER_NORMS
+
+
+@torch.no_grad()
+def _mlp_left(mlp: nn.Module) -> str | None:
+    kind = mlp_activation(mlp)
+    if kind is None:
+        return STRANGE_MLPS
+    if not takes_one_argument(mlp):
+        return OTHER_MLPS
+    tiny = deepcopy(mlp)
+    shapes = {"gate_proj": (_INPUTS, _INNER), "up_proj": (_INPUTS, _INNER), "down_proj": (_INNER, _INPUTS)}
+    gate, up, down = (nn.Linear(*shape, bias=False) for shape in shapes.values())
+    tiny.gate_proj, tiny.up_proj, tiny.down_proj = gate, up, down
+    x = torch.linspace(-1, 1, 5 * _INPUTS).view(1, 5, _INPUTS)
+    try:
+        y = tiny(x)
+    except (RuntimeError, AttributeError, ValueError, TypeError):  # it does more than three products
+        return OTHER_MLPS
+    return None if same(y, down(FORWARD[kind](gate(x)) * up(x))) else OTHER_MLPS

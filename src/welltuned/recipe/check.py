@@ -1,0 +1,243 @@
+"""What a key may hold: types, ranges, and keys that contradict each other or would be ignored."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from welltuned.errors import InputError
+from welltuned.recipe.keys import (
+    ALL_LINEAR,
+    AUTO,
+    BIASES,
+    DTYPES,
+    HYPERPARAMETERS,
+    KEYS,
+    LORA_KEYS,
+    LOSS_ON,
+    METHOD_KEYS,
+    NEVER_KEPT,
+    OPTIMIZERS,
+    POLICIES,
+    SCHEDULERS,
+    Method,
+    Tune,
+)
+
+
+class Setting(NamedTuple):
+    """A value, and where it was given: file and line, or the option."""
+
+    value: Any
+    where: str
+
+
+def refuse_unknown(key: str, where: str) -> None:
+    if key in KEYS:
+        return
+    nearest = get_close_matches(key, list(KEYS), n=1, cutoff=0.6)
+    mend = f"did you mean '{nearest[0]}'?" if nearest else "`welltuned plan --help` lists the keys"
+    raise InputError(f"unknown key '{key}'", where=where, mend=mend)
+
+
+def checked(key: str, value: Any, where: str) -> Any:
+    """The value as the key's type.
+
+    Raises:
+        InputError: it is of another type, or outside the key's range.
+    """
+    refuse_unknown(key, where)
+    if value is None:
+        raise InputError(f"{key} has no value", where=where, mend=f"write `{key}: {AUTO}` or leave it out")
+    if isinstance(value, str) and value == AUTO and key not in {"model", "data"}:
+        return AUTO
+    if key == "memory":
+        return parse_memory(value, where)
+    if KEYS[key].many:
+        return _several(key, value, where)
+    return _within(key, _typed(key, value, where), where)
+
+
+def _several(key: str, value: Any, where: str) -> Any:
+    """A tuple; a single text stays a text for `data` and `eval_data`."""
+    if isinstance(value, str) and KEYS[key].type is not str:
+        value = [_number(part) for part in value.strip("[]() ").split(",")]
+    items = list(value) if isinstance(value, list | tuple) else [value]
+    if not items:
+        raise InputError(f"{key} is an empty list", where=where, mend="name at least one, or leave it out")
+    typed = tuple(_within(key, _typed(key, item, where), where) for item in items)
+    if key == "map":
+        _check_map(typed, where)
+    return typed[0] if len(typed) == 1 and key in {"data", "eval_data"} else typed
+
+
+def _number(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text.strip()
+
+
+def _check_map(pairs: tuple[str, ...], where: str) -> None:
+    ours: set[str] = set()
+    for pair in pairs:
+        name, equals, _ = (part.strip() for part in pair.partition("="))
+        if not name or not equals:  # an empty column is meant: the name is not read
+            raise InputError(f"'{pair}' is not of the form ours=theirs", where=where, mend="such as prompt=Frage")
+        if name in ours:
+            raise InputError(f"map names a column for '{name}' twice", where=where, mend="remove one")
+        ours.add(name)
+
+
+def _within(key: str, value: Any, where: str) -> Any:
+    rule = _RULES.get(key)
+    if rule is not None and not rule.holds(value):
+        raise InputError(f"{key} is {_shown(value)}", where=where, mend=f"it must be {rule.words}")
+    return value
+
+
+def _typed(key: str, value: Any, where: str) -> Any:
+    kind = KEYS[key].type
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is float and number:
+        return float(value)
+    if kind is int and number and float(value).is_integer():
+        return int(value)
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is str and isinstance(value, str):
+        return value
+    if kind is object:
+        return value
+    if kind is tuple:
+        return _module_names(key, value, where)
+    if issubclass(kind, StrEnum) and isinstance(value, str):
+        return _member(key, kind, value, where)
+    words = {float: "a number", int: "a whole number", bool: "true or false"}.get(kind, "text")
+    raise InputError(f"{key} takes {words} and got {_shown(value)}", where=where, mend=f"write a value or `{AUTO}`")
+
+
+def _member(key: str, kind: type[StrEnum], value: str, where: str) -> StrEnum:
+    names = [str(member) for member in kind]
+    if value.lower() in names:
+        return kind(value.lower())
+    nearest = get_close_matches(value.lower(), names, n=1)
+    mend = f"did you mean '{nearest[0]}'?" if nearest else "it must be one of " + ", ".join(names)
+    raise InputError(f"unknown {key} '{value}'", where=where, mend=mend)
+
+
+def _module_names(key: str, value: Any, where: str) -> str | tuple[str, ...]:
+    if value == ALL_LINEAR:
+        return ALL_LINEAR
+    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+    if isinstance(names, list | tuple) and names and all(isinstance(name, str) and name for name in names):
+        return tuple(names)
+    raise InputError(
+        f"{key} takes module names and got {_shown(value)}", where=where, mend=f"write {ALL_LINEAR} or [q_proj, v_proj]"
+    )
+
+
+def _shown(value: Any) -> str:
+    return f"'{value}'" if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+class _Rule(NamedTuple):
+    holds: Callable[[Any], bool]
+    words: str
+
+
+def _one_of(names: tuple[str, ...]) -> _Rule:
+    return _Rule(lambda value: value in names, "one of " + ", ".join(names))
+
+
+_POSITIVE = _Rule(lambda value: 0 < value < math.inf, "above 0")
+_NOT_NEGATIVE = _Rule(lambda value: 0 <= value < math.inf, "0 or more")
+_SHARE = _Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
+_WITHIN = _Rule(lambda value: 0 < value < 1, "above 0 and below 1")
+_NAMED = _Rule(lambda value: bool(value.strip()), "a name")
+_RULES: Mapping[str, _Rule] = MappingProxyType(
+    {key: _POSITIVE for key, spec in HYPERPARAMETERS.items() if spec.type in (int, float)}
+    | {key: _NOT_NEGATIVE for key in ("warmup_steps", "weight_decay", "beta")}
+    | {"seed": _Rule(lambda value: 0 <= value < 2**32, "between 0 and 4294967295")}
+    | {"max_length": _Rule(lambda value: value >= 2, "2 or more, since a token is learned from the one before it")}
+    | {key: _SHARE for key in ("lora_dropout", "adam_beta1", "adam_beta2")}
+    | {key: _NAMED for key in ("model", "data", "eval_data", "group_by", "format")}
+    | {key: _one_of(("error", "drop") if key in NEVER_KEPT else ("error", "drop", "keep")) for key in POLICIES}
+    | {
+        "data_weights": _POSITIVE,
+        "data_rows": _POSITIVE,
+        "eval_fraction": _WITHIN,
+        "lr_scheduler_type": _one_of(SCHEDULERS),
+        "optim": _one_of(OPTIMIZERS),
+        "dtype": _one_of(DTYPES),
+        "bias": _one_of(BIASES),
+        "loss_on": _one_of(LOSS_ON),
+        "init_lora_weights": _Rule(lambda value: value is True or value == "gaussian", "true or gaussian"),
+    }
+)
+
+
+# ── keys beside each other ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def refuse_ignored_keys(given: Mapping[str, Setting]) -> None:
+    """A value that nothing would read is an error, not a surprise after the run; so is one that another contradicts."""
+    method = given["method"].value if "method" in given else Method.SFT
+    tune = given["tune"].value if "tune" in given else Tune.LORA
+    for key, setting in given.items():
+        if key in LORA_KEYS and tune is Tune.FULL:
+            raise InputError(f"{key} has no meaning with tune: full", where=setting.where, mend="remove one of the two")
+        if key in METHOD_KEYS and method not in METHOD_KEYS[key]:
+            readers = ", ".join(sorted(METHOD_KEYS[key]))
+            raise InputError(f"{key} is not read by method {method}", where=setting.where, mend=f"only by: {readers}")
+    for key, why in (("eval_fraction", "names held-out rows"), ("group_by", "names held-out rows, so none are split")):
+        if "eval_data" in given and key in given:
+            raise InputError(f"{key} is set although eval_data {why}", where=given[key].where, mend="keep one")
+    _check_mixture(given)
+    _check_loss(given)
+
+
+def _check_mixture(given: Mapping[str, Setting]) -> None:
+    if "data_weights" in given and "data_rows" in given:
+        what = "data_weights and data_rows both say how much of each dataset an epoch takes"
+        raise InputError(what, where=given["data_rows"].where, mend="keep one")
+    data = given["data"].value
+    datasets = 1 if isinstance(data, str) else len(data)
+    for key in ("data_weights", "data_rows"):
+        if key in given and len(given[key].value) != datasets:
+            numbers, sets = (_counted(n, w) for n, w in ((len(given[key].value), "number"), (datasets, "dataset")))
+            raise InputError(f"{key} has {numbers} for {sets}", where=given[key].where, mend="give one for each")
+    if "data_weights" in given and datasets == 1:
+        raise InputError("data_weights has no meaning with one dataset", where=given["data_weights"].where)
+
+
+def _check_loss(given: Mapping[str, Setting]) -> None:
+    if "loss_on" not in given or "assistant_only_loss" not in given:
+        return
+    loss_on, answers_only = given["loss_on"].value, given["assistant_only_loss"].value
+    if answers_only != (loss_on != "everything"):
+        what = f"loss_on {loss_on} contradicts assistant_only_loss {str(answers_only).lower()}"
+        raise InputError(what, where=given["loss_on"].where, mend="remove one of the two")
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY_UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def parse_memory(value: Any, where: str = "--memory") -> int:
+    """Bytes from 24GB (10^9), 24GiB (2^30), 500M or a plain number of bytes.
+
+    >>> parse_memory("24GB"), parse_memory("1.5 GiB"), parse_memory(1000)
+    (24000000000, 1610612736, 1000)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", str(value).lower())
+    if isinstance(value, bool) or match is None or (match[3] and not match[2]) or float(match[1]) == 0:
+        raise InputError(f"memory '{value}' is not a size", where=where, mend="write, for example, 24GB or 24GiB")
+    return int(float(match[1]) * (_BINARY_UNITS[match[2]] if match[3] else _UNITS[match[2]]))

@@ -1,0 +1,140 @@
+"""Every key of a recipe: its type, and the sentence that explains it."""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from types import MappingProxyType
+from typing import NamedTuple
+
+
+class Method(StrEnum):
+    SFT = "sft"
+    DPO = "dpo"
+    ORPO = "orpo"
+    KTO = "kto"
+    GRPO = "grpo"
+
+
+class Tune(StrEnum):
+    LORA = "lora"
+    QLORA = "qlora"
+    FULL = "full"
+
+
+AUTO = "auto"
+ALL_LINEAR = "all-linear"
+SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
+OPTIMIZERS = ("adamw", "adamw_torch", "adamw_torch_fused")
+DTYPES = ("float32", "bfloat16")
+BIASES = ("none", "all", "lora_only")
+LOSS_ON = ("assistant", "last", "everything")
+LORA_KEYS = frozenset(["r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights", "bias"])
+METHOD_KEYS = MappingProxyType(
+    {
+        "beta": frozenset({Method.DPO, Method.ORPO, Method.KTO, Method.GRPO}),
+        "num_generations": frozenset({Method.GRPO}),
+        "max_completion_length": frozenset({Method.GRPO}),
+        "temperature": frozenset({Method.GRPO}),
+        "assistant_only_loss": frozenset({Method.SFT}),
+        "loss_on": frozenset({Method.SFT}),
+    }
+)
+"""Keys that only some methods read. Setting one where it would be ignored is an error."""
+
+
+class Key(NamedTuple):
+    """What a recipe key holds, and the sentence that explains it (used by --help and by the documentation).
+
+    With `many` it holds a list of such values, and one alone is a list of one.
+    """
+
+    type: type
+    doc: str
+    many: bool = False
+
+
+FIELDS: Mapping[str, Key] = MappingProxyType(
+    {
+        "model": Key(str, "The model to start from: a hub id, a local folder, or a GGUF file."),
+        "data": Key(
+            str,
+            "The training data: a file (JSONL, JSON, CSV, Parquet, Arrow; also compressed), a folder, a pattern "
+            "('*.jsonl'), - for stdin, or a hub dataset id; several are mixed.",
+            many=True,
+        ),
+        "method": Key(Method, "What is optimised: sft (default), dpo, orpo, kto or grpo."),
+        "tune": Key(Tune, "What is trained: lora (default), qlora (LoRA on a 4-bit base) or full."),
+        "data_weights": Key(float, "Shares of an epoch, one for each of several datasets; no row repeats.", many=True),
+        "data_rows": Key(int, "Rows of each dataset in an epoch; where it has fewer, they repeat evenly.", many=True),
+        "eval_data": Key(str, "Held-out data of your own; without it a share of `data` is held out.", many=True),
+        "eval_fraction": Key(float, "Share of `data` that is held out and never trained on; unset: 5 to 10 %."),
+        "group_by": Key(str, "Column whose equal values are held out together; unset: rows of equal prompts are."),
+        "format": Key(str, "The rows' format, such as sharegpt; unset: detected from the columns, and said."),
+        "map": Key(str, "A column by another name, as ours=theirs: prompt=Frage; several may be given.", many=True),
+        "subset": Key(str, "Configuration name of a hub dataset."),
+        "split": Key(str, "Split of a hub dataset."),
+        "memory": Key(int, "Memory that the run may use, such as 24GB or 24GiB; unset: what the machine has free."),
+        "instruction_part": Key(str, "Marker that opens a user turn, for chat templates that defeat the structure."),
+        "response_part": Key(str, "Marker that opens an assistant turn; only what follows it is trained."),
+        "chat_template": Key(str, "A chat template, as a path or inline, instead of the tokenizer's own."),
+        "loss_on": Key(str, "What is trained: assistant (every answer, the default), last (answer) or everything."),
+    }
+)
+
+POLICIES: Mapping[str, Key] = MappingProxyType(
+    {
+        f"on_{kind}": Key(str, f"{what}: error, drop or keep" + (f" ({note})." if note else "."))
+        for kind, what, note in (
+            ("bad_row", "Rows that cannot be read as a conversation", "never keep; default error"),
+            ("untrained", "Rows without a trained token", "never keep; default error"),
+            ("too_long", "Rows longer than max_length", "keep, the default, cuts them"),
+            ("duplicate", "Rows with the tokens of an earlier one", "default keep"),
+            ("leak", "Training rows that a held-out row repeats, or their prompt", "default keep"),
+            ("empty_turn", "Rows with a blank user or system turn", "default keep"),
+            ("repeated_turn", "Rows with the same turn twice in a row", "default keep"),
+            ("control_token", "Rows that spell a special token in their own text", "default keep, as text"),
+            ("bad_encoding", "Rows with characters of a wrong encoding", "default keep"),
+            ("lost_thinking", "Rows with a thinking block that the chat template leaves out", "default keep"),
+            ("end_untrained", "Rows with an answer whose end token is not trained", "default keep"),
+        )
+    }
+)
+NEVER_KEPT = frozenset({"on_bad_row", "on_untrained"})
+
+HYPERPARAMETERS: Mapping[str, Key] = MappingProxyType(
+    {
+        "learning_rate": Key(float, "Peak learning rate of AdamW, reached after the warm-up."),
+        "r": Key(int, "Rank of the LoRA matrices: how many directions each layer may change in."),
+        "lora_alpha": Key(float, "LoRA scale: the update is multiplied by alpha/r (by alpha/sqrt(r) with use_rslora)."),
+        "lora_dropout": Key(float, "Share of the LoRA branch's inputs that is dropped in training."),
+        "target_modules": Key(tuple, "Linear layers that get an adapter: all-linear, or a list of module names."),
+        "use_rslora": Key(bool, "Scale by alpha/sqrt(r) instead of alpha/r."),
+        "init_lora_weights": Key(object, "How A starts: true (PEFT's default, B = 0) or gaussian."),
+        "bias": Key(str, "Which biases are trained: none, all or lora_only."),
+        "per_device_train_batch_size": Key(int, "Examples of one micro-batch on one device."),
+        "gradient_accumulation_steps": Key(int, "Micro-batches that are summed before one update."),
+        "effective_batch_size": Key(int, "Examples of one update: micro-batch size times accumulation."),
+        "num_train_epochs": Key(float, "Passes over the training data."),
+        "max_steps": Key(int, "Upper limit on the number of updates; the run ends at this or at the last epoch."),
+        "warmup_steps": Key(int, "Updates over which the learning rate climbs from 0 to its peak."),
+        "lr_scheduler_type": Key(str, "Shape of the rate after the warm-up: " + ", ".join(SCHEDULERS) + "."),
+        "weight_decay": Key(float, "AdamW's pull of the trained weights towards 0."),
+        "adam_beta1": Key(float, "AdamW's memory of the gradient."),
+        "adam_beta2": Key(float, "AdamW's memory of the squared gradient."),
+        "optim": Key(str, "The optimiser: adamw (all names accepted mean the same AdamW)."),
+        "max_grad_norm": Key(float, "Gradients longer than this are scaled down to it."),
+        "max_length": Key(int, "Longest example in tokens; what is longer is cut."),
+        "packing": Key(bool, "Put several whole examples into one stream without padding."),
+        "assistant_only_loss": Key(bool, "Train on the assistant's tokens only, not on the prompt's."),
+        "gradient_checkpointing": Key(bool, "Recompute activations in the backward pass: less memory, more time."),
+        "dtype": Key(str, "Number format of the base weights and activations: " + " or ".join(DTYPES) + "."),
+        "seed": Key(int, "Seed of everything random."),
+        "eval_steps": Key(int, "Updates between two evaluations on the held-out rows."),
+        "token_budget": Key(int, "Most tokens of one micro-batch; a memory matter only, never changes the result."),
+        "beta": Key(float, "Pull towards the reference model (dpo, kto, grpo), or weight of the odds term (orpo)."),
+        "num_generations": Key(int, "Answers sampled for each prompt (grpo)."),
+        "max_completion_length": Key(int, "Longest sampled answer in tokens (grpo)."),
+        "temperature": Key(float, "Sampling temperature (grpo)."),
+    }
+)
+
+KEYS: Mapping[str, Key] = MappingProxyType({**FIELDS, **POLICIES, **HYPERPARAMETERS})

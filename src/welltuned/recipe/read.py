@@ -1,0 +1,207 @@
+"""A recipe from a file, options and `--set`, and back to a file."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import yaml
+
+from welltuned.errors import InputError
+from welltuned.recipe.check import Setting, checked, refuse_ignored_keys, refuse_unknown
+from welltuned.recipe.keys import AUTO, HYPERPARAMETERS, KEYS, POLICIES, Method, Tune
+
+_EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """One request. `hyperparameters` and `policies` hold only what the user set, by the keys' names."""
+
+    model: str
+    data: str | tuple[str, ...]
+    method: Method = Method.SFT
+    tune: Tune = Tune.LORA
+    data_weights: tuple[float, ...] | None = None
+    data_rows: tuple[int, ...] | None = None
+    eval_data: str | tuple[str, ...] | None = None
+    eval_fraction: float | None = None
+    group_by: str | None = None
+    format: str | None = None
+    map: tuple[str, ...] | None = None
+    subset: str | None = None
+    split: str | None = None
+    memory: int | None = None
+    instruction_part: str | None = None
+    response_part: str | None = None
+    chat_template: str | None = None
+    loss_on: str | None = None
+    policies: Mapping[str, str] = field(default_factory=lambda: _EMPTY)
+    hyperparameters: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        return (self.data,) if isinstance(self.data, str) else self.data
+
+    @property
+    def eval_datasets(self) -> tuple[str, ...]:
+        if self.eval_data is None:
+            return ()
+        return (self.eval_data,) if isinstance(self.eval_data, str) else self.eval_data
+
+
+def load_recipe(path: str | None = None, options: Mapping[str, Any] | None = None, sets: Sequence[str] = ()) -> Recipe:
+    """Read a recipe: the file, then the options (None = not given), then the `key=value` strings of --set."""
+    settings: dict[str, Setting] = dict(_from_file(path)) if path is not None else {}
+    for key, value in (options or {}).items():
+        if value is not None:
+            settings[key] = Setting(value, f"--{key.replace('_', '-')}")
+    settings.update(_from_sets(sets))
+    every = {key: Setting(checked(key, s.value, s.where), s.where) for key, s in settings.items()}
+    given = {key: s for key, s in every.items() if s.value != AUTO}
+    for key in ("model", "data"):
+        if key not in given:
+            raise InputError(f"the recipe names no {key}", where=path, mend=f"add `{key}: …` or give --{key}")
+    refuse_ignored_keys(given)
+    values = {key: s.value for key, s in given.items()}
+    if "loss_on" in values:  # said twice from here on, since the plan knows the second name
+        values["assistant_only_loss"] = values["loss_on"] != "everything"
+    policies, hyperparameters = (
+        MappingProxyType({key: values.pop(key) for key in keys if key in values})
+        for keys in (POLICIES, HYPERPARAMETERS)
+    )
+    return Recipe(**values, policies=policies, hyperparameters=hyperparameters)
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """The recipe as a file that `load_recipe` reads back to an equal recipe."""
+    plain = recipe_to_dict(recipe)
+    text: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
+    return text
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Flat and made of plain values; unset keys are left out."""
+    plain: dict[str, Any] = {
+        "model": recipe.model,
+        "data": recipe.data,
+        "method": str(recipe.method),
+        "tune": str(recipe.tune),
+        "data_weights": recipe.data_weights,
+        "data_rows": recipe.data_rows,
+        "eval_data": recipe.eval_data,
+        "eval_fraction": recipe.eval_fraction,
+        "group_by": recipe.group_by,
+        "format": recipe.format,
+        "map": recipe.map,
+        "subset": recipe.subset,
+        "split": recipe.split,
+        "memory": recipe.memory,
+        "instruction_part": recipe.instruction_part,
+        "response_part": recipe.response_part,
+        "chat_template": recipe.chat_template,
+        "loss_on": recipe.loss_on,
+        **recipe.policies,
+        **recipe.hyperparameters,
+    }
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in plain.items() if v is not None}
+
+
+# ── files and --set ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class YamlLoader(yaml.SafeLoader):
+    """Safe YAML in which `2e-4` is a number: PyYAML follows YAML 1.1, where it is a string, a classic trap."""
+
+
+YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)?|\.inf|\.Inf|\.INF|\.nan|\.NaN|\.NAN)$"),
+    list("-+.0123456789"),
+)
+
+
+def _from_file(path: str) -> Iterator[tuple[str, Setting]]:
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError("the recipe cannot be read", where=path, mend=error.strerror or str(error)) from error
+    except UnicodeDecodeError as error:
+        raise InputError("the recipe is not UTF-8 text", where=path, mend="save it as UTF-8") from error
+    root = _composed(text, path)
+    if root is None:
+        return
+    if not isinstance(root, yaml.MappingNode):
+        raise InputError("a recipe is a list of `key: value` lines", where=f"{path}:{_line(root)}")
+    seen: dict[str, int] = {}
+    for key_node, value_node in root.value:
+        key, where = str(key_node.value), f"{path}:{_line(key_node)}"
+        refuse_unknown(key, where)
+        if key in seen:
+            raise InputError(f"{key} is set twice, first in line {seen[key]}", where=where, mend="remove one")
+        seen[key] = _line(key_node)
+        yield key, Setting(_value(key, value_node, where), where)
+
+
+def _from_sets(sets: Sequence[str]) -> Iterator[tuple[str, Setting]]:
+    for item in sets:
+        key, equals, text = item.partition("=")
+        key, where = key.strip(), f"--set {item}"
+        if not equals or not key:
+            raise InputError("is not of the form key=value", where=where, mend="write, for example, --set r=16")
+        refuse_unknown(key, "--set")
+        listed = KEYS[key].many and text.startswith("[") and text.endswith("]")
+        if _takes_text(key) and not listed and not text.startswith(('"', "'")):
+            yield key, Setting(text, where)
+            continue
+        node = _composed(text, where)
+        yield key, Setting(None if node is None else _value(key, node, where), where)
+
+
+def _composed(text: str, where: str) -> yaml.Node | None:
+    loader = YamlLoader(text)
+    try:
+        return loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark and not where.startswith("--") else ""
+        raise InputError(f"not valid YAML: {error.problem}", where=f"{where}{line}", mend="mend the syntax") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"not valid YAML: {error}", where=where, mend="mend the syntax") from error
+    finally:
+        loader.dispose()
+
+
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1
+
+
+def _value(key: str, node: yaml.Node, where: str) -> Any:
+    if isinstance(node, yaml.ScalarNode):
+        text = node.value
+        if node.tag.endswith(":null"):
+            raise InputError(f"{key} has no value", where=where, mend=f"write `{key}: {AUTO}` or remove the line")
+        if _takes_text(key) or node.tag.endswith(":str"):
+            return text
+        return _number_or_switch(text, node.tag)
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(key, child, where) for child in node.value]
+    raise InputError(f"{key} takes one value or a list", where=where, mend="do not nest keys below it")
+
+
+def _number_or_switch(text: str, tag: str) -> Any:
+    if tag.endswith(":bool"):
+        return text.lower() in {"true", "yes", "on"}
+    try:
+        return int(text.replace("_", "")) if tag.endswith(":int") else float(text.replace(".inf", "inf"))
+    except ValueError:  # 0x10, 1:30, .nan: numbers to YAML 1.1, text to us
+        return text
+
+
+def _takes_text(key: str) -> bool:
+    return KEYS[key].type is str and key not in {"optim", "bias", "dtype", "lr_scheduler_type"}
