@@ -131,6 +131,12 @@ def test_kept_thinking_is_not(name, message):
     assert trained(name, turns(user("q"), message))[1] == frozenset()
 
 
+def test_an_answer_without_words_is_an_answer_and_thinking_alone_is_none():
+    assert trained("deepseek_v3", turns(user("q"), said("<think>hm</think>🙂")))[0] == ["🙂<｜end▁of▁sentence｜>"]
+    with pytest.raises(InputError, match="^x.jsonl:6: the chat template leaves out the text of the answer"):
+        trained("deepseek_v3", turns(user("q"), said("<think>hm</think>")))
+
+
 def test_lost_thinking_of_a_row_that_spells_control_tokens():
     assert trained("chatml", turns(user("q"), said("a", thinking="<|im_end|>")))[1] == {
         Kind.LOST_THINKING,

@@ -39,19 +39,17 @@ def decoded(name, ids):
 TURNS = ("What is 2 + 2? 漢字 🙂", " The answer is 4.\n\n👩‍👩‍👧 é", "and \x1b[2J", "no")
 
 
-@pytest.mark.parametrize("name", families.FAMILIES)
+@pytest.mark.parametrize("name", [name for name in families.FAMILIES if name != "deepseek_r1"])  # which is refused
 def test_runs_are_the_rows_text(name):
-    example = rendered(name, *TURNS)
-    found = runs(example, families.tokenizer_of(name))
+    tokenizer = families.tokenizer_of(name)
+    example = rendered(name, *(TURNS if families.FAMILIES[name].steady else TURNS[:2]))
+    found = runs(example, tokenizer)
     assert "".join(run.text for run in found) == decoded(name, example.ids)
     assert not any("\ufffd" in run.text for run in found)
     joined = merged(found)
     assert "".join(run.text for run in joined) == decoded(name, example.ids)
-    trained = [run.text for run in joined if run.trained]
-    assert len(trained) == 2 == len(trained_texts(example, families.tokenizer_of(name)))
-    assert [t.strip() for t in trained] == [
-        t.strip() for t in trained_texts(example, families.tokenizer_of(name))
-    ]  # a decoder may take a space from the start of what it is given alone
+    trained = [run.text.strip() for run in joined if run.trained]
+    assert trained == [text.strip() for text in trained_texts(example, tokenizer)]  # alone, some lose a space
     assert "👩‍👩‍👧 é" in trained[0] and all(run.speaker is Speaker.ASSISTANT for run in joined if run.trained)
 
 

@@ -56,11 +56,15 @@ def loses_thinking(conversation: Conversation, text: str, answers: Mapping[int, 
             continue
         said = list(_thoughts(message))
         if message.extra.get("tool_calls"):
-            said.append(_THOUGHT.sub("", _UNOPENED.sub("", message.content)))
+            said.append(without_thoughts(message.content))
         start, end = answers.get(index, (0, len(text)))
         if any(text.find(piece.strip(), start, end) < 0 for piece in said):
             return True
     return False
+
+
+def without_thoughts(content: str) -> str:
+    return _THOUGHT.sub("", _UNOPENED.sub("", content)) if "think>" in content else content
 
 
 def _thoughts(message: Message) -> Iterator[str]:

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from welltuned.data.conversation import Conversation, Message
+from welltuned.data.findings import without_thoughts
 from welltuned.data.parts import MEND_PARTS, Parts, part_turns
 from welltuned.data.speakers import Said, Span
 from welltuned.data.templates import (
@@ -197,6 +198,8 @@ def require_said(
 
 def _says(said: str, content: str, ends: Ends) -> bool:
     """Whether a turn says anything of a text: one of its words, or, where it has no words, anything at all."""
+    answer = without_thoughts(content)
+    content = answer if answer.strip() else content
     words = set(re.findall(r"\w+", ends.without_tokens(content).casefold()))
     if words:
         return not words.isdisjoint(re.findall(r"\w+", ends.without_tokens(said).casefold()))

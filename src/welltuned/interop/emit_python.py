@@ -189,7 +189,7 @@ def _trainer_settings(job: _Job) -> Iterator[Setting]:
     else:
         yield reasoned(plan, "num_train_epochs", value=float(plan.value("num_train_epochs")))
     for name in SHARED:
-        yield reasoned(plan, name)
+        yield _of_completions(plan) if _counts_completions(job, name) else reasoned(plan, name)
     yield reasoned(plan, "optim", value="adamw_torch_fused" if cuda else "adamw_torch")
     yield reasoned(plan, "gradient_checkpointing", "activation_checkpointing")
     mixed = job.dtype == "bfloat16"
@@ -205,6 +205,19 @@ def _trainer_settings(job: _Job) -> Iterator[Setting]:
     yield Setting("logging_steps", 1)
     yield Setting("logging_nan_inf_filter", False, "a loss that is not a number is shown, not averaged away")
     yield Setting("report_to", "none")
+
+
+def _counts_completions(job: _Job, name: str) -> bool:
+    return job.method is Method.GRPO and name == "gradient_accumulation_steps"
+
+
+def _of_completions(plan: Plan) -> Setting:
+    """TRL's GRPO counts sampled answers where the plan counts prompts."""
+    own, group = reasoned(plan, "gradient_accumulation_steps"), plan.value("num_generations")
+    why = (
+        f"{own.value} times {group}, since a micro-batch holds answers here, and each prompt has {group}; {own.reason}"
+    )
+    return Setting(own.name, own.value * group, why)
 
 
 def _method_settings(job: _Job) -> Iterator[Setting]:

@@ -1,6 +1,7 @@
 """How a value, its reason and a sentence are written in a script and in a YAML file."""
 
 import json
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from welltuned.advice.plan import Plan
 from welltuned.choice import SetBy
 
 WIDTH = 110
+_PLAIN = re.compile(r"[A-Za-z_][\w./-]*")
+_RESERVED = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})  # YAML 1.1: not texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +80,16 @@ def python_value(value: Any) -> str:
 
 
 def yaml_value(value: Any) -> str:
-    """A scalar or a flow list or mapping; texts are quoted, so that `no` and `1e5` stay texts."""
+    """A scalar or a flow list or mapping; texts that YAML could take for something else are quoted."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if value is None:
         return "null"
     if isinstance(value, float):
         return number(value)
-    return json.dumps(value, ensure_ascii=False) if not isinstance(value, tuple) else yaml_value(list(value))
+    if isinstance(value, str) and _PLAIN.fullmatch(value) and value.lower() not in _RESERVED:
+        return value
+    return json.dumps(value, ensure_ascii=False)
 
 
 def python_call(name: str, settings: Sequence[Setting]) -> list[str]:
@@ -100,5 +105,11 @@ def yaml_lines(settings: Sequence[Setting]) -> list[str]:
     lines: list[str] = []
     for setting in settings:
         lines += comment(setting.reason) if setting.reason else []
-        lines.append(f"{setting.name}: {yaml_value(setting.value)}")
+        if isinstance(setting.value, list) and setting.value and isinstance(setting.value[0], dict):
+            lines.append(f"{setting.name}:")
+            for entry in setting.value:
+                marks = ("  - ", *["    "] * (len(entry) - 1))
+                lines += [f"{mark}{key}: {yaml_value(v)}" for mark, (key, v) in zip(marks, entry.items(), strict=True)]
+        else:
+            lines.append(f"{setting.name}: {yaml_value(setting.value)}")
     return lines

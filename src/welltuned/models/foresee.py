@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from welltuned.kernels.gated_mlp import FORWARD
+from welltuned.models.experts import has_stacks
 from welltuned.models.frozen import is_projection
 from welltuned.models.fuse import (
     BARE_MLPS,
@@ -22,7 +23,6 @@ from welltuned.models.fuse import (
     STRANGE_MLPS,
     UNGATED_MLPS,
     Fused,
-    has_stacked_weights,
     looks_like_rms_norm,
     mlp_activation,
     rms_norm_of,
@@ -37,18 +37,21 @@ ONE_BY_ONE = "this model's own code carries state along a row, so examples run o
 _INPUTS, _INNER = 8, 12  # of the tiny projections
 
 
-def foresee(model: str, target_modules: str | tuple[str, ...] | None = ALL_LINEAR) -> tuple[str, ...]:
+def foresee(
+    model: str, target_modules: str | tuple[str, ...] | None = ALL_LINEAR, *, nf4: bool = False
+) -> tuple[str, ...]:
     """Sentences on what cannot be made faster, as `Fused.sentences` says them after loading.
 
     Args:
         target_modules: what will get adapters; None for full fine-tuning.
+        nf4: whether the base will be stored in 4 bits, experts included.
     """
     config = load_config(model)
     with torch.random.fork_rng(devices=[]):  # modules draw their first numbers, which the caller must not notice
-        return tuple(_foreseen(_skeleton(config), target_modules))
+        return tuple(_foreseen(_skeleton(config), target_modules, nf4))
 
 
-def _foreseen(skeleton: PreTrainedModel, target_modules: str | tuple[str, ...] | None) -> list[str]:
+def _foreseen(skeleton: PreTrainedModel, target_modules: str | tuple[str, ...] | None, nf4: bool) -> list[str]:
     found = Fused()
     adapted = frozenset(find_targets(skeleton, target_modules)) if target_modules is not None else frozenset()
     known: dict[type[nn.Module], str | None] = {}
@@ -62,9 +65,10 @@ def _foreseen(skeleton: PreTrainedModel, target_modules: str | tuple[str, ...] |
             if type(module) not in known:
                 known[type(module)] = _norm_left(module)
             _count(found, known[type(module)], "RMS norm")
-        elif not isinstance(module, nn.Conv1d) and has_stacked_weights(module):
-            found.plain[STACKS] += 1
-    if adapted and not found.done["gated MLP"] and not found.plain.keys() - {OTHER_NORMS}:
+        elif not isinstance(module, nn.Conv1d) and has_stacks(module):
+            ours = nf4 or any(f"{name}.{leaf}" in adapted for leaf in module._parameters)
+            _count(found, None if ours else STACKS, "experts")
+    if adapted and not found.done.keys() & {"gated MLP", "experts"} and not found.plain.keys() - {OTHER_NORMS}:
         found.plain[UNGATED_MLPS] = 1
     return [*found.sentences(), ONE_BY_ONE] if refuses_packing(skeleton) else found.sentences()
 

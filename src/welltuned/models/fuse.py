@@ -22,6 +22,7 @@ from welltuned.kernels.gated_mlp import FORWARD, Activation, GatedMLP, gated_mlp
 from welltuned.kernels.lora import Rows
 from welltuned.kernels.norm import rms_norm
 from welltuned.kernels.token_loss import Head
+from welltuned.models.experts import LoraExperts, NF4Experts, has_stacks
 from welltuned.models.lora import AdapterBank, LoraLinear, shared_rows
 
 OTHER_NORMS = "norms that are not RMS norms"
@@ -66,14 +67,17 @@ def fuse(model: PreTrainedModel, bank: AdapterBank | None) -> Fused:
     """Replace norms, and gated MLPs whose projections carry adapters."""
     fused, training = Fused(), model.training
     model.eval()  # no dropout while replacements are compared with what they replace
+    adapted = {module.base for module in model.modules() if isinstance(module, LoraExperts)}
     for module in model.modules():
         if bank is not None and module._modules.keys() >= GATED:
             _fuse_mlp(module, fused)
         elif looks_like_rms_norm(module):
             _fuse_norm(module, fused)
-        elif not isinstance(module, (LoraLinear, nn.Conv1d)) and has_stacked_weights(module):
+        elif isinstance(module, (LoraExperts, NF4Experts)):
+            fused.done["experts"] += module not in adapted
+        elif not isinstance(module, (LoraLinear, nn.Conv1d)) and has_stacks(module) and module not in adapted:
             fused.plain[STACKS] += 1
-    if bank is not None and not fused.done["gated MLP"] and not fused.plain.keys() - {OTHER_NORMS}:
+    if bank is not None and not fused.done.keys() & {"gated MLP", "experts"} and not fused.plain.keys() - {OTHER_NORMS}:
         fused.plain[UNGATED_MLPS] = 1
     model.train(training)
     return fused
@@ -140,11 +144,6 @@ def _dtype(module: LoraLinear) -> torch.dtype:
 
 def takes_one_argument(module: nn.Module) -> bool:
     return len(signature(module.forward).parameters) == 1
-
-
-def has_stacked_weights(module: nn.Module) -> bool:
-    """transformers 5 keeps a layer's experts as [experts, in, out]."""
-    return any(p is not None and p.dim() == 3 for p in module._parameters.values())
 
 
 def looks_like_rms_norm(module: nn.Module) -> bool:

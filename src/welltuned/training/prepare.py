@@ -64,7 +64,8 @@ def prepare(recipe: Recipe, machine: MachineFacts | None = None) -> Prepared:
     report = dataset.audit(model_facts.context_length)
     problems = report.problems()
     weighed = [(problem.weight, problem.sentence) for problem in problems]
-    weighed += [(PLAIN_PARTS, sentence) for sentence in foresee(recipe.model, _targets(plan))]
+    left = foresee(recipe.model, _targets(plan), nf4=recipe.tune is Tune.QLORA)
+    weighed += [(PLAIN_PARTS, sentence) for sentence in left]
     return Prepared(
         recipe=recipe,
         plan=with_problems(plan, weighed),

@@ -1,0 +1,409 @@
+"""Checks of the learning rate: against what its method, its scale and its model support."""
+
+from collections.abc import Iterator
+
+from welltuned.advice.learning_rate import two_digits
+from welltuned.advice.lint.bands import Band, grpo, preference_adapter, preference_full, supervised_adapter, supervised_full
+from welltuned.advice.lint.check import Hit, Severity, check, limit
+from welltuned.advice.lint.config import Config
+from welltuned.advice.lint.derived import alpha_equivalent, batch, parameters, updates
+from welltuned.advice.rules import number
+from welltuned.advice.settle import shown, size_words
+from welltuned.recipe import Method
+
+_RATE = "learning_rate"
+_PREFERENCE = (Method.DPO, Method.KTO, Method.ORPO)
+
+
+def _rate(config: Config) -> float | None:
+    """The rate where it is a positive number; others are WT096's."""
+    rate = config.number(_RATE)
+    return rate if rate is not None and rate > 0 else None
+
+
+def _said(config: Config) -> str:
+    """The rate as the file has it, or as the tool's default."""
+    rate = shown(float(config.number(_RATE) or 0))
+    return f"{config.key(_RATE)} {rate}" if config.given(_RATE) else f"{config.key(_RATE)} is not set: {config.tool}'s default {rate}"
+
+
+def _scale(config: Config) -> str:
+    alpha = alpha_equivalent(config) or 0.0
+    how = " (rsLoRA: alpha · √r)" if config.on("use_rslora") else ""
+    return f"at alpha {shown(alpha)}{how} is alpha · rate {shown(two_digits(alpha * (_rate(config) or 0)))}"
+
+
+def _model(config: Config) -> str:
+    size = parameters(config)
+    return f"a model of {size_words(size)}" if size else "a model of any size"
+
+
+def _adapter_band(config: Config) -> Band | None:
+    return supervised_adapter(config) if config.method is Method.SFT and config.trains_adapter else None
+
+
+def _full(config: Config) -> Band | None:
+    return supervised_full(config) if config.method is Method.SFT and config.tune == "full" else None
+
+
+def _span(low: float, high: float) -> str:
+    return f"{shown(two_digits(low))} to {shown(two_digits(high))}"
+
+
+@check(
+    "WT001",
+    "adapter-rate-diverges",
+    Severity.ERROR,
+    looks_for="SFT with LoRA: a rate more than three times above where runs have diverged (in alpha · rate).",
+    why="At alpha 32 a rate of 3e-3 ended 72 of 80 diverged runs of one sweep; the loss rises and does not come back.",
+    mend="lower the rate into the range, or leave it to `welltuned plan`",
+    evidence=("E024", "E094"),
+    factor=3.0,
+)
+def adapter_rate_diverges(config: Config) -> Iterator[Hit]:
+    band, rate = _adapter_band(config), _rate(config)
+    if band and rate and rate > band.high * limit("WT001", "factor") * 0.999:
+        yield Hit(name=_RATE, sentence=f"{_said(config)} {_scale(config)}, {rate / band.high:.0f} times above what {_model(config)} has stood: {_span(band.low, band.high)} is sound")
+
+
+@check(
+    "WT002",
+    "adapter-rate-high",
+    Severity.WARNING,
+    looks_for="SFT with LoRA: a rate above the range that the sweep and the recipes support (in alpha · rate).",
+    why="Divergence begins here: the best rates of 35 swept models lie below it.",
+    mend="lower the rate into the range; halve it where forgetting matters",
+    evidence=("E024", "E021", "E094"),
+)
+def adapter_rate_high(config: Config) -> Iterator[Hit]:
+    band, rate = _adapter_band(config), _rate(config)
+    if band and rate and band.high * 1.001 < rate <= band.high * limit("WT001", "factor") * 0.999:
+        yield Hit(name=_RATE, sentence=f"{_said(config)} {_scale(config)}, above the sound range {_span(band.low, band.high)} for {_model(config)}")
+
+
+@check(
+    "WT003",
+    "full-rate-for-adapter",
+    Severity.WARNING,
+    looks_for="SFT with LoRA: a rate that belongs to full fine-tuning, about ten times too low for an adapter.",
+    why="LoRA's best rate is about ten times that of full fine-tuning; at a tenth of it the run costs the same and learns "
+    "a fraction: below 4e-5 the loss of every swept model is more than 3 % above its best.",
+    mend="multiply the rate by about 10, or ask `welltuned plan`",
+    evidence=("E031", "E063", "E026", "D003"),
+)
+def full_rate_for_adapter(config: Config) -> Iterator[Hit]:
+    band, rate = _adapter_band(config), _rate(config)
+    if band and rate and band.low / limit("WT004", "factor") <= rate < band.low * 0.999:
+        yield Hit(name=_RATE, sentence=f"{_said(config)} {_scale(config)}, below the sound range {_span(band.low, band.high)} of an adapter for {_model(config)}")
+
+
+@check(
+    "WT004",
+    "rate-too-low-to-learn",
+    Severity.ERROR,
+    looks_for="SFT: a rate more than ten times below everything that any evidence supports.",
+    why="The weights hardly leave their start; the run ends with the model it began with.",
+    mend="take a rate from the range, or leave it to `welltuned plan`",
+    evidence=("D003", "E026", "E051"),
+    factor=10.0,
+)
+def rate_too_low_to_learn(config: Config) -> Iterator[Hit]:
+    band, rate = _adapter_band(config) or _full(config), _rate(config)
+    if band and rate and rate < band.low / limit("WT004", "factor"):
+        yield Hit(name=_RATE, sentence=f"{_said(config)} is {band.low / rate:,.0f} times below the lowest sound rate, {shown(two_digits(band.low))}")
+
+
+@check(
+    "WT005",
+    "adapter-rate-for-full",
+    Severity.ERROR,
+    looks_for="SFT in full: a rate that belongs to LoRA, three times or more above every recipe of that size.",
+    why="Full fine-tuning wants about a tenth of LoRA's rate: at LoRA's, what the model knew is overwritten.",
+    mend="divide the rate by about 10, or train an adapter",
+    evidence=("E031", "E063", "E044", "E048", "E051"),
+    factor=3.0,
+)
+def adapter_rate_for_full(config: Config) -> Iterator[Hit]:
+    band, rate = _full(config), _rate(config)
+    if band and rate and rate >= band.high * limit("WT005", "factor"):
+        yield Hit(name=_RATE, sentence=f"{_said(config)} trains all weights of {_model(config)}: {rate / band.high:.1f} times the highest sound rate, {shown(two_digits(band.high))}")
+
+
+@check(
+    "WT006",
+    "full-rate-high",
+    Severity.WARNING,
+    looks_for="SFT in full: a rate above every released recipe of that size, and above the law.",
+    why="Recipes go from 1e-3 at 360M over 3e-4 at 1.7B to 2e-5 at 7B and 2e-6 at 70B; higher rates forget.",
+    mend="lower the rate into the range",
+    evidence=("E044", "E048", "E051", "E031"),
+)
+def full_rate_high(config: Config) -> Iterator[Hit]:
+    band, rate = _full(config), _rate(config)
+    if band and rate and band.high * 1.001 < rate < band.high * limit("WT005", "factor"):
+        yield Hit(name=_RATE, sentence=f"{_said(config)} trains all weights of {_model(config)}, above the sound range {_span(band.low, band.high)}")
+
+
+@check(
+    "WT007",
+    "full-rate-low",
+    Severity.WARNING,
+    looks_for="SFT in full: a rate below every released recipe.",
+    why="The lowest recipe is 2e-6, at 70B.",
+    mend="raise the rate into the range",
+    evidence=("E051", "E044"),
+)
+def full_rate_low(config: Config) -> Iterator[Hit]:
+    band, rate = _full(config), _rate(config)
+    if band and rate and band.low / limit("WT004", "factor") <= rate < band.low:
+        yield Hit(name=_RATE, sentence=f"{_said(config)} is below the sound range {_span(band.low, band.high)} of full fine-tuning")
+
+
+@check(
+    "WT008",
+    "rate-far-from-law",
+    Severity.NOTE,
+    looks_for="SFT with LoRA, where the model's size and the number of updates are known: a rate more than three times off "
+    "the fitted law, and yet in the range that recipes support.",
+    why="One sweep's loss is 1 % above its best at 3.2 times off; short runs of small models lose far more.",
+    mend="ask `welltuned plan` for the law's rate and its reasons, or try it beside yours",
+    evidence=("E021", "E025", "M002", "M006"),
+    factor=3.0,
+)
+def rate_far_from_law(config: Config) -> Iterator[Hit]:
+    band, rate = _adapter_band(config), _rate(config)
+    if not band or not rate or band.centre is None or not band.low <= rate <= band.high:
+        return
+    ratio = max(rate / band.centre, band.centre / rate)
+    if ratio > limit("WT008", "factor"):
+        side = "above" if rate > band.centre else "below"
+        run = f"{updates(config):,} updates of {batch(config) or '?'}"
+        yield Hit(name=_RATE, sentence=f"{_said(config)} is {ratio:.1f} times {side} the law's {shown(two_digits(band.centre))} for {_model(config)} in {run}")
+
+
+# ── preferences and reinforcement ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _preference_band(config: Config) -> Band | None:
+    if config.method not in _PREFERENCE or config.method is None:
+        return None
+    if config.trains_adapter:
+        return preference_adapter(config, config.method)
+    return preference_full(config, config.method) if config.tune == "full" else None
+
+
+def _preference_bounds(config: Config) -> tuple[float, float] | None:
+    """Above the first a preference rate is too high, from the second on it destroys."""
+    band = _preference_band(config)
+    if band is None:
+        return None
+    if not config.trains_adapter:
+        return band.high, max(band.high * 2, limit("WT010", "full"))
+    if config.method is Method.ORPO:  # its loss has a supervised part and takes supervised rates
+        return max(limit("WT009", "orpo"), band.high), limit("WT010", "adapter") * 10
+    return min(limit("WT009", "adapter"), max(band.high, 1e-5)), limit("WT010", "adapter")
+
+
+@check(
+    "WT009",
+    "preference-rate-high",
+    Severity.WARNING,
+    looks_for="DPO or KTO with LoRA at 5e-5 and above, in full above 4 times the recipes; ORPO above 2e-4.",
+    why="Recipes with adapters use 5e-6 to 1e-5, in full 2e-7 to 1e-6. A preference loss can be lowered by pushing both "
+    "answers down, and high rates do that.",
+    mend="5e-6 to 1e-5 with an adapter, about 5e-7 in full",
+    evidence=("E047", "E060", "E063", "E077", "E076"),
+    adapter=5e-5,
+    orpo=2e-4,
+)
+def preference_rate_high(config: Config) -> Iterator[Hit]:
+    bounds, rate = _preference_bounds(config), _rate(config)
+    if bounds and rate and bounds[0] * 0.999 <= rate < bounds[1] and (rate > bounds[0] or config.trains_adapter):
+        yield Hit(name=_RATE, sentence=f"{_said(config)} is high for {config.method}: {shown(two_digits(bounds[0]))} is where recipes are left behind")
+
+
+@check(
+    "WT010",
+    "preference-rate-destroys",
+    Severity.ERROR,
+    looks_for="DPO or KTO with LoRA at 2e-4 and above, in full at 1e-5 and above.",
+    why="SimPO's authors report incoherent text at 1e-5 in full; 2e-4 is a supervised rate, twenty times what preference "
+    "recipes use.",
+    mend="5e-6 to 1e-5 with an adapter, about 5e-7 in full",
+    evidence=("E077", "E047", "E046", "E076"),
+    adapter=2e-4,
+    full=1e-5,
+)
+def preference_rate_destroys(config: Config) -> Iterator[Hit]:
+    bounds, rate = _preference_bounds(config), _rate(config)
+    if bounds and rate and rate >= bounds[1] * 0.999:
+        what = "an adapter" if config.trains_adapter else "all weights"
+        yield Hit(name=_RATE, sentence=f"{_said(config)} for {config.method} on {what} is a supervised rate: it breaks the text, and did at {shown(bounds[1])}")
+
+
+@check(
+    "WT011",
+    "preference-rate-low",
+    Severity.WARNING,
+    looks_for="DPO, KTO or ORPO: a rate a tenth of the recipes' or less; above all full fine-tuning's rate on an adapter.",
+    why="1e-6 is TRL's default and right for full fine-tuning. With LoRA and 1e-5 a published run of 50 updates stood at "
+    "accuracy 0.516 and loss 0.69: untrained.",
+    mend="with an adapter multiply by about 10; count the updates as well",
+    evidence=("E043", "E063", "E067"),
+)
+def preference_rate_low(config: Config) -> Iterator[Hit]:
+    band, rate = _preference_band(config), _rate(config)
+    if band and rate and rate < band.low:
+        yield Hit(name=_RATE, sentence=f"{_said(config)} is {band.low * 10 / rate:,.0f} times below the recipes' centre, {shown(two_digits(band.low * 10))}, for {config.method}")
+
+
+def _grpo_band(config: Config) -> Band | None:
+    if config.method is not Method.GRPO or config.tune is None:
+        return None
+    return grpo(config, config.trains_adapter)
+
+
+@check(
+    "WT012",
+    "grpo-rate-high",
+    Severity.WARNING,
+    looks_for="GRPO: a rate above the highest that was shown to learn, alpha · rate 3.2e-3 (1e-4 at alpha 32), or 1e-5 in full.",
+    why="The highest published rates are for easy tasks; above them the policy collapses before the reward rises.",
+    mend="5e-6 to 5e-5 with an adapter, 1e-6 in full",
+    evidence=("E041", "E042", "E063", "E069"),
+)
+def grpo_rate_high(config: Config) -> Iterator[Hit]:
+    band, rate = _grpo_band(config), _rate(config)
+    if band and rate and band.high * 1.001 < rate <= band.high * limit("WT013", "factor"):
+        yield Hit(name=_RATE, sentence=f"{_said(config)} is above the sound range {_span(band.low, band.high)} for GRPO")
+
+
+@check(
+    "WT013",
+    "grpo-rate-destroys",
+    Severity.ERROR,
+    looks_for="GRPO: a rate more than five times above the highest that was shown to learn.",
+    why="It is a supervised rate; reinforcement learning at it ends in noise.",
+    mend="5e-6 to 5e-5 with an adapter, 1e-6 in full",
+    evidence=("E041", "E042", "E063"),
+    factor=5.0,
+)
+def grpo_rate_destroys(config: Config) -> Iterator[Hit]:
+    band, rate = _grpo_band(config), _rate(config)
+    if band and rate and rate > band.high * limit("WT013", "factor"):
+        yield Hit(name=_RATE, sentence=f"{_said(config)} is {rate / band.high:.0f} times the highest rate at which GRPO was shown to learn, {shown(two_digits(band.high))}")
+
+
+@check(
+    "WT014",
+    "grpo-rate-low",
+    Severity.WARNING,
+    looks_for="GRPO with LoRA at a full-parameter rate: a tenth of the recipes' or less.",
+    why="1e-6 is TRL's default and right in full; an adapter wants 1e-5 and more for the same reward curve.",
+    mend="multiply the rate by about 10",
+    evidence=("E063", "E064", "E067"),
+)
+def grpo_rate_low(config: Config) -> Iterator[Hit]:
+    band, rate = _grpo_band(config), _rate(config)
+    if band and rate and rate < band.low:
+        yield Hit(name=_RATE, sentence=f"{_said(config)} is below the sound range {_span(band.low, band.high)} for GRPO")
+
+
+# ── schedule ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@check(
+    "WT015",
+    "constant-ignores-warmup",
+    Severity.WARNING,
+    looks_for="A warm-up with the `constant` schedule, which has none.",
+    why="transformers' `constant` takes no warm-up and says nothing; QLoRA's own scripts carry the same pair.",
+    mend="write `constant_with_warmup`, or remove the warm-up",
+    evidence=("E055", "L001"),
+)
+def constant_ignores_warmup(config: Config) -> Iterator[Hit]:
+    given = [name for name in ("warmup_steps", "warmup_ratio") if name in config.settings and config.number(name)]
+    if config.text("lr_scheduler_type") == "constant" and given and config.tool != "axolotl":
+        name = given[0]
+        yield Hit(name=name, sentence=f"{config.key(name)} {shown(config.value(name))} is ignored: the schedule `constant` has no warm-up")
+
+
+@check(
+    "WT016",
+    "warmup-never-ends",
+    Severity.ERROR,
+    looks_for="A fixed warm-up as long as the run, or longer.",
+    why="The rate never reaches the value that was set; a copied `warmup_steps: 100` does this to every short run.",
+    mend="5 % of the run, at least 5 updates",
+    evidence=("D007", "P008"),
+)
+def warmup_never_ends(config: Config) -> Iterator[Hit]:
+    run, steps = updates(config), config.number("warmup_steps")
+    if run is not None and steps is not None and steps >= run and steps >= 1:
+        yield Hit(name="warmup_steps", sentence=f"{config.key('warmup_steps')} {shown(steps)} of {run:,} updates: the rate never reaches {shown(config.value(_RATE))}")
+
+
+@check(
+    "WT017",
+    "warmup-long",
+    Severity.WARNING,
+    looks_for="A warm-up longer than 10 % of the run (and than 10 updates), or a share above 20 %.",
+    why="B starts at zero and is a ramp of its own; beyond a few updates for Adam's averages a warm-up only takes away.",
+    mend="3 to 5 % of the run, at least 5 updates",
+    evidence=("D007", "P008", "E055"),
+    share=0.10,
+    least=10,
+    ratio=0.20,
+)
+def warmup_long(config: Config) -> Iterator[Hit]:
+    run, steps = updates(config), config.number("warmup_steps")
+    if run is not None and steps is not None and 1 <= steps < run:
+        if steps > run * limit("WT017", "share") and steps > limit("WT017", "least"):
+            yield Hit(name="warmup_steps", sentence=f"{config.key('warmup_steps')} {shown(steps)} is {steps / run:.0%} of the run's {run:,} updates")
+        return
+    for name in ("warmup_ratio", "warmup_steps"):
+        share = config.number(name)
+        if name in config.settings and share is not None and limit("WT017", "ratio") < share < 1:
+            yield Hit(name=name, sentence=f"{config.key(name)} {shown(share)}: {share:.0%} of the run is warm-up")
+
+
+@check(
+    "WT018",
+    "no-warmup-at-high-rate",
+    Severity.WARNING,
+    looks_for="No warm-up with a rate in the upper part of its range.",
+    why="Adam's first updates have the length of the rate whatever the gradient is; near the edge of divergence a few "
+    "warm-up updates are cheap insurance.",
+    mend="add 3 to 5 % of warm-up, or lower the rate",
+    evidence=("D007", "E024", "P008"),
+    share=0.5,
+)
+def no_warmup_at_high_rate(config: Config) -> Iterator[Hit]:
+    band, rate = _adapter_band(config) or _full(config), _rate(config)
+    if not band or not rate or {"warmup_steps", "warmup_ratio"} & config.unread.keys():
+        return
+    if (config.number("warmup_steps") or 0) > 0 or (config.number("warmup_ratio") or 0) > 0:
+        return
+    if "warmup_steps" not in config.defaults and not config.given("warmup_steps") and not config.given("warmup_ratio"):
+        return  # the tool chooses one
+    if band.high * limit("WT018", "share") <= rate <= band.high:
+        yield Hit(name="warmup_steps", sentence=f"no warm-up, and {_said(config)} is in the upper half of the sound range {_span(band.low, band.high)}")
+
+
+@check(
+    "WT019",
+    "weight-decay-inert",
+    Severity.NOTE,
+    looks_for="Weight decay that cannot act in so few updates.",
+    why="AdamW forgets over 1/(rate · decay) updates: at 2e-4 and 0.01 over 500,000. Against overfitting it does nothing "
+    "in a run of thousands.",
+    mend="leave it, or remove it; against overfitting use fewer epochs",
+    evidence=("D008", "E059"),
+)
+def weight_decay_inert(config: Config) -> Iterator[Hit]:
+    run, rate, decay = updates(config), _rate(config), config.number("weight_decay")
+    if "weight_decay" not in config.settings or not decay or decay <= 0 or not run or not rate:
+        return
+    reach = 1 / (rate * decay)
+    if reach > number("weight_decay_inert") * run:
+        yield Hit(name="weight_decay", sentence=f"weight_decay {shown(decay)} acts over {reach:,.0f} updates at the rate {shown(rate)}; the run has {run:,}")
