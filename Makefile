@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: setup demo test test-all lint format bench help clean
+.PHONY: setup demo test test-all lint format bench docs help clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-input
@@ -51,6 +51,9 @@ format: setup ## put the source into ruff's format
 
 bench: setup ## measure speed and memory; results go to benchmarks/results
 	@$(BIN)/python benchmarks/sft_cpu.py $(ARGS)
+
+docs: setup ## make docs/evidence.md again from the rules and their evidence
+	@$(BIN)/python -m welltuned.advice.page docs/evidence.md
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

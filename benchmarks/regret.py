@@ -27,6 +27,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ FAMILIES = ("llama", "qwen3", "qwen3.5+", "other")
 Curve = Callable[[float], float]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Cell:
     """One model at one rank: ln(rate) ascending, and held-out losses."""
 
@@ -122,7 +123,7 @@ def curve(cell: Cell) -> Curve:
 
 
 def straight(cell: Cell) -> Curve:
-    """Straight lines between measured rates: how much the interpolation matters."""
+    """Straight lines between measured rates, which flatter rates on the grid: how much the interpolation matters."""
     return lambda x: float(np.interp(x, cell.x, cell.loss))
 
 
@@ -149,9 +150,15 @@ def regret(cell: Cell, rate: float, interpolate: Callable[[Cell], Curve] = curve
     x, slack = math.log(rate), 1e-9
     if not cell.x[0] - slack <= x <= cell.x[-1] + slack:
         return None
-    loss = interpolate(cell)
-    lowest = min(cell.loss.min(), min(loss(u) for u in np.linspace(cell.x[0], cell.x[-1], 401)))
+    loss, lowest = interpolated(cell, interpolate)
     return 100 * (loss(min(max(x, cell.x[0]), cell.x[-1])) / lowest - 1)
+
+
+@cache
+def interpolated(cell: Cell, interpolate: Callable[[Cell], Curve]) -> tuple[Curve, float]:
+    """A cell's curve and its lowest loss."""
+    loss = interpolate(cell)
+    return loss, min(cell.loss.min(), min(loss(u) for u in np.linspace(cell.x[0], cell.x[-1], 401)))
 
 
 # ── the law, fitted again ────────────────────────────────────────────────────────────────────────────────────────────

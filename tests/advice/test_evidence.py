@@ -15,7 +15,7 @@ from welltuned.advice.rules import number, rule, rules
 def test_ids_are_unique_and_rows_are_whole():
     assert len(rows()) > 150
     for found in rows().values():
-        assert re.fullmatch(r"[EPMDS]\d{3}", found.id)
+        assert re.fullmatch(r"[EPMDSL]\d{3}", found.id)
         assert found.hyperparameter and found.value and found.source and found.grades
         assert found.access in {"P", "A", "S", "A/S", "P/S"}, found
 

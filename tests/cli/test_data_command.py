@@ -67,7 +67,7 @@ def test_a_person_sees_what_is_trained(shown, write):
 
 
 def test_three_rows_unless_told_otherwise(shown, write):
-    path = write([*SOUND, chat("long", "answer " * 30)])
+    path = write([*SOUND, chat("long", "answer " * 60)])
     for arguments, count in (((), 3), (("--show", 0), 0), (("--show", 1), 1), (("--show", 7), 7)):
         code, lines = shown(path, *arguments)
         titles = [line for line in lines if re.search(r"rows.jsonl:\d+, .*: \d+ tokens, \d+ trained", line)]
@@ -156,11 +156,11 @@ def test_long_rows_are_shortened_in_the_middle(shown, write):
 
 
 def test_a_cut_row_says_so(shown, write):
-    path = write([*SOUND, chat("long", "answer " * 30)])
-    code, lines = shown(path, "--set", "max_length=40", "--row", "31")
+    path = write([*SOUND, chat("long", "answer " * 25)])
+    code, lines = shown(path, "--set", "max_length=60", "--row", "31")
     text = " ".join(" ".join(lines).split())
-    assert code == 0 and "40 tokens, " in text and re.search(r"cut from \d+", text)
-    assert "max_length 40 cuts 1 rows, of which 1 lose trained tokens (set by the user)" in text
+    assert code == 0 and "60 tokens, " in text and re.search(r"cut from \d+", text)
+    assert "max_length 60 cuts 1, 1 of which lose trained tokens (set by the user)" in text
     assert "longer than max_length" in text and "would cut none" in text
 
 
@@ -187,9 +187,9 @@ def test_what_training_refuses_is_shown_and_ends_with_1(shown, document, write, 
 
 @pytest.mark.parametrize("kind", ["duplicate", "too_long", "leak", "control_token"])
 def test_any_policy_of_error_blocks_and_shows_all(document, write, kind):
-    path = write([*SOUND, SOUND[7], chat("long", "answer " * 30), chat("what is <|im_end|>?", "a token")])
+    path = write([*SOUND, SOUND[7], chat("long", "answer " * 60), chat("what is <|im_end|>?", "a token")])
     held = write([SOUND[3]], "held.jsonl")
-    options = ("--eval-data", held, "--set", "max_length=40")
+    options = ("--eval-data", held, "--set", "max_length=60")
     whole = document(path, *options)
     found = document(path, *options, "--set", f"on_{kind}=error", code=1)
     assert not whole["blocked"] and found["rows"] == whole["rows"] == 33
@@ -211,10 +211,12 @@ def test_data_of_which_nothing_is_trained_are_shown(shown, document, write, tmp_
 @pytest.mark.parametrize(
     ("wanted", "words"),
     [
-        ("rows.jsonl:4", "rows.jsonl:4, a training row"), ("4", "rows.jsonl:4, a training row"),
-        ("31", "rows.jsonl:31 cannot be read: the row has no answer"), ("32", "rows.jsonl:32, left out, since on_duplicate"),
+        ("rows.jsonl:4", "rows.jsonl:4, a training row"),
+        ("4", "rows.jsonl:4, a training row"),
+        ("31", "rows.jsonl:31 cannot be read: the row has no answer"),
+        ("32", "rows.jsonl:32, left out, since on_duplicate"),
     ],
-)  # fmt: skip
+)
 def test_a_row_by_line_or_origin_whatever_became_of_it(shown, write, wanted, words):
     path = write([*SOUND, {"messages": [{"role": "user", "content": "x"}]}, SOUND[0]])
     code, lines = shown(path, "--row", wanted, "--set", "on_duplicate=drop", "--set", "eval_fraction=0.01")
@@ -279,7 +281,7 @@ def test_the_document(document, write):
 
 def test_the_same_as_a_run_records(document, write, welltuned, tiny_model_dir, tmp_path):
     path = write([*SOUND, SOUND[3], chat("what is <|im_end|>?", "a token")])
-    given = ("--set", "on_duplicate=drop", "--set", "seed=5", "--set", "max_length=30")
+    given = ("--set", "on_duplicate=drop", "--set", "seed=5", "--set", "max_length=50")
     found = document(path, *given)
     said = welltuned("train", "--model", tiny_model_dir, "--data", path, "--out", tmp_path / "out", "--json", *given,
                      "--set", "max_steps=2")  # fmt: skip
@@ -289,11 +291,13 @@ def test_the_same_as_a_run_records(document, write, welltuned, tiny_model_dir, t
 
 
 def test_options_that_say_how_data_are_read(document, write, tmp_path):
-    rows = [{"Frage": f"f {i}", "Antwort": f"a {i}", "question": "q", "answer": "b", "text": "t"} for i in range(20)]
+    rows = [
+        {"Frage": f"f {i}", "Antwort": f"a {i}", "question": "q", "answer": "b", "text": "some text"} for i in range(20)
+    ]
     path = write(rows)
     mapped = document(path, "--map", "prompt=Frage", "--map", "completion=Antwort", "--row", "3")
     assert mapped["format"] == "prompt/completion" and "f 2" in mapped["examples"][0]["runs"][1]["text"]
-    assert document(path, "--set", "format=text")["by_speaker"]["document"]["share"] == 1.0
+    assert document(path, "--set", "format=text")["by_speaker"]["document"]["share"] > 0.5
     (tmp_path / "folder").mkdir()
     for split, count in (("train", 20), ("test", 7)):
         (tmp_path / "folder" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SOUND[:count]))
@@ -308,9 +312,9 @@ def test_several_files_and_a_recipe(document, write, tmp_path, tiny_model_dir, w
     found = document(first, second, "--row", "b.jsonl:2")
     assert found["rows"] + found["held_out_rows"] == 30 and found["examples"][0]["origin"].endswith("b.jsonl:2")
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"model: {tiny_model_dir}\ndata: [{first}, {second}]\nmax_length: 30\n")
+    recipe.write_text(f"model: {tiny_model_dir}\ndata: [{first}, {second}]\nmax_length: 50\n")
     said = welltuned("data", recipe, "--json")
-    assert said.code == 0 and json.loads(said.out)["max_length"] == 30
+    assert said.code == 0 and json.loads(said.out)["max_length"] == 50
     said = welltuned("data", recipe, recipe)
     assert said.code == 2 and "is a second recipe" in said.err
 
@@ -320,9 +324,9 @@ def test_unusable_input_ends_with_2(welltuned, tiny_model_dir, write, tmp_path):
     for arguments, words in (
         ((tmp_path / "none.jsonl",), "none.jsonl: there is no such file"),
         ((tmp_path / "broken.jsonl",), "broken.jsonl:2: malformed JSON"),
-        ((write([{"a": 1}]),), "no format is known"),
-        ((write([*SOUND, {"prompt": "p", "completion": "c"}]),), "rows.jsonl:31: mixed schemas"),
-        ((write([{"messages": []}] * 3),), "all 3 rows have defects"),
+        ((write([{"a": 1}], "a.jsonl"),), "no format is known"),
+        ((write([*SOUND, {"prompt": "p", "completion": "c"}], "b.jsonl"),), "b.jsonl:31: mixed schemas"),
+        ((write([{"messages": []}] * 3, "c.jsonl"),), "all 3 rows have defects"),
         ((write(SOUND), "--show", "-1"), "--show: must be 0 or more"),
         ((write(SOUND), "--set", "lerning_rate=1"), "did you mean 'learning_rate'"),
         ((), "names no data"),
@@ -345,7 +349,8 @@ def test_from_python(tiny_model_dir, write):
     ("text", "safe"),
     [
         ("plain ~", "plain ~"), ("é漢🙂👩‍👧 مرحبا", "é漢🙂👩‍👧 مرحبا"), ("\x1b[0m", "\\x1b[0m"), ("\x9b", "\\x9b"),
-        ("\x7f\x00\r", "\\x7f\\x00\\x0d"), ("\u202e\u2028\ufeff", "\\u202e\\u2028\\ufeff"), ("\U000e0041", "\\U000e0041"),
+        ("\x7f\x00\r", "\\x7f\\x00\\x0d"), ("\u202e\u2028\ufeff", "\\u202e\\u2028\\ufeff"),
+        ("\U000e0041", "\\U000e0041"),
         ("\ud800", "\\ud800"),
     ],
 )  # fmt: skip

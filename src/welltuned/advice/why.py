@@ -1,12 +1,13 @@
-"""Why a hyperparameter has its value: the rule in words, the rows for it, the rows against it, and what would settle it.
+"""Why a hyperparameter has its value: the rule in words, rows for it, rows against it, and what would settle it.
 
 The words are data (why.yaml), their numbers come from rules.yaml, and the rows from evidence.csv. Whether a published
 learning rate really contradicts the rule is computed, not claimed: the rule is asked for the rate in that row's own
 setting (alpha, batch, updates, size), and the two are compared there.
 """
 
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import StrEnum
@@ -17,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from welltuned.advice.codec import to_plain
 from welltuned.advice.evidence import Row, row, unique
 from welltuned.advice.learning_rate import Rate, RateSetting, choose_learning_rate, full_rate, lora_rate, two_digits
 from welltuned.advice.plan import Plan
@@ -77,22 +79,33 @@ class Against:
 class Converted:
     """The rule's own rate and range in a row's setting. `off` is 1 inside the range, else how far outside it."""
 
+    at: Setting
     value: float
     low: float
     high: float
     off: float
 
+    @property
+    def agrees(self) -> bool:
+        return self.off == 1
+
     def sentence(self) -> str:
-        ruled = f"in that setting the rule gives {shown(self.value)} ({shown(self.low)}–{shown(self.high)})"
-        if self.off == 1:
+        run = self.at.run
+        alpha = "in full" if self.at.tune is Tune.FULL else f"at alpha {shown(run.alpha)}"
+        where = f"{alpha}, {_size(run.parameters)}, {run.updates:,} updates of {run.batch}"
+        ruled = f"{where} the rule gives {shown(self.value)} ({shown(self.low)}–{shown(self.high)})"
+        if self.agrees:
             return f"{ruled}: they agree"
         side, times = ("above", self.off) if self.off > 1 else ("below", 1 / self.off)
-        return f"{ruled}: {times:.2g} times {side} its range"
+        return f"{ruled}: {times:.2g} times {side} that range"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What there is to say about a key, for some methods and tunes. `rules` are names in rules.yaml."""
+    """What there is to say about a key, for some methods and tunes. `rules` are names in rules.yaml.
+
+    `evidence` are all rows for it, `lead` those of them that a screen shows first.
+    """
 
     key: str
     methods: tuple[Method, ...]
@@ -101,6 +114,7 @@ class Entry:
     rule: str
     rules: tuple[str, ...]
     evidence: tuple[str, ...]
+    lead: tuple[str, ...]
     against: tuple[Against, ...]
     settle: str
 
@@ -121,6 +135,8 @@ def entries() -> Mapping[str, tuple[Entry, ...]]:
 
 def _entry(key: str, item: Mapping[str, Any]) -> Entry:
     methods = tuple(Method(name) for name in item.get("methods", Method))
+    evidence = unique((*cited(*item["rules"]), *item.get("also", ())))
+    lead = item.get("lead") or [rule(name).evidence[0] for name in item["rules"]] or evidence
     return Entry(
         key=key,
         methods=methods,
@@ -128,7 +144,8 @@ def _entry(key: str, item: Mapping[str, Any]) -> Entry:
         short=filled(item["short"]),
         rule=filled(item["rule"]),
         rules=tuple(item["rules"]),
-        evidence=unique((*cited(*item["rules"]), *item.get("also", ()))),
+        evidence=evidence,
+        lead=unique(lead),
         against=tuple(_against(one) for one in item["against"]),
         settle=filled(item["settle"]),
     )
@@ -146,20 +163,20 @@ def _setting(at: Mapping[str, Any]) -> Setting:
     return Setting(tuple(rates), Tune(at.get("tune", Tune.LORA)), RateSetting(**run))
 
 
-_NUMBER = re.compile(r"\{(\w+)(?:\.([\w.+]+))?\}")
+_NUMBER = re.compile(r"\{(\w+)(?:\.([\w.+]+))?(%?)\}")
 
 
 def filled(text: str) -> str:
-    """The text with every {rule} as that rule's value and every {rule.low} as its part, in words."""
+    """The text with every {rule} as that rule's value in words, {rule.low} as its part, {rule%} in per cent."""
 
     def value(found: re.Match[str]) -> str:
-        name, part = found[1], found[2]
+        name, part, per_cent = found.groups()
         spec = rule(name)
         if part is None:
-            return in_words(name, spec.value)
-        if isinstance(spec.value, dict):
-            return shown(spec.value[part])
-        return shown({"low": spec.low, "high": spec.high}[part])
+            some = spec.value
+        else:
+            some = spec.value[part] if isinstance(spec.value, dict) else {"low": spec.low, "high": spec.high}[part]
+        return f"{shown(100.0 * some)} %" if per_cent else in_words(name, some)
 
     return _NUMBER.sub(value, text)
 
@@ -169,20 +186,25 @@ def in_words(name: str, value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {shown(item)}" for key, item in value.items())
     if not isinstance(value, list):
-        return shown(float(value)) if isinstance(value, float) else shown(value)
+        return _size(value) if isinstance(value, float) and value >= 1e6 else shown(value)
     if not isinstance(value[0], list):
         return f"{', '.join(shown(item) for item in value[:-1])} or {shown(value[-1])}"
     if name.endswith("_by_rows"):
         steps = [f"{shown(item)} below {limit:,} rows" for limit, item in value if limit is not None]
         return f"{', '.join(steps)}, {shown(value[-1][1])} above"
-    return ", ".join(f"{shown(item)} for {size_words(round(size))}" for size, item in value)
+    return ", ".join(f"{shown(item)} at {_size(size)}" for size, item in value)
+
+
+def _size(count: float) -> str:
+    """8B, 1.2B, 360M."""
+    return size_words(round(count)).replace(".0B", "B")
 
 
 # ── asking ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def why(key: str, method: Method | None = None, tune: Tune | None = None) -> tuple[Entry, ...]:
-    """The entries of a key that speak of this method and tune, or of any.
+    """The entries of a key that speak of this method and this tune; None means any.
 
     Raises:
         InputError: no such key (the nearest is named), or none that this method or tune has.
@@ -196,7 +218,9 @@ def why(key: str, method: Method | None = None, tune: Tune | None = None) -> tup
     ]
     if not found:
         asked = " ".join(str(word) for word in (method, tune) if word is not None)
-        has = ", ".join(dict.fromkeys(str(name) for entry in entries()[key] for name in entry.methods))
+        of_method = [entry for entry in entries()[key] if method is None or method in entry.methods]
+        names = [name for e in of_method or entries()[key] for name in (e.tunes if of_method else e.methods)]
+        has = ", ".join(dict.fromkeys(names))
         raise InputError(f"{key} has no meaning with {asked}", where="why", mend=f"it belongs to {has}")
     return tuple(found)
 
@@ -205,23 +229,23 @@ def _unknown(key: str) -> InputError:
     nearest = get_close_matches(key, list(entries()), n=1, cutoff=0.6)
     mend = f"did you mean '{nearest[0]}'?" if nearest else "`welltuned why` lists all of them"
     if key in KEYS and not nearest:
-        return InputError(f"'{key}' is yours to say: {KEYS[key].doc}", where="why", mend=mend)
+        return InputError(f"'{key}' is yours to say: {KEYS[key].doc.rstrip('.')}", where="why", mend=mend)
     return InputError(f"unknown hyperparameter '{key}'", where="why", mend=mend)
 
 
 def converted(entry: Entry, against: Against) -> Converted | None:
-    """What the rule gives in the row's own setting, and how far the row's rate is outside of its range there."""
+    """What the rule gives in the row's own setting, and how far the row's rate is outside of its range there.
+
+    A range of rates counts as its middle (in logarithms). None where the row has no rate that could be converted.
+    """
     at = against.at
     if at is None:
         return None
     method = entry.methods[0]
     ours = choose_learning_rate(method, at.tune, at.run, rows=0)
-    off = 1.0
-    if max(at.rates) < ours.low:
-        off = max(at.rates) / ours.low
-    elif min(at.rates) > ours.high:
-        off = min(at.rates) / ours.high
-    return Converted(ours.value, ours.low, ours.high, off)
+    theirs = math.sqrt(at.rates[0] * at.rates[-1])
+    off = theirs / ours.low if theirs < ours.low else theirs / ours.high if theirs > ours.high else 1.0
+    return Converted(at, ours.value, ours.low, ours.high, off)
 
 
 # ── the learning rate's table, and its factors ───────────────────────────────────────────────────────────────────────
@@ -281,7 +305,9 @@ def factors(plan: Plan) -> list[tuple[str, float]]:
     start = "between LoRA's rate / 10 and recipes" if full else f"the sweep's law at r {setting.r}"
     found = [(f"{start}, {size_words(setting.parameters)} {setting.family}", rate.base)]
     if not full:
-        found.append((f"alpha {shown(setting.alpha_equivalent)} instead of {number('rate_alpha'):.0f}", rate.alpha_factor))
+        found.append(
+            (f"alpha {shown(setting.alpha_equivalent)} instead of {number('rate_alpha'):.0f}", rate.alpha_factor)
+        )
     found.append((f"batches of {setting.batch} instead of {number('rate_batch'):.0f}", rate.batch_factor))
     found.append((f"{setting.updates:,} updates instead of {number('rate_updates'):.0f}", rate.updates_factor))
     product = rate.base * rate.alpha_factor * rate.batch_factor * rate.updates_factor
@@ -296,7 +322,12 @@ def factors(plan: Plan) -> list[tuple[str, float]]:
 def to_json(found: Sequence[Entry], plan: Plan | None = None) -> dict[str, Any]:
     """The document of `why KEY --json`: {key, rules: [...], table, here}; `here` is null without a plan."""
     key = found[0].key
-    document: dict[str, Any] = {"key": key, "rules": [_entry_json(entry) for entry in found], "table": None, "here": None}
+    document: dict[str, Any] = {
+        "key": key,
+        "rules": [_entry_json(entry) for entry in found],
+        "table": None,
+        "here": None,
+    }
     if key == "learning_rate":
         document["table"] = {
             "setting": {"family": TABLE.family, "batch": TABLE.batch, "r": TABLE.r, "lora_alpha": TABLE.alpha},
@@ -312,7 +343,9 @@ def to_json(found: Sequence[Entry], plan: Plan | None = None) -> dict[str, Any]:
             "reason": choice.reason,
             "evidence": list(choice.evidence),
             "set_by": str(choice.set_by),
-            "factors": [{"what": what, "factor": factor} for what, factor in factors(plan)] if document["table"] else [],
+            "factors": [{"what": what, "factor": factor} for what, factor in factors(plan)]
+            if document["table"]
+            else [],
         }
     return document
 
@@ -343,22 +376,19 @@ def _entry_json(entry: Entry) -> dict[str, Any]:
     return {
         **_head(entry),
         "rule": entry.rule,
-        "numbers": {name: {"value": rule(name).value, "low": rule(name).low, "high": rule(name).high} for name in entry.rules},
-        "for": [_row_json(row(id)) for id in entry.evidence],
+        "numbers": {
+            name: {"value": rule(name).value, "low": rule(name).low, "high": rule(name).high} for name in entry.rules
+        },
+        "for": [to_plain(row(id)) for id in entry.evidence],
         "against": [_against_json(entry, against) for against in entry.against],
         "settle": entry.settle,
     }
 
 
-def _row_json(found: Row) -> dict[str, str]:
-    names: Iterable[str] = ("id", "method", "family", "size", "variant", "value", "setting", "grade", "source")
-    return {name: str(getattr(found, name)) for name in names}
-
-
 def _against_json(entry: Entry, against: Against) -> dict[str, Any]:
     compared = converted(entry, against)
     return {
-        **_row_json(against.row),
+        **to_plain(against.row),
         "because": [str(reason) for reason in against.because],
         "says": against.says,
         "converted": None

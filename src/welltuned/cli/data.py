@@ -95,7 +95,7 @@ def _print_lengths(found: "Inspection") -> None:
     _indented(_histogram(lengths, None if limit is None else limit.value))
     if limit is not None:
         cut = found.audit.cut
-        does = "cuts nothing" if cut is None else f"cuts {cut.rows:,} rows, of which {cut.lose:,} lose trained tokens"
+        does = "cuts nothing" if cut is None else f"cuts {cut.rows:,}, {cut.lose:,} of which lose trained tokens"
         _indented(Text(f"max_length {limit.value:,} {does} (set by the {limit.set_by})"))
 
 
@@ -118,7 +118,7 @@ def _histogram(lengths: Lengths, limit: int | None) -> Table:
 
 def _print_findings(found: "Inspection") -> None:
     problems = found.audit.problems()
-    ends = f"every answer ends with a trained end-of-turn token in {found.audit.end_trained:,} of {found.audit.rows:,}"
+    ends = f"every whole answer ends with a trained end token in {found.audit.end_trained:,} of {found.audit.rows:,}"
     console.print(Text.assemble(("Findings ", "bold"), f"{ends} rows" + ("" if problems else "; no defect was found")))
     for problem in problems:
         mark, style = MARKS[problem.severity]
@@ -137,7 +137,7 @@ def _print_row(found: "Inspection", shown: "Shown", colour: bool) -> None:
         title.append(f", cut from {shown.length:,}", "red")
     if example.found:
         title.append(f" [{', '.join(sorted(example.found))}]", "yellow")
-    console.print(title)
+    console.print(title, soft_wrap=True)
     console.print(row_table(found.text_of(shown, MOST_TOKENS), colour))
 
 

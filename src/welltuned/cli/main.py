@@ -22,6 +22,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "welltuned.cli.plan",
         "Choose every hyperparameter from the model, the data and the machine, and say why.",
     ),
+    "why": (
+        "welltuned.cli.why",
+        "Say why a hyperparameter has its value: the rule, what speaks for and against it, and what would settle it.",
+    ),
+    "check": ("welltuned.cli.check", "Say what is wrong with a configuration of welltuned, TRL, Axolotl and others."),
     "train": ("welltuned.cli.train", "Plan, train, evaluate and verify; write a Run directory."),
     "chat": ("welltuned.cli.chat", "Talk to a tuned model."),
 }
@@ -72,6 +77,10 @@ def build_parser() -> argparse.ArgumentParser:
         choices=["trl", "axolotl", "llamafactory", "unsloth"],
         help="print a script or configuration on stdout that trains the same plan there",
     )
+    made["why"].add_argument("key", nargs="?", metavar="KEY", help="a hyperparameter; without it all of them in a line")
+    _recipe_options(made["why"])
+    made["why"].add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    _check_options(made["check"])
     _recipe_options(made["train"])
     made["train"].add_argument("--out", required=True, metavar="DIR", help="the Run directory, new or empty")
     made["train"].add_argument("--json", action="store_true", help="print the run's summary as one JSON document")
@@ -103,6 +112,14 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
         metavar="ROW",
         help="show this row: its line, or an origin (train.jsonl:7)",
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+
+
+def _check_options(parser: argparse.ArgumentParser) -> None:
+    tools = ["welltuned", "trl", "axolotl", "llamafactory", "unsloth"]
+    parser.add_argument("file", metavar="FILE", help="a YAML file of any of these tools, or a script of TRL or Unsloth")
+    parser.add_argument("--tool", choices=tools, help="whose file it is; unset: seen by its keys")
+    parser.add_argument("--method", choices=[str(m) for m in Method], help="what a TRL YAML trains; unset: by its keys")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
 
 

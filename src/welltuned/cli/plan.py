@@ -4,6 +4,7 @@ import argparse
 import json
 
 from welltuned.advice.plan import Plan
+from welltuned.cli.safe import visible
 from welltuned.cli.terminal import console, print_plan, quiet_libraries
 from welltuned.recipe import Recipe, load_recipe
 
@@ -27,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(prepared.plan.to_json(), ensure_ascii=False))
         return 0
     for note in (note for note in prepared.notes if note not in prepared.plan.warnings):
-        console.print(f"  {note}", style="dim", markup=False)
+        console.print(f"  {visible(note)}", style="dim", markup=False)
     print_plan(prepared.plan)
     return 0
 
@@ -39,7 +40,7 @@ def _emit(plan: Plan, target: str) -> int:
     emitted = emit(plan, Target(target))
     print(emitted.text, end="")
     for warning in plan.warnings:
-        console.print(f"! {warning}", style="yellow", markup=False)
+        console.print(f"! {visible(warning)}", style="yellow", markup=False)
     console.print(f"Not, or otherwise, for {target}:", markup=False)
     for sentence in emitted.missing:
         console.print(f"- {sentence}", markup=False)

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from welltuned.advice.plan import Plan, plan_lines
 from welltuned.choice import SetBy
+from welltuned.cli.safe import visible
 from welltuned.training.events import Evaluated, Event, Note, Updated
 
 # In a file or a pipe rich would fold everything to 80 columns.
@@ -75,7 +76,7 @@ def print_plan(plan: Plan, out: Console = console) -> None:
     out.print(f"\n[bold]Memory[/]   about {size(plan.memory.total_bytes)} ({parts})")
     out.print(f"[bold]Updates[/]  {plan.updates:,} of {plan.value('effective_batch_size')} examples")
     for warning in plan.warnings:
-        out.print(Text("! " + warning, style="yellow"))
+        out.print(Text("! " + visible(warning), style="yellow"))
     out.print()
 
 
@@ -90,7 +91,7 @@ class Progress:
     def __call__(self, event: Event) -> None:
         match event:
             case Note():
-                self._line(Text("  " + event.text, style="dim"))
+                self._line(Text("  " + visible(event.text), style="dim"))
             case Evaluated():
                 error = f" ± {event.eval_loss_se:.3f}" if event.eval_loss_se == event.eval_loss_se else ""
                 self._line(

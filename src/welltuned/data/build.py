@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from welltuned.data.cache import Cache, cache_key
 from welltuned.data.conversation import Conversation, Format, MixedSchema, NotTrained, Policy
 from welltuned.data.formats import Detected, detect, to_conversation
+from welltuned.data.readers import Refuse
 from welltuned.data.render import Example, LossOn, Renderer
 from welltuned.data.source import Row, Source
 from welltuned.data.store import KEPT_DEFECTS, BadRow, ExampleStore, StoreWriter, digest
@@ -72,7 +73,7 @@ def conversations_at(source: Source, reading: Reading, rows: Sequence[int]) -> l
     """The conversations of ascending row numbers, read once more from the source."""
     wanted = set(rows)
     found = []
-    for number, row, detected in _rows(source, reading):
+    for number, row, detected in _rows(source, reading, lambda _: None):  # told of when the store was built
         if number in wanted:
             found.append(to_conversation(row, detected, reading.group_by))
             if len(found) == len(wanted):
@@ -80,10 +81,12 @@ def conversations_at(source: Source, reading: Reading, rows: Sequence[int]) -> l
     return found
 
 
-def _rows(source: Source, reading: Reading) -> Iterator[tuple[int, Row, Detected]]:
-    """Each row with its number, and the format that the first ones are in."""
-    rows = iter(source.rows())
+def _rows(source: Source, reading: Reading, refuse: Refuse) -> Iterator[tuple[int, Row, Detected]]:
+    """Each row with its number among those that can be read, and the format that the first ones are in."""
+    rows = iter(source.rows(refuse))
     sample = list(islice(rows, SAMPLE))
+    if not sample:
+        raise InputError("no row can be read", where=source.name, mend="see what is wrong with on_bad_row: error")
     detected = detect(sample, format=reading.format, mapping=reading.mapping)
     for number, row in enumerate(chain(sample, rows)):
         yield number, row, detected
@@ -99,7 +102,7 @@ def _built(
     try:
         builder = _Builder(writer, reading.renderer(tokenizer), on_bad_row)
         detected: Detected | None = None
-        for number, row, detected in _rows(source, reading):  # noqa: B007  (one for all of the rows)
+        for number, row, detected in _rows(source, reading, builder.refuse):  # noqa: B007  (one for all of the rows)
             builder.add(number, row, detected, reading.group_by)
         assert detected is not None  # a source without rows is an error of its own
         builder.end(detected)
@@ -129,7 +132,7 @@ class _Builder:
             self.not_trained += 1
             return
         except InputError as error:
-            self._refuse(error, row.origin)
+            self.refuse(error)
             return
         self.waiting.append((number, conversation))
         self.characters += sum(len(message.content) for message in conversation.messages)
@@ -152,12 +155,12 @@ class _Builder:
             boundary_splits=self.renderer.boundary_splits,
         )
 
-    def _refuse(self, error: InputError, origin: str) -> None:
+    def refuse(self, error: InputError) -> None:
         if self.on_bad_row is Policy.ERROR:
             raise error
         self.bad_rows += 1
         if len(self.bad) < KEPT_DEFECTS:
-            self.bad.append(BadRow(origin, error.what, error.mend))
+            self.bad.append(BadRow(str(error.where), error.what, error.mend))
 
     def _render(self) -> None:
         if not self.waiting:
@@ -189,7 +192,7 @@ class _Builder:
             try:
                 examples += self.renderer([conversation])
             except InputError as error:
-                self._refuse(error, conversation.origin)
+                self.refuse(error)
                 examples.append(None)
         return examples
 

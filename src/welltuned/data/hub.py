@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from welltuned.data.readers import Row
+from welltuned.data.readers import Refuse, Row, raised
 from welltuned.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class HubSource:
     note: str | None = None
     skipped: tuple[str, ...] = ()
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self, refuse: Refuse = raised) -> Iterator[Row]:
         number = 0
         for batch in self.dataset.iter(batch_size=BATCH_ROWS):
             columns = list(batch)

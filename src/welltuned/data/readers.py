@@ -36,17 +36,28 @@ class Row:
     origin: str
 
 
-def read_file(file: DataFile) -> Iterator[Row]:
-    """The file's rows. A text file without any is an InputError; a Parquet or Arrow shard may be empty."""
+Refuse = Callable[[InputError], None]
+
+
+def raised(error: InputError) -> None:
+    """The usual way with a bad row."""
+    raise error
+
+
+def read_file(file: DataFile, refuse: Refuse = raised) -> Iterator[Row]:
+    """The file's rows. A text file without any is an InputError; a Parquet or Arrow shard may be empty.
+
+    `refuse` is told of a bad line after which reading can go on, as it does when `refuse` returns.
+    """
     match file.kind:
         case FileKind.JSONL:
-            return _jsonl(file)
+            return _jsonl(file, refuse)
         case FileKind.JSON:
-            return _json(file)
+            return _json(file, refuse)
         case FileKind.CSV:
-            return _csv(file, ",")
+            return _csv(file, ",", refuse)
         case FileKind.TSV:
-            return _csv(file, "\t")
+            return _csv(file, "\t", refuse)
         case FileKind.PARQUET:
             return _columnar(file, _parquet_batches)
         case FileKind.ARROW:
@@ -86,7 +97,7 @@ def _null_bytes(where: str) -> InputError:
     return InputError(what, where=where, mend="save the file as UTF-8 text, or write it again: it may be damaged")
 
 
-def _jsonl(file: DataFile) -> Iterator[Row]:
+def _jsonl(file: DataFile, refuse: Refuse) -> Iterator[Row]:
     name, parse = file.name, strict_json.parse
     read = False
     for number, raw in _lines(file):
@@ -94,13 +105,15 @@ def _jsonl(file: DataFile) -> Iterator[Row]:
             text = raw.decode()
             if text.isspace() or not text:
                 continue
-            record = parse(text)
+            read, record = True, parse(text)
         except ValueError as error:
-            raise _bad_line(error, raw, name, number) from error
-        if type(record) is not dict:
-            raise _not_an_object(record, f"{name}:{number}")
-        read = True
-        yield Row(record, f"{name}:{number}")
+            refuse(_bad_line(error, raw, name, number))
+            read = True
+            continue
+        if type(record) is dict:
+            yield Row(record, f"{name}:{number}")
+        else:
+            refuse(_not_an_object(record, f"{name}:{number}"))
     if not read:
         raise InputError("the file has no rows, only blank lines", where=name)
 
@@ -138,10 +151,10 @@ def _not_an_object(record: Any, where: str) -> InputError:
     return InputError(f"the row is {found}, not an object", where=where, mend=mend)
 
 
-def _json(file: DataFile) -> Iterator[Row]:
+def _json(file: DataFile, refuse: Refuse) -> Iterator[Row]:
     """A list of objects, or an object that holds exactly one list; JSON Lines under a .json name are read as such."""
     if _is_lines(file):
-        yield from _jsonl(file)
+        yield from _jsonl(file, refuse)
         return
     name = file.name
     text = _whole(file)
@@ -213,7 +226,7 @@ def _only_list(value: Any, name: str) -> tuple[str, list[Any]]:
     return f".{lists[0][0]}", lists[0][1]
 
 
-def _csv(file: DataFile, delimiter: str) -> Iterator[Row]:
+def _csv(file: DataFile, delimiter: str, refuse: Refuse) -> Iterator[Row]:
     """A header line, then one row a record; the origin is the line on which a record begins (fields may span lines)."""
     name = file.name
     records = csv.reader(_csv_lines(file), delimiter=delimiter, strict=True)
@@ -232,7 +245,9 @@ def _csv(file: DataFile, delimiter: str) -> Iterator[Row]:
             _check_header(header, file, delimiter)
         elif fields and len(fields) != len(header):
             what = f"the row has {len(fields)} fields, and the header has {len(header)}"
-            raise InputError(what, where=f"{name}:{line}", mend="quote fields that hold the delimiter or a line end")
+            mend = "quote fields that hold the delimiter or a line end"
+            refuse(InputError(what, where=f"{name}:{line}", mend=mend))
+            read = True
         elif fields:
             read = True
             yield Row(dict(zip(header, fields, strict=True)), f"{name}:{line}")

@@ -15,7 +15,7 @@ from welltuned.data import folders
 from welltuned.data.files import DataFile, FileKind, data_file, kind_and_packing, nearest, reason, spooled
 from welltuned.data.hub import open_hub
 from welltuned.data.readers import Row as Row
-from welltuned.data.readers import read_file
+from welltuned.data.readers import Refuse, raised, read_file
 from welltuned.errors import InputError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -38,8 +38,11 @@ class Source(Protocol):
     @property
     def skipped(self) -> tuple[str, ...]: ...
 
-    def rows(self) -> Iterator[Row]:
-        """All rows, read as they are asked for; an InputError where one is bad, or where there are none."""
+    def rows(self, refuse: Refuse = raised) -> Iterator[Row]:
+        """All rows, read as they are asked for; an InputError where there are none, or where the file cannot be read on.
+
+        `refuse` is told of a bad line after which it can; unless it raises (as by default) that line is left out.
+        """
         ...
 
     def fingerprint(self) -> str:
@@ -62,11 +65,17 @@ class FileSource:
     def size(self) -> int:
         return sum(file.size for file in self.files)
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self, refuse: Refuse = raised) -> Iterator[Row]:
         empty = True
+
+        def noted(error: InputError) -> None:
+            nonlocal empty
+            empty = False
+            refuse(error)
+
         for file in self.files:
             file.require_unchanged()
-            for row in read_file(file):
+            for row in read_file(file, noted):
                 empty = False
                 yield row
             file.require_unchanged()

@@ -109,7 +109,7 @@ def _settle_method(draft: Draft) -> None:
 def _settle_tune(draft: Draft) -> None:
     adapter = draft.value("adapter")
     if adapter in ("lora", "qlora"):
-        quantised = adapter == "qlora" or draft.value("load_in_4bit") is True or draft.value("load_in_8bit") is True
+        quantised = adapter == "qlora" or draft.value("load_in_4bit") is True
         draft.tune = Tune.QLORA if quantised else Tune.LORA
         draft.defaults |= {"lora_dropout": 0.0, "use_rslora": False}
         linear = draft.settings.get("lora_target_linear")

@@ -248,6 +248,9 @@ DEPRECATED: Mapping[str, Mapping[str, Gone]] = {
 HANDBOOK_KEYS = frozenset({"chat_template", "dataset_mixture", "env", "benchmarks", "callbacks", "system_prompt"})
 
 
+_WORDS = {"TrainingArguments": "transformers 5", "ModelConfig": "TRL's ModelConfig", "ScriptArguments": "TRL"}
+
+
 def judge_key(key: str, line: int, owners: tuple[str, ...], known: frozenset[str], name: str) -> BadKey | None:
     """What is wrong with a key that `owners` are asked to take; None where nothing is. `name` is the owner in words."""
     for trouble, table in ((KeyTrouble.DEPRECATED, DEPRECATED), (KeyTrouble.REMOVED, REMOVED)):
@@ -256,7 +259,8 @@ def judge_key(key: str, line: int, owners: tuple[str, ...], known: frozenset[str
         for owner in owners:
             gone = table.get(owner, {}).get(key)
             if gone is not None:
-                return BadKey(trouble=trouble, key=key, line=line, owner=name, mend=gone.mend, why=gone.why)
+                words = _WORDS.get(owner, name)
+                return BadKey(trouble=trouble, key=key, line=line, owner=words, mend=gone.mend, why=gone.why)
     near = nearest(key, known)
     mend = f"did you mean `{near}`?" if near else "remove it, or look up its name"
     return BadKey(trouble=KeyTrouble.UNKNOWN, key=key, line=line, owner=name, mend=mend)

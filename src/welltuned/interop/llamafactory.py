@@ -76,7 +76,7 @@ def _settle_tune(draft: Draft) -> None:
     if bits is not None:
         draft.put("load_in_4bit" if bits.value == 4 else "load_in_8bit", True, bits.key, bits.line)
     if kind == "lora":
-        draft.tune = Tune.QLORA if bits is not None else Tune.LORA
+        draft.tune = Tune.QLORA if bits is not None and bits.value == 4 else Tune.LORA
         rank = draft.value("r") if isinstance(draft.value("r"), int) else 8
         draft.defaults |= {"r": 8, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "target_modules": ALL_LINEAR}
         draft.defaults["use_rslora"] = False

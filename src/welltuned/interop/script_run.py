@@ -271,7 +271,7 @@ def _quantised(draft: Draft) -> bool | None:
     if "load_in_4bit" in draft.unread:
         return None
     four = draft.value("load_in_4bit") if "load_in_4bit" in draft.settings else draft.defaults.get("load_in_4bit")
-    return bool(four) or bool(draft.value("load_in_8bit"))
+    return bool(four)
 
 
 def _adapter_call(run: Run, calls: Calls) -> ast.Call | None:

@@ -136,8 +136,7 @@ def method_of_path(file: str) -> Method | None:
 def _settle_tune(draft: Draft, keys: set[str]) -> None:
     lora = sorted(key for key in keys if key.startswith("lora_"))
     if draft.value("use_peft") is True:
-        quantised = draft.value("load_in_4bit") or draft.value("load_in_8bit")
-        draft.tune = Tune.QLORA if quantised else Tune.LORA
+        draft.tune = Tune.QLORA if draft.value("load_in_4bit") is True else Tune.LORA
         draft.defaults |= _ADAPTER
         return
     draft.tune = Tune.FULL

@@ -323,7 +323,7 @@ def grpo_rate_low(config: Config) -> Iterator[Hit]:
 )
 def constant_ignores_warmup(config: Config) -> Iterator[Hit]:
     given = [name for name in ("warmup_steps", "warmup_ratio") if name in config.settings and config.number(name)]
-    if config.text("lr_scheduler_type") == "constant" and given and config.tool != "axolotl":
+    if config.text("lr_scheduler_type") == "constant" and given:
         name = given[0]
         yield Hit(name=name, sentence=f"{config.key(name)} {shown(config.value(name))} is ignored: the schedule `constant` has no warm-up")
 
