@@ -182,3 +182,11 @@ def test_a_system_message_that_training_rows_would_lose_is_refused():
         ):
             trained(name, turns(Message("system", "s"), user("q"), said("a")))
         assert trained(name, PLAIN)[0][1].strip() == "two</s>"
+
+
+@pytest.mark.parametrize("tools", [TOOLS, ({"name": "look_up"},)], ids=["wrapped", "bare"])
+def test_tools_that_the_template_leaves_out_are_found(tools):
+    asked = turns(user("q"), said("a"), tools=tools)
+    assert Kind.LOST_TOOLS in trained("chatml", asked)[1]
+    assert Kind.LOST_TOOLS not in trained("qwen2_5", asked)[1]
+    assert Kind.LOST_TOOLS not in trained("chatml", turns(user("q"), said("a")))[1]

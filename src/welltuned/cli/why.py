@@ -96,7 +96,7 @@ def print_keys() -> None:
 
 
 def print_why(found: Sequence[Entry], plan: "Plan | None" = None) -> None:
-    """What a key is here, its rule, the rows, what would settle it; of several rules the most usual, the others named."""
+    """What a key is here, its rule, rows, what would settle it; of several rules the usual one, the others named."""
     key = found[0].key
     doc = HYPERPARAMETERS[key].doc if key in HYPERPARAMETERS else ""
     console.print(Text.assemble((f"\n{key}", "bold"), f"  {doc}"))

@@ -63,6 +63,16 @@ def loses_thinking(conversation: Conversation, text: str, answers: Mapping[int, 
     return False
 
 
+def loses_tools(conversation: Conversation, text: str) -> bool:
+    """Whether the rendered text leaves out the name of a tool that the row defines."""
+    for tool in conversation.tools or ():
+        function = tool.get("function")
+        name = function.get("name") if isinstance(function, dict) else tool.get("name")
+        if isinstance(name, str) and name not in text:
+            return True
+    return False
+
+
 def without_thoughts(content: str) -> str:
     return _THOUGHT.sub("", _UNOPENED.sub("", content)) if "think>" in content else content
 

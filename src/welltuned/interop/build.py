@@ -78,7 +78,9 @@ def draft_of(yaml: YamlFile, file: str, tool: Tool, names: Mapping[str, str]) ->
     return draft
 
 
-def judge_keys(draft: Draft, entries: Iterable[Entry], owners: tuple[str, ...], known: frozenset[str], name: str) -> None:
+def judge_keys(
+    draft: Draft, entries: Iterable[Entry], owners: tuple[str, ...], known: frozenset[str], name: str
+) -> None:
     """Note every key of the file's top level that the tool does not take."""
     for entry in entries:
         bad = judge_key(entry.key, entry.line, owners, known, name) if entry.top else None

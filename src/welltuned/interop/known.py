@@ -68,13 +68,16 @@ def _now(new: str) -> Gone:
 _DROPPED = Gone("remove the line", "nothing reads it any more")
 _IN_COLLATOR = Gone("remove the line; TRL masks labels itself", "the trainer builds its labels itself now")
 _NO_PROMPT_LIMIT = Gone(
-    "remove it, and filter prompts that are too long when you prepare the data", "prompts are no longer cut by the trainer"
+    "remove it, and filter prompts that are too long when you prepare the data",
+    "prompts are no longer cut by the trainer",
 )
 _ACCELERATE = Gone("put it into `accelerator_config`", "it moved to accelerator_config")
 
 REMOVED: Mapping[str, Mapping[str, Gone]] = {
     "TrainingArguments": {
-        "warmup_ratio": Gone("write `warmup_steps: 0.1`: below 1 it is a share of the run", "warmup_steps takes shares now"),
+        "warmup_ratio": Gone(
+            "write `warmup_steps: 0.1`: below 1 it is a share of the run", "warmup_steps takes shares now"
+        ),
         "evaluation_strategy": _now("eval_strategy"),
         "logging_dir": Gone("set the environment variable TENSORBOARD_LOGGING_DIR", "only TensorBoard used it"),
         "group_by_length": Gone("write `train_sampling_strategy: group_by_length`", "it is a sampling strategy now"),
@@ -125,7 +128,9 @@ REMOVED: Mapping[str, Mapping[str, Gone]] = {
         "reference_free": _DROPPED,
         "force_use_ref_model": _DROPPED,
         "ref_model_init_kwargs": _now("model_init_kwargs"),
-        "rpo_alpha": Gone("write `loss_type: [sigmoid, sft]` with `loss_weights: [1.0, ALPHA]`", "losses are combined by name"),
+        "rpo_alpha": Gone(
+            "write `loss_type: [sigmoid, sft]` with `loss_weights: [1.0, ALPHA]`", "losses are combined by name"
+        ),
         "use_logits_to_keep": _DROPPED,
         "base_model_attribute_name": _DROPPED,
         "tools": _DROPPED,
@@ -135,7 +140,9 @@ REMOVED: Mapping[str, Mapping[str, Gone]] = {
     "GRPOConfig": {
         "max_prompt_length": _NO_PROMPT_LIMIT,
         "use_liger_loss": _now("use_liger_kernel"),
-        "vllm_device": Gone("write `vllm_mode: colocate`, or start a server", "vLLM runs beside the model or as a server"),
+        "vllm_device": Gone(
+            "write `vllm_mode: colocate`, or start a server", "vLLM runs beside the model or as a server"
+        ),
         "vllm_dtype": _DROPPED,
         "vllm_max_model_len": _now("vllm_max_model_length"),
         "vllm_enable_prefix_caching": _DROPPED,
@@ -170,7 +177,8 @@ REMOVED: Mapping[str, Mapping[str, Gone]] = {
         "dataset_splits": Gone("name the split of each dataset in `dataset_mixture`", "mixtures name their splits"),
         "dataset_configs": Gone("name the config of each dataset in `dataset_mixture`", "mixtures name their configs"),
         "gradient_checkpointing_use_reentrant": Gone(
-            "write `gradient_checkpointing_kwargs: {use_reentrant: false}`", "it is part of gradient_checkpointing_kwargs"
+            "write `gradient_checkpointing_kwargs: {use_reentrant: false}`",
+            "it is part of gradient_checkpointing_kwargs",
         ),
         "preprocessing_num_workers": _now("dataset_num_proc"),
     },
@@ -187,8 +195,12 @@ REMOVED: Mapping[str, Mapping[str, Gone]] = {
         "model_init_kwargs": Gone("give it to the configuration class", "it belongs to the configuration class"),
     },
     "from_pretrained": {
-        "load_in_4bit": Gone("give `quantization_config=BitsAndBytesConfig(load_in_4bit=True)`", "it is part of BitsAndBytesConfig"),
-        "load_in_8bit": Gone("give `quantization_config=BitsAndBytesConfig(load_in_8bit=True)`", "it is part of BitsAndBytesConfig"),
+        "load_in_4bit": Gone(
+            "give `quantization_config=BitsAndBytesConfig(load_in_4bit=True)`", "it is part of BitsAndBytesConfig"
+        ),
+        "load_in_8bit": Gone(
+            "give `quantization_config=BitsAndBytesConfig(load_in_8bit=True)`", "it is part of BitsAndBytesConfig"
+        ),
         "use_flash_attention_2": Gone('give `attn_implementation="flash_attention_2"`', "attention is chosen by name"),
         "use_auth_token": _now("token"),
     },
@@ -245,7 +257,10 @@ DEPRECATED: Mapping[str, Mapping[str, Gone]] = {
 }
 
 # Not fields of TRL's classes, and none the less taken: by the alignment handbook's scripts, or by every TrlParser.
-HANDBOOK_KEYS = frozenset({"chat_template", "dataset_mixture", "env", "benchmarks", "callbacks", "system_prompt"})
+HANDBOOK_KEYS = frozenset(
+    "chat_template dataset_mixture env benchmarks callbacks system_prompt hub_model_revision overwrite_hub_revision "
+    "push_to_hub_revision wandb_entity wandb_project wandb_run_group".split()
+)
 
 
 _WORDS = {"TrainingArguments": "transformers 5", "ModelConfig": "TRL's ModelConfig", "ScriptArguments": "TRL"}

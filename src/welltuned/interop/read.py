@@ -26,7 +26,9 @@ _READERS: Mapping[Tool, Callable[[YamlFile, str], Config]] = {
 _MARKS: Mapping[Tool, frozenset[str]] = {
     Tool.AXOLOTL: frozenset({"base_model", "micro_batch_size", "sequence_len", "sample_packing", "lora_target_linear"}),
     Tool.LLAMAFACTORY: frozenset({"stage", "finetuning_type", "cutoff_len", "lora_rank", "lora_target", "template"}),
-    Tool.TRL: frozenset({"use_peft", "lora_r", "dataset_mixture", "dataset_name", "max_seq_length", "max_prompt_length"}),
+    Tool.TRL: frozenset(
+        {"use_peft", "lora_r", "dataset_mixture", "dataset_name", "max_seq_length", "max_prompt_length"}
+    ),
     Tool.WELLTUNED: frozenset({"model", "data", "tune", "method", "eval_fraction"}),
 }
 
@@ -74,7 +76,11 @@ def _taken(tool: Tool) -> frozenset[str]:
         case Tool.LLAMAFACTORY:
             return keys_of("llamafactory", "TrainingArguments") | REMOVED["TrainingArguments"].keys()
         case Tool.TRL:
-            gone = {key for owner in (*METHODS, "TrainingArguments", "ModelConfig", "ScriptArguments") for key in REMOVED[owner]}
+            gone = {
+                key
+                for owner in (*METHODS, "TrainingArguments", "ModelConfig", "ScriptArguments")
+                for key in REMOVED[owner]
+            }
             return keys_of(*TRL_CONFIGS, "TrainingArguments", "ModelConfig", "ScriptArguments") | HANDBOOK_KEYS | gone
         case _:
             return frozenset(KEYS)

@@ -91,11 +91,7 @@ def read_script(text: str, path: str, tool: Tool | None = None) -> tuple[Config,
 
 
 def _collected(tree: ast.Module, tool: Tool | None) -> Calls:
-    imports = {
-        module.split(".")[0]
-        for node in ast.walk(tree)
-        for module in _modules(node)
-    }
+    imports = {module.split(".")[0] for node in ast.walk(tree) for module in _modules(node)}
     unsloth = tool is Tool.UNSLOTH or (tool is None and "unsloth" in imports)
     calls = Calls(Names(tree), tree, unsloth)
     found = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]

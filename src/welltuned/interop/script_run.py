@@ -46,7 +46,12 @@ _LORA_WORDS = frozenset(
     "r lora_alpha lora_dropout target_modules use_rslora use_dora init_lora_weights modules_to_save target_parameters bias".split()
 )
 _MODEL_WORDS = {"model_name": "model", "pretrained_model_name_or_path": "model", "max_seq_length": "max_length"}
-_MODEL_WORDS |= {"torch_dtype": "dtype", "dtype": "dtype", "load_in_4bit": "load_in_4bit", "load_in_8bit": "load_in_8bit"}
+_MODEL_WORDS |= {
+    "torch_dtype": "dtype",
+    "dtype": "dtype",
+    "load_in_4bit": "load_in_4bit",
+    "load_in_8bit": "load_in_8bit",
+}
 _MODEL_WORDS |= {"attn_implementation": "attn_implementation"}
 
 

@@ -128,7 +128,11 @@ _TELLING = {
 
 def method_of_path(file: str) -> Method | None:
     """A method that a folder or the file is named after: recipes/zephyr/dpo/config.yaml."""
-    words = [word for part in PurePath(file).parts[-3:] for word in part.lower().replace("-", "_").replace(".", "_").split("_")]
+    words = [
+        word
+        for part in PurePath(file).parts[-3:]
+        for word in part.lower().replace("-", "_").replace(".", "_").split("_")
+    ]
     found = {method for method in Method if str(method) in words}
     return found.pop() if len(found) == 1 else None
 
@@ -142,7 +146,12 @@ def _settle_tune(draft: Draft, keys: set[str]) -> None:
     draft.tune = Tune.FULL
     if lora:
         name = draft.neutral(lora[0])
-        draft.note("adapter_unused", "use_peft is not true", lora[0], draft.settings[name].line if name in draft.settings else 1)
+        draft.note(
+            "adapter_unused",
+            "use_peft is not true",
+            lora[0],
+            draft.settings[name].line if name in draft.settings else 1,
+        )
 
 
 def _settle_evaluation(draft: Draft) -> None:

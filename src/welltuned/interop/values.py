@@ -73,7 +73,9 @@ class Names:
                 if not certain:
                     self.opaque.add(name)
             case ast.Attribute(value=ast.Name(id=name), attr=attribute):
-                self.attributes.setdefault((name, attribute), []).append(value if certain else ast.Name("?", ast.Load()))
+                self.attributes.setdefault((name, attribute), []).append(
+                    value if certain else ast.Name("?", ast.Load())
+                )
             case ast.Tuple(elts=targets) | ast.List(elts=targets):
                 values = value.elts if isinstance(value, ast.Tuple | ast.List) else []
                 if len(values) == len(targets):
@@ -86,7 +88,11 @@ class Names:
         match node:
             case ast.arg(arg=name) | ast.NamedExpr(target=ast.Name(id=name)) | ast.AugAssign(target=ast.Name(id=name)):
                 self.opaque.add(name)
-            case ast.For(target=target) | ast.comprehension(target=target) | ast.withitem(optional_vars=ast.expr() as target):
+            case (
+                ast.For(target=target)
+                | ast.comprehension(target=target)
+                | ast.withitem(optional_vars=ast.expr() as target)
+            ):
                 self.opaque |= {inner.id for inner in ast.walk(target) if isinstance(inner, ast.Name)}
             case ast.ImportFrom(names=names):
                 self.imported |= {name.asname: name.name for name in names if name.asname}

@@ -10,7 +10,9 @@ from welltuned.advice.lint.derived import alpha_equivalent, is_mixture
 from welltuned.advice.settle import shown
 from welltuned.recipe import ALL_LINEAR, Method
 
-_ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv"})
+_ATTENTION = frozenset(
+    {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv"}
+)
 _MLP = frozenset({"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "c_fc", "w1", "w2", "w3"})
 _KNOWN = _ATTENTION | _MLP | {"lm_head", "embed_tokens", "c_proj", "dense", "dense_h_to_4h", "dense_4h_to_h"}
 
@@ -57,7 +59,9 @@ def alpha_below_rank(config: Config) -> Iterator[Hit]:
         return
     if alpha < rank and (config.given("lora_alpha") or config.given("r")):
         product = f"; alpha · rate is {shown(alpha * rate)}" if rate else ""
-        yield Hit(name="lora_alpha", sentence=f"alpha {shown(alpha)} / r {shown(rank)} is {shown(alpha / rank)}{product}")
+        yield Hit(
+            name="lora_alpha", sentence=f"alpha {shown(alpha)} / r {shown(rank)} is {shown(alpha / rank)}{product}"
+        )
 
 
 @check(
@@ -80,7 +84,10 @@ def rslora_with_large_alpha(config: Config) -> Iterator[Hit]:
     if not band or not acts or not alpha or not rank or not rate or not config.on("use_rslora"):
         return
     if alpha >= rank and acts >= alpha * limit("WT022", "factor") and limit("WT022", "rate") <= rate <= band.high:
-        yield Hit(name="use_rslora", sentence=f"use_rslora at r {shown(rank)}: alpha {shown(alpha)} acts like {shown(round(acts))}")
+        yield Hit(
+            name="use_rslora",
+            sentence=f"use_rslora at r {shown(rank)}: alpha {shown(alpha)} acts like {shown(round(acts))}",
+        )
 
 
 @check(
@@ -99,9 +106,14 @@ def attention_only_targets(config: Config) -> Iterator[Hit]:
         return
     names = _targets(config)
     if names and set(names) <= _ATTENTION:
-        yield Hit(name="target_modules", sentence=f"the adapter is on {', '.join(names)} only: the MLP, most of the model, stays as it is")
+        yield Hit(
+            name="target_modules",
+            sentence=f"the adapter is on {', '.join(names)} only: the MLP, most of the model, stays as it is",
+        )
     elif config.tool is Tool.TRL and not config.given("target_modules"):
-        sentence = "target_modules is not set: PEFT then adapts q_proj and v_proj only for Llama, Mistral, Qwen and Gemma"
+        sentence = (
+            "target_modules is not set: PEFT then adapts q_proj and v_proj only for Llama, Mistral, Qwen and Gemma"
+        )
         yield Hit(name="target_modules", sentence=sentence)
 
 
@@ -121,7 +133,11 @@ def target_matches_nothing(config: Config) -> Iterator[Hit]:
         missing = name not in have | {"lm_head", "embed_tokens"} if have else name not in _KNOWN and bool(near)
         if missing:
             mend = f"did you mean `{near[0]}`?" if near else f"the model has {', '.join(sorted(have))}"
-            yield Hit(name="target_modules", sentence=f"no module is called {name}: it would be passed over in silence", mend=mend)
+            yield Hit(
+                name="target_modules",
+                sentence=f"no module is called {name}: it would be passed over in silence",
+                mend=mend,
+            )
 
 
 @check(
@@ -134,8 +150,15 @@ def target_matches_nothing(config: Config) -> Iterator[Hit]:
     evidence=("L004",),
 )
 def adapter_on_head(config: Config) -> Iterator[Hit]:
-    if config.tool is Tool.TRL and config.method is Method.SFT and config.trains_adapter and "lm_head" in _targets(config):
-        yield Hit(name="target_modules", sentence="lm_head is a target, and TRL's SFTTrainer refuses an adapter on the head")
+    if (
+        config.tool is Tool.TRL
+        and config.method is Method.SFT
+        and config.trains_adapter
+        and "lm_head" in _targets(config)
+    ):
+        yield Hit(
+            name="target_modules", sentence="lm_head is a target, and TRL's SFTTrainer refuses an adapter on the head"
+        )
 
 
 @check(
@@ -151,7 +174,10 @@ def adapter_on_head(config: Config) -> Iterator[Hit]:
 def dropout_high(config: Config) -> Iterator[Hit]:
     dropout = config.number("lora_dropout")
     if config.trains_adapter and dropout is not None and limit("WT026", "most") < dropout < 1:
-        yield Hit(name="lora_dropout", sentence=f"{config.key('lora_dropout')} {shown(dropout)} drops {dropout:.0%} of every adapter's inputs")
+        yield Hit(
+            name="lora_dropout",
+            sentence=f"{config.key('lora_dropout')} {shown(dropout)} drops {dropout:.0%} of every adapter's inputs",
+        )
 
 
 @check(
@@ -166,7 +192,10 @@ def dropout_high(config: Config) -> Iterator[Hit]:
 def dropout_on_parameters(config: Config) -> Iterator[Hit]:
     dropout = config.number("lora_dropout")
     if config.trains_adapter and config.value("target_parameters") and dropout:
-        yield Hit(name="lora_dropout", sentence=f"{config.key('lora_dropout')} {shown(dropout)} with {config.key('target_parameters')}: PEFT refuses it")
+        yield Hit(
+            name="lora_dropout",
+            sentence=f"{config.key('lora_dropout')} {shown(dropout)} with {config.key('target_parameters')}: PEFT refuses it",
+        )
 
 
 @check(

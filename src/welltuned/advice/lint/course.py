@@ -53,7 +53,9 @@ def _many_epochs(config: Config) -> float | None:
 def many_epochs_unseen(config: Config) -> Iterator[Hit]:
     epochs = _many_epochs(config)
     if epochs is not None and config.method is not Method.GRPO and evaluates(config) is False:
-        yield Hit(name="num_train_epochs", sentence=f"{shown(epochs)} epochs, and nothing is evaluated on held-out rows")
+        yield Hit(
+            name="num_train_epochs", sentence=f"{shown(epochs)} epochs, and nothing is evaluated on held-out rows"
+        )
 
 
 @check(
@@ -68,7 +70,10 @@ def many_epochs_unseen(config: Config) -> Iterator[Hit]:
 def held_out_data_unused(config: Config) -> Iterator[Hit]:
     if has_held_out(config) and evaluates(config) is False and not config.on("do_eval"):
         name = "eval_data" if config.given("eval_data") else "eval_share"
-        yield Hit(name=name, sentence=f"{config.key(name)} holds data out, and {config.key('eval_strategy')} is no: it is never evaluated")
+        yield Hit(
+            name=name,
+            sentence=f"{config.key(name)} holds data out, and {config.key('eval_strategy')} is no: it is never evaluated",
+        )
 
 
 @check(
@@ -108,11 +113,16 @@ def best_model_cannot_be_kept(config: Config) -> Iterator[Hit]:
         return
     name = "load_best_model_at_end"
     if str(evaluation) != str(saving):
-        yield Hit(name=name, sentence=f"load_best_model_at_end, with eval_strategy {shown(evaluation)} and save_strategy {shown(saving)}")
+        yield Hit(
+            name=name,
+            sentence=f"load_best_model_at_end, with eval_strategy {shown(evaluation)} and save_strategy {shown(saving)}",
+        )
         return
     between, steps = config.whole("eval_steps"), config.whole("save_steps")
     if evaluation == "steps" and between and steps and between >= 1 and steps >= 1 and steps % between:
-        yield Hit(name=name, sentence=f"load_best_model_at_end, with save_steps {steps} no multiple of eval_steps {between}")
+        yield Hit(
+            name=name, sentence=f"load_best_model_at_end, with save_steps {steps} no multiple of eval_steps {between}"
+        )
 
 
 @check(
@@ -147,7 +157,11 @@ def early_stopping_cannot_start(config: Config) -> Iterator[Hit]:
 def batch_larger_than_data(config: Config) -> Iterator[Hit]:
     size, rows = batch(config), config.look.rows
     if size is not None and rows and config.look.rows_are_all and size > rows and not config.on("packing"):
-        name = "gradient_accumulation_steps" if config.given("gradient_accumulation_steps") else "per_device_train_batch_size"
+        name = (
+            "gradient_accumulation_steps"
+            if config.given("gradient_accumulation_steps")
+            else "per_device_train_batch_size"
+        )
         yield Hit(name=name, sentence=f"an update takes {size} rows, and the data has {counted(rows, 'row')}")
 
 
@@ -167,7 +181,9 @@ def few_updates(config: Config) -> Iterator[Hit]:
         return
     name = "max_steps" if (config.whole("max_steps") or 0) > 0 else "num_train_epochs"
     rows = f" of {size} rows" if (size := batch(config)) else ""
-    yield Hit(name=name, sentence=f"the run has {counted(run, 'update')}{rows}: about {wanted:.0f} are needed to settle")
+    yield Hit(
+        name=name, sentence=f"the run has {counted(run, 'update')}{rows}: about {wanted:.0f} are needed to settle"
+    )
 
 
 @check(
@@ -182,7 +198,10 @@ def few_updates(config: Config) -> Iterator[Hit]:
 def epochs_overruled(config: Config) -> Iterator[Hit]:
     most = config.whole("max_steps")
     if most is not None and most > 0 and "num_train_epochs" in config.settings:
-        yield Hit(name="max_steps", sentence=f"max_steps {most:,} overrules num_train_epochs {shown(config.value('num_train_epochs'))}")
+        yield Hit(
+            name="max_steps",
+            sentence=f"max_steps {most:,} overrules num_train_epochs {shown(config.value('num_train_epochs'))}",
+        )
 
 
 @check(
@@ -197,7 +216,9 @@ def epochs_overruled(config: Config) -> Iterator[Hit]:
 def preference_epochs(config: Config) -> Iterator[Hit]:
     epochs = _many_epochs(config)
     if epochs is not None and config.method in _PREFERENCE and evaluates(config) is not False:
-        yield Hit(name="num_train_epochs", sentence=f"{shown(epochs)} epochs of {config.method}; released recipes use 1 to 3")
+        yield Hit(
+            name="num_train_epochs", sentence=f"{shown(epochs)} epochs of {config.method}; released recipes use 1 to 3"
+        )
 
 
 @check(
@@ -213,7 +234,10 @@ def preference_epochs(config: Config) -> Iterator[Hit]:
 def preference_batch_small(config: Config) -> Iterator[Hit]:
     size = batch(config)
     if config.method in _PREFERENCE and size is not None and 0 < size < limit("WT040", "least"):
-        yield Hit(name="gradient_accumulation_steps", sentence=f"an update of {config.method} sees {counted(size, 'example')} on each device")
+        yield Hit(
+            name="gradient_accumulation_steps",
+            sentence=f"an update of {config.method} sees {counted(size, 'example')} on each device",
+        )
 
 
 @check(
@@ -246,7 +270,11 @@ def batch_large_for_adapter(config: Config) -> Iterator[Hit]:
     evidence=("L001", "L005"),
 )
 def length_left_to_default(config: Config) -> Iterator[Hit]:
-    if config.tool not in (Tool.TRL, Tool.AXOLOTL) or config.given("max_length") or config.method in (None, Method.GRPO):
+    if (
+        config.tool not in (Tool.TRL, Tool.AXOLOTL)
+        or config.given("max_length")
+        or config.method in (None, Method.GRPO)
+    ):
         return
     default = config.whole("max_length")
     if default is not None and not (config.method is Method.SFT and config.stage == "Trainer"):
@@ -289,4 +317,7 @@ def length_cuts_rows(config: Config) -> Iterator[Hit]:
 def length_beyond_context(config: Config) -> Iterator[Hit]:
     length, context = config.whole("max_length"), config.look.context_length
     if length and context and length > context:
-        yield Hit(name="max_length", sentence=f"{config.key('max_length')} {length:,} is above the model's context of {context:,}")
+        yield Hit(
+            name="max_length",
+            sentence=f"{config.key('max_length')} {length:,} is above the model's context of {context:,}",
+        )

@@ -25,11 +25,23 @@ def _bad(config: Config, trouble: KeyTrouble) -> Iterator[BadKey]:
 def removed_key(config: Config) -> Iterator[Hit]:
     for bad in _bad(config, KeyTrouble.REMOVED):
         why = f" ({bad.why})" if bad.why else ""
-        yield Hit(name=bad.key, sentence=f"{bad.owner} no longer takes {bad.key}{why}", mend=bad.mend, key=bad.key, line=bad.line)
+        yield Hit(
+            name=bad.key,
+            sentence=f"{bad.owner} no longer takes {bad.key}{why}",
+            mend=bad.mend,
+            key=bad.key,
+            line=bad.line,
+        )
     fact = config.facts.get("removed_type")
     if fact is not None:
         mend = "write `type: chat_template`"
-        yield Hit(name="type", sentence=f"Axolotl no longer takes the dataset type {fact.value}", mend=mend, key="type", line=fact.line)
+        yield Hit(
+            name="type",
+            sentence=f"Axolotl no longer takes the dataset type {fact.value}",
+            mend=mend,
+            key="type",
+            line=fact.line,
+        )
 
 
 @check(
@@ -59,7 +71,9 @@ def deprecated_key(config: Config) -> Iterator[Hit]:
 def unknown_key(config: Config) -> Iterator[Hit]:
     if config.tool is not Tool.AXOLOTL:
         for bad in _bad(config, KeyTrouble.UNKNOWN):
-            yield Hit(name=bad.key, sentence=f"{bad.owner} knows no {bad.key}", mend=bad.mend, key=bad.key, line=bad.line)
+            yield Hit(
+                name=bad.key, sentence=f"{bad.owner} knows no {bad.key}", mend=bad.mend, key=bad.key, line=bad.line
+            )
 
 
 @check(
@@ -148,7 +162,9 @@ def value_impossible(config: Config) -> Iterator[Hit]:
             continue
         number = config.number(name)
         if number is None or number != number or not sound(number):
-            yield Hit(name=name, sentence=f"{config.key(name)} is {shown(config.value(name)) or 'empty'}, and must be {words}")
+            yield Hit(
+                name=name, sentence=f"{config.key(name)} is {shown(config.value(name)) or 'empty'}, and must be {words}"
+            )
 
 
 _OPTIMIZERS = frozenset(

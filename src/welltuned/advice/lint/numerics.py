@@ -54,7 +54,9 @@ def full_on_quantised(config: Config) -> Iterator[Hit]:
         return
     for name, bits in (("load_in_4bit", 4), ("load_in_8bit", 8)):
         if config.on(name) and name in config.settings:
-            yield Hit(name=name, sentence=f"{config.key(name)}: the base is in {bits} bits, and all of it is to be trained")
+            yield Hit(
+                name=name, sentence=f"{config.key(name)}: the base is in {bits} bits, and all of it is to be trained"
+            )
 
 
 @check(
@@ -86,9 +88,16 @@ def two_quantisations(config: Config) -> Iterator[Hit]:
 def merge_into_quantised(config: Config) -> Iterator[Hit]:
     merge, save = config.facts.get("merge_and_unload"), config.facts.get("save_pretrained_merged")
     if merge is not None and config.tune is Tune.QLORA and config.tool is Tool.TRL:
-        yield Hit(name="merge", sentence="merge_and_unload on a base that was loaded in 4 bits", key=merge.key, line=merge.line)
+        yield Hit(
+            name="merge",
+            sentence="merge_and_unload on a base that was loaded in 4 bits",
+            key=merge.key,
+            line=merge.line,
+        )
     if save is not None and "merged_4bit" in str(save.value) and "forced" not in str(save.value):
-        yield Hit(name="merge", sentence="merged_4bit rounds the merged weights to 4 bits", key=save.key, line=save.line)
+        yield Hit(
+            name="merge", sentence="merged_4bit rounds the merged weights to 4 bits", key=save.key, line=save.line
+        )
     if config.on("merge_lora") and config.tune is Tune.QLORA:
         yield Hit(name="merge_lora", sentence="merge_lora on a base in 4 bits", severity=Severity.ERROR)
 
@@ -109,7 +118,11 @@ def quantisation_type(config: Config) -> Iterator[Hit]:
     if config.value(name) == "fp4":
         yield Hit(name=name, sentence="the base is quantised to fp4")
     elif "quantised_by" in config.facts and not config.given(name):
-        yield Hit(name=name, sentence="bnb_4bit_quant_type is not set: BitsAndBytesConfig's default is fp4", line=config.facts["quantised_by"].line)
+        yield Hit(
+            name=name,
+            sentence="bnb_4bit_quant_type is not set: BitsAndBytesConfig's default is fp4",
+            line=config.facts["quantised_by"].line,
+        )
 
 
 @check(
@@ -124,7 +137,11 @@ def quantisation_type(config: Config) -> Iterator[Hit]:
 def quantised_compute_in_float32(config: Config) -> Iterator[Hit]:
     name = "bnb_4bit_compute_dtype"
     if config.on("load_in_4bit") and "quantised_by" in config.facts and not config.given(name):
-        yield Hit(name=name, sentence="bnb_4bit_compute_dtype is not set: products are computed in float32", line=config.facts["quantised_by"].line)
+        yield Hit(
+            name=name,
+            sentence="bnb_4bit_compute_dtype is not set: products are computed in float32",
+            line=config.facts["quantised_by"].line,
+        )
 
 
 @check(
@@ -143,7 +160,10 @@ def base_in_float32(config: Config) -> Iterator[Hit]:
         return
     if size is not None and size >= limit("WT067", "parameters") and config.value("dtype") in (None, "float32"):
         if "dtype" not in config.unread and not config.on("load_in_8bit") and not config.given("model_init_kwargs"):
-            yield Hit(name="dtype", sentence=f"dtype is not set: TRL loads the {size_words(size)} in float32, {4 * size / 1e9:.0f} GB")
+            yield Hit(
+                name="dtype",
+                sentence=f"dtype is not set: TRL loads the {size_words(size)} in float32, {4 * size / 1e9:.0f} GB",
+            )
 
 
 @check(
@@ -193,7 +213,10 @@ def decay_strong(config: Config) -> Iterator[Hit]:
 def no_clipping(config: Config) -> Iterator[Hit]:
     clip = config.number("max_grad_norm")
     if "max_grad_norm" in config.settings and clip is not None and (clip == 0 or clip > limit("WT071", "most")):
-        yield Hit(name="max_grad_norm", sentence=f"max_grad_norm {shown(clip)}: gradients of any length are taken as they come")
+        yield Hit(
+            name="max_grad_norm",
+            sentence=f"max_grad_norm {shown(clip)}: gradients of any length are taken as they come",
+        )
 
 
 @check(

@@ -27,10 +27,17 @@ _MOST_DEVICES = 1024
 def beta_outside_recipes(config: Config) -> Iterator[Hit]:
     beta, loss = config.number("beta"), config.value("loss_type")
     names = loss if isinstance(loss, list) else [loss or ""]
-    if config.method is not Method.DPO or beta is None or beta <= 0 or config.stage not in ("", "dpo", "DPOTrainer", "DPOConfig"):
+    if (
+        config.method is not Method.DPO
+        or beta is None
+        or beta <= 0
+        or config.stage not in ("", "dpo", "DPOTrainer", "DPOConfig")
+    ):
         return
     if all(name in _SIGMOID for name in names) and not limit("WT080", "least") <= beta <= limit("WT080", "most"):
-        yield Hit(name="beta", sentence=f"{config.key('beta')} {shown(beta)} is outside what DPO recipes use, 0.01 to 0.5")
+        yield Hit(
+            name="beta", sentence=f"{config.key('beta')} {shown(beta)} is outside what DPO recipes use, 0.01 to 0.5"
+        )
 
 
 @check(
@@ -45,7 +52,9 @@ def beta_outside_recipes(config: Config) -> Iterator[Hit]:
 def group_too_small(config: Config) -> Iterator[Hit]:
     group = config.whole("num_generations")
     if config.method is Method.GRPO and group is not None and 0 < group < 2:
-        yield Hit(name="num_generations", sentence=f"{config.key('num_generations')} {group}: a group of one has no advantage")
+        yield Hit(
+            name="num_generations", sentence=f"{config.key('num_generations')} {group}: a group of one has no advantage"
+        )
 
 
 @check(
@@ -60,7 +69,10 @@ def group_too_small(config: Config) -> Iterator[Hit]:
 )
 def group_of_two(config: Config) -> Iterator[Hit]:
     if config.method is Method.GRPO and config.whole("num_generations") == 2:
-        yield Hit(name="num_generations", sentence=f"{config.key('num_generations')} 2: advantages are +1 and -1, whatever the rewards")
+        yield Hit(
+            name="num_generations",
+            sentence=f"{config.key('num_generations')} 2: advantages are +1 and -1, whatever the rewards",
+        )
 
 
 @check(
@@ -82,7 +94,9 @@ def group_does_not_divide_batch(config: Config) -> Iterator[Hit]:
     plausible = not fixed and needed & (needed - 1) == 0 and needed <= _MOST_DEVICES
     softer = Severity.WARNING if plausible or config.tool is Tool.UNSLOTH else None
     unless = f"; {needed} devices would" if plausible else ""
-    sentence = f"{size} completions are generated at a time, no multiple of {config.key('num_generations')} {group}{unless}"
+    sentence = (
+        f"{size} completions are generated at a time, no multiple of {config.key('num_generations')} {group}{unless}"
+    )
     yield Hit(name="num_generations", sentence=sentence, severity=softer)
 
 
@@ -111,7 +125,11 @@ def sampling_without_variety(config: Config) -> Iterator[Hit]:
     warmth = config.number("temperature")
     if config.method is Method.GRPO and warmth is not None and 0 <= warmth < limit("WT084", "least"):
         severity = Severity.ERROR if warmth == 0 else None
-        yield Hit(name="temperature", sentence=f"temperature {shown(warmth)}: the answers of a group will hardly differ", severity=severity)
+        yield Hit(
+            name="temperature",
+            sentence=f"temperature {shown(warmth)}: the answers of a group will hardly differ",
+            severity=severity,
+        )
 
 
 @check(
@@ -142,7 +160,9 @@ def loss_depends_on_accumulation(config: Config) -> Iterator[Hit]:
 def grpo_beta_high(config: Config) -> Iterator[Hit]:
     beta = config.number("beta")
     if config.method is Method.GRPO and beta is not None and beta > limit("WT086", "most"):
-        yield Hit(name="beta", sentence=f"{config.key('beta')} {shown(beta)}: the pull to the reference outweighs the reward")
+        yield Hit(
+            name="beta", sentence=f"{config.key('beta')} {shown(beta)}: the pull to the reference outweighs the reward"
+        )
 
 
 @check(

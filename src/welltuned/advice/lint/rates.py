@@ -3,7 +3,14 @@
 from collections.abc import Iterator
 
 from welltuned.advice.learning_rate import two_digits
-from welltuned.advice.lint.bands import Band, grpo, preference_adapter, preference_full, supervised_adapter, supervised_full
+from welltuned.advice.lint.bands import (
+    Band,
+    grpo,
+    preference_adapter,
+    preference_full,
+    supervised_adapter,
+    supervised_full,
+)
 from welltuned.advice.lint.check import Hit, Severity, check, limit
 from welltuned.advice.lint.config import Config
 from welltuned.advice.lint.derived import alpha_equivalent, batch, parameters, updates
@@ -24,7 +31,11 @@ def _rate(config: Config) -> float | None:
 def _said(config: Config) -> str:
     """The rate as the file has it, or as the tool's default."""
     rate = shown(float(config.number(_RATE) or 0))
-    return f"{config.key(_RATE)} {rate}" if config.given(_RATE) else f"{config.key(_RATE)} is not set: {config.tool}'s default {rate}"
+    return (
+        f"{config.key(_RATE)} {rate}"
+        if config.given(_RATE)
+        else f"{config.key(_RATE)} is not set: {config.tool}'s default {rate}"
+    )
 
 
 def _scale(config: Config) -> str:
@@ -63,7 +74,10 @@ def _span(low: float, high: float) -> str:
 def adapter_rate_diverges(config: Config) -> Iterator[Hit]:
     band, rate = _adapter_band(config), _rate(config)
     if band and rate and rate > band.high * limit("WT001", "factor") * 0.999:
-        yield Hit(name=_RATE, sentence=f"{_said(config)} {_scale(config)}, {rate / band.high:.0f} times above what {_model(config)} has stood: {_span(band.low, band.high)} is sound")
+        yield Hit(
+            name=_RATE,
+            sentence=f"{_said(config)} {_scale(config)}, {rate / band.high:.0f} times above what {_model(config)} has stood: {_span(band.low, band.high)} is sound",
+        )
 
 
 @check(
@@ -78,7 +92,10 @@ def adapter_rate_diverges(config: Config) -> Iterator[Hit]:
 def adapter_rate_high(config: Config) -> Iterator[Hit]:
     band, rate = _adapter_band(config), _rate(config)
     if band and rate and band.high * 1.001 < rate <= band.high * limit("WT001", "factor") * 0.999:
-        yield Hit(name=_RATE, sentence=f"{_said(config)} {_scale(config)}, above the sound range {_span(band.low, band.high)} for {_model(config)}")
+        yield Hit(
+            name=_RATE,
+            sentence=f"{_said(config)} {_scale(config)}, above the sound range {_span(band.low, band.high)} for {_model(config)}",
+        )
 
 
 @check(
@@ -94,7 +111,10 @@ def adapter_rate_high(config: Config) -> Iterator[Hit]:
 def full_rate_for_adapter(config: Config) -> Iterator[Hit]:
     band, rate = _adapter_band(config), _rate(config)
     if band and rate and band.low / limit("WT004", "factor") <= rate < band.low * 0.999:
-        yield Hit(name=_RATE, sentence=f"{_said(config)} {_scale(config)}, below the sound range {_span(band.low, band.high)} of an adapter for {_model(config)}")
+        yield Hit(
+            name=_RATE,
+            sentence=f"{_said(config)} {_scale(config)}, below the sound range {_span(band.low, band.high)} of an adapter for {_model(config)}",
+        )
 
 
 @check(
@@ -110,7 +130,10 @@ def full_rate_for_adapter(config: Config) -> Iterator[Hit]:
 def rate_too_low_to_learn(config: Config) -> Iterator[Hit]:
     band, rate = _adapter_band(config) or _full(config), _rate(config)
     if band and rate and rate < band.low / limit("WT004", "factor"):
-        yield Hit(name=_RATE, sentence=f"{_said(config)} is {band.low / rate:,.0f} times below the lowest sound rate, {shown(two_digits(band.low))}")
+        yield Hit(
+            name=_RATE,
+            sentence=f"{_said(config)} is {band.low / rate:,.0f} times below the lowest sound rate, {shown(two_digits(band.low))}",
+        )
 
 
 @check(
@@ -126,7 +149,10 @@ def rate_too_low_to_learn(config: Config) -> Iterator[Hit]:
 def adapter_rate_for_full(config: Config) -> Iterator[Hit]:
     band, rate = _full(config), _rate(config)
     if band and rate and rate >= band.high * limit("WT005", "factor"):
-        yield Hit(name=_RATE, sentence=f"{_said(config)} trains all weights of {_model(config)}: {rate / band.high:.1f} times the highest sound rate, {shown(two_digits(band.high))}")
+        yield Hit(
+            name=_RATE,
+            sentence=f"{_said(config)} trains all weights of {_model(config)}: {rate / band.high:.1f} times the highest sound rate, {shown(two_digits(band.high))}",
+        )
 
 
 @check(
@@ -141,7 +167,10 @@ def adapter_rate_for_full(config: Config) -> Iterator[Hit]:
 def full_rate_high(config: Config) -> Iterator[Hit]:
     band, rate = _full(config), _rate(config)
     if band and rate and band.high * 1.001 < rate < band.high * limit("WT005", "factor"):
-        yield Hit(name=_RATE, sentence=f"{_said(config)} trains all weights of {_model(config)}, above the sound range {_span(band.low, band.high)}")
+        yield Hit(
+            name=_RATE,
+            sentence=f"{_said(config)} trains all weights of {_model(config)}, above the sound range {_span(band.low, band.high)}",
+        )
 
 
 @check(
@@ -156,7 +185,10 @@ def full_rate_high(config: Config) -> Iterator[Hit]:
 def full_rate_low(config: Config) -> Iterator[Hit]:
     band, rate = _full(config), _rate(config)
     if band and rate and band.low / limit("WT004", "factor") <= rate < band.low:
-        yield Hit(name=_RATE, sentence=f"{_said(config)} is below the sound range {_span(band.low, band.high)} of full fine-tuning")
+        yield Hit(
+            name=_RATE,
+            sentence=f"{_said(config)} is below the sound range {_span(band.low, band.high)} of full fine-tuning",
+        )
 
 
 @check(
@@ -178,7 +210,10 @@ def rate_far_from_law(config: Config) -> Iterator[Hit]:
     if ratio > limit("WT008", "factor"):
         side = "above" if rate > band.centre else "below"
         run = f"{updates(config):,} updates of {batch(config) or '?'}"
-        yield Hit(name=_RATE, sentence=f"{_said(config)} is {ratio:.1f} times {side} the law's {shown(two_digits(band.centre))} for {_model(config)} in {run}")
+        yield Hit(
+            name=_RATE,
+            sentence=f"{_said(config)} is {ratio:.1f} times {side} the law's {shown(two_digits(band.centre))} for {_model(config)} in {run}",
+        )
 
 
 # ── preferences and reinforcement ────────────────────────────────────────────────────────────────────────────────────
@@ -219,7 +254,10 @@ def _preference_bounds(config: Config) -> tuple[float, float] | None:
 def preference_rate_high(config: Config) -> Iterator[Hit]:
     bounds, rate = _preference_bounds(config), _rate(config)
     if bounds and rate and bounds[0] * 0.999 <= rate < bounds[1] and (rate > bounds[0] or config.trains_adapter):
-        yield Hit(name=_RATE, sentence=f"{_said(config)} is high for {config.method}: {shown(two_digits(bounds[0]))} is where recipes are left behind")
+        yield Hit(
+            name=_RATE,
+            sentence=f"{_said(config)} is high for {config.method}: {shown(two_digits(bounds[0]))} is where recipes are left behind",
+        )
 
 
 @check(
@@ -238,7 +276,10 @@ def preference_rate_destroys(config: Config) -> Iterator[Hit]:
     bounds, rate = _preference_bounds(config), _rate(config)
     if bounds and rate and rate >= bounds[1] * 0.999:
         what = "an adapter" if config.trains_adapter else "all weights"
-        yield Hit(name=_RATE, sentence=f"{_said(config)} for {config.method} on {what} is a supervised rate: it breaks the text, and did at {shown(bounds[1])}")
+        yield Hit(
+            name=_RATE,
+            sentence=f"{_said(config)} for {config.method} on {what} is a supervised rate: it breaks the text, and did at {shown(bounds[1])}",
+        )
 
 
 @check(
@@ -254,7 +295,10 @@ def preference_rate_destroys(config: Config) -> Iterator[Hit]:
 def preference_rate_low(config: Config) -> Iterator[Hit]:
     band, rate = _preference_band(config), _rate(config)
     if band and rate and rate < band.low:
-        yield Hit(name=_RATE, sentence=f"{_said(config)} is {band.low * 10 / rate:,.0f} times below the recipes' centre, {shown(two_digits(band.low * 10))}, for {config.method}")
+        yield Hit(
+            name=_RATE,
+            sentence=f"{_said(config)} is {band.low * 10 / rate:,.0f} times below the recipes' centre, {shown(two_digits(band.low * 10))}, for {config.method}",
+        )
 
 
 def _grpo_band(config: Config) -> Band | None:
@@ -275,7 +319,9 @@ def _grpo_band(config: Config) -> Band | None:
 def grpo_rate_high(config: Config) -> Iterator[Hit]:
     band, rate = _grpo_band(config), _rate(config)
     if band and rate and band.high * 1.001 < rate <= band.high * limit("WT013", "factor"):
-        yield Hit(name=_RATE, sentence=f"{_said(config)} is above the sound range {_span(band.low, band.high)} for GRPO")
+        yield Hit(
+            name=_RATE, sentence=f"{_said(config)} is above the sound range {_span(band.low, band.high)} for GRPO"
+        )
 
 
 @check(
@@ -291,7 +337,10 @@ def grpo_rate_high(config: Config) -> Iterator[Hit]:
 def grpo_rate_destroys(config: Config) -> Iterator[Hit]:
     band, rate = _grpo_band(config), _rate(config)
     if band and rate and rate > band.high * limit("WT013", "factor"):
-        yield Hit(name=_RATE, sentence=f"{_said(config)} is {rate / band.high:.0f} times the highest rate at which GRPO was shown to learn, {shown(two_digits(band.high))}")
+        yield Hit(
+            name=_RATE,
+            sentence=f"{_said(config)} is {rate / band.high:.0f} times the highest rate at which GRPO was shown to learn, {shown(two_digits(band.high))}",
+        )
 
 
 @check(
@@ -306,7 +355,9 @@ def grpo_rate_destroys(config: Config) -> Iterator[Hit]:
 def grpo_rate_low(config: Config) -> Iterator[Hit]:
     band, rate = _grpo_band(config), _rate(config)
     if band and rate and rate < band.low:
-        yield Hit(name=_RATE, sentence=f"{_said(config)} is below the sound range {_span(band.low, band.high)} for GRPO")
+        yield Hit(
+            name=_RATE, sentence=f"{_said(config)} is below the sound range {_span(band.low, band.high)} for GRPO"
+        )
 
 
 # ── schedule ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -325,7 +376,10 @@ def constant_ignores_warmup(config: Config) -> Iterator[Hit]:
     given = [name for name in ("warmup_steps", "warmup_ratio") if name in config.settings and config.number(name)]
     if config.text("lr_scheduler_type") == "constant" and given:
         name = given[0]
-        yield Hit(name=name, sentence=f"{config.key(name)} {shown(config.value(name))} is ignored: the schedule `constant` has no warm-up")
+        yield Hit(
+            name=name,
+            sentence=f"{config.key(name)} {shown(config.value(name))} is ignored: the schedule `constant` has no warm-up",
+        )
 
 
 @check(
@@ -340,7 +394,10 @@ def constant_ignores_warmup(config: Config) -> Iterator[Hit]:
 def warmup_never_ends(config: Config) -> Iterator[Hit]:
     run, steps = updates(config), config.number("warmup_steps")
     if run is not None and steps is not None and steps >= run and steps >= 1:
-        yield Hit(name="warmup_steps", sentence=f"{config.key('warmup_steps')} {shown(steps)} of {run:,} updates: the rate never reaches {shown(config.value(_RATE))}")
+        yield Hit(
+            name="warmup_steps",
+            sentence=f"{config.key('warmup_steps')} {shown(steps)} of {run:,} updates: the rate never reaches {shown(config.value(_RATE))}",
+        )
 
 
 @check(
@@ -359,7 +416,10 @@ def warmup_long(config: Config) -> Iterator[Hit]:
     run, steps = updates(config), config.number("warmup_steps")
     if run is not None and steps is not None and 1 <= steps < run:
         if steps > run * limit("WT017", "share") and steps > limit("WT017", "least"):
-            yield Hit(name="warmup_steps", sentence=f"{config.key('warmup_steps')} {shown(steps)} is {steps / run:.0%} of the run's {run:,} updates")
+            yield Hit(
+                name="warmup_steps",
+                sentence=f"{config.key('warmup_steps')} {shown(steps)} is {steps / run:.0%} of the run's {run:,} updates",
+            )
         return
     for name in ("warmup_ratio", "warmup_steps"):
         share = config.number(name)
@@ -387,7 +447,10 @@ def no_warmup_at_high_rate(config: Config) -> Iterator[Hit]:
     if "warmup_steps" not in config.defaults and not config.given("warmup_steps") and not config.given("warmup_ratio"):
         return  # the tool chooses one
     if band.high * limit("WT018", "share") <= rate <= band.high:
-        yield Hit(name="warmup_steps", sentence=f"no warm-up, and {_said(config)} is in the upper half of the sound range {_span(band.low, band.high)}")
+        yield Hit(
+            name="warmup_steps",
+            sentence=f"no warm-up, and {_said(config)} is in the upper half of the sound range {_span(band.low, band.high)}",
+        )
 
 
 @check(
@@ -406,4 +469,7 @@ def weight_decay_inert(config: Config) -> Iterator[Hit]:
         return
     reach = 1 / (rate * decay)
     if reach > number("weight_decay_inert") * run:
-        yield Hit(name="weight_decay", sentence=f"weight_decay {shown(decay)} acts over {reach:,.0f} updates at the rate {shown(rate)}; the run has {run:,}")
+        yield Hit(
+            name="weight_decay",
+            sentence=f"weight_decay {shown(decay)} acts over {reach:,.0f} updates at the rate {shown(rate)}; the run has {run:,}",
+        )

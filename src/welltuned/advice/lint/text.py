@@ -69,7 +69,12 @@ def chat_data_without_mask(config: Config) -> Iterator[Hit]:
 def answer_end_untrained(config: Config) -> Iterator[Hit]:
     fact = config.facts.get("end_untrained")
     if fact is not None:
-        yield Hit(name="data", sentence=f"{fact.value}: the end of an answer is not trained", key="train_on_eos", line=fact.line)
+        yield Hit(
+            name="data",
+            sentence=f"{fact.value}: the end of an answer is not trained",
+            key="train_on_eos",
+            line=fact.line,
+        )
 
 
 @check(
@@ -85,7 +90,12 @@ def answer_end_untrained(config: Config) -> Iterator[Hit]:
 def pad_is_end_in_collator(config: Config) -> Iterator[Hit]:
     pad, collator = config.facts.get("pad_is_eos"), config.facts.get("lm_collator")
     if pad is not None and collator is not None:
-        yield Hit(name="pad_token", sentence=f"{pad.key} = eos, and the collator of line {collator.line} masks it wherever it stands", key=pad.key, line=pad.line)
+        yield Hit(
+            name="pad_token",
+            sentence=f"{pad.key} = eos, and the collator of line {collator.line} masks it wherever it stands",
+            key=pad.key,
+            line=pad.line,
+        )
 
 
 @check(
@@ -137,7 +147,9 @@ def template_of_another_model(config: Config) -> Iterator[Hit]:
     of = next((words for name, words in _TEMPLATES.items() if template.startswith(name)), None)
     others = [word for words in _TEMPLATES.values() if words != of for word in words if word in model]
     if of and others and not any(word in model for word in of):
-        yield Hit(name="template", sentence=f"template {template} for {config.text('model')}, whose name says {others[0]}")
+        yield Hit(
+            name="template", sentence=f"template {template} for {config.text('model')}, whose name says {others[0]}"
+        )
 
 
 @check(
@@ -157,9 +169,15 @@ def packing_crosses_rows(config: Config) -> Iterator[Hit]:
     if config.tool is Tool.LLAMAFACTORY and config.off("neat_packing"):
         yield Hit(name="packing", sentence="packing without neat_packing: rows in one stream attend to each other")
     elif config.tool is Tool.TRL and config.value("packing_strategy") == "wrapped":
-        yield Hit(name="packing_strategy", sentence="packing_strategy wrapped cuts rows at will and lets them attend to each other")
+        yield Hit(
+            name="packing_strategy",
+            sentence="packing_strategy wrapped cuts rows at will and lets them attend to each other",
+        )
     elif config.tool is Tool.AXOLOTL and not config.given("attn_implementation"):
-        yield Hit(name="packing", sentence="sample_packing without attn_implementation: rows in one stream attend to each other")
+        yield Hit(
+            name="packing",
+            sentence="sample_packing without attn_implementation: rows in one stream attend to each other",
+        )
 
 
 @check(
@@ -175,7 +193,10 @@ def padding_free_refused(config: Config) -> Iterator[Hit]:
     if config.tool is Tool.TRL and config.method is Method.SFT and config.on("padding_free") and config.off("packing"):
         length = config.whole("max_length")
         if length is not None:
-            yield Hit(name="padding_free", sentence=f"padding_free without packing, with max_length {length:,}: TRL refuses to start")
+            yield Hit(
+                name="padding_free",
+                sentence=f"padding_free without packing, with max_length {length:,}: TRL refuses to start",
+            )
 
 
 @check(
@@ -193,4 +214,10 @@ def gone_from_library(config: Config) -> Iterator[Hit]:
         return
     for fact, setting in config.facts.items():
         if fact.startswith("gone:"):
-            yield Hit(name=fact, sentence=f"TRL has no {setting.key} any more", mend=str(setting.value), key=setting.key, line=setting.line)
+            yield Hit(
+                name=fact,
+                sentence=f"TRL has no {setting.key} any more",
+                mend=str(setting.value),
+                key=setting.key,
+                line=setting.line,
+            )
