@@ -323,7 +323,7 @@ def test_unusable_input_ends_with_2(welltuned, tiny_model_dir, write, tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"messages": []}\n{"mess\n')
     for arguments, words in (
         ((tmp_path / "none.jsonl",), "none.jsonl: there is no such file"),
-        ((tmp_path / "broken.jsonl",), "broken.jsonl:2: malformed JSON"),
+        ((tmp_path / "broken.jsonl",), "broken.jsonl:1: all 2 rows have defects"),
         ((write([{"a": 1}], "a.jsonl"),), "no format is known"),
         ((write([*SOUND, {"prompt": "p", "completion": "c"}], "b.jsonl"),), "b.jsonl:31: mixed schemas"),
         ((write([{"messages": []}] * 3, "c.jsonl"),), "all 3 rows have defects"),

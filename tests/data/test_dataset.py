@@ -68,6 +68,7 @@ PLANTED = [
     chat("nul\x00", "a"),  # 50
     chat("long answer", LONG),  # 51
     chat(LONG, "long question"),  # 52
+    {**chat("what is there?", "a hat"), "tools": [{"name": "look_up"}]},  # 53
 ]
 WHERE = {
     Kind.BAD_ROW: [41, 42, 43],
@@ -80,6 +81,7 @@ WHERE = {
     Kind.CONTROL_TOKEN: [48],
     Kind.BAD_ENCODING: [49, 50],
     Kind.LOST_THINKING: [],
+    Kind.LOST_TOOLS: [53],
     Kind.END_UNTRAINED: [],
 }
 

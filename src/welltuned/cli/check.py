@@ -58,6 +58,8 @@ def _print(file: str, configs: tuple[Config, ...], findings: list[Finding]) -> N
     kinds = [f"{sum(f.severity is severity for f in findings)} {severity}s" for severity in Severity]
     what = " and ".join(dict.fromkeys(f"{config.tool} {_kind(config)}" for config in configs))
     print(f"{file}: {what}: {', '.join(kinds)}")
+    for key in {config.facts["method_by"].key for config in configs if "method_by" in config.facts}:
+        print(f"{file}: read as dpo by its key {key}; KTO and ORPO have it too: --method says which")
 
 
 def _kind(config: Config) -> str:

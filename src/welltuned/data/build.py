@@ -83,13 +83,22 @@ def conversations_at(source: Source, reading: Reading, rows: Sequence[int]) -> l
 
 def _rows(source: Source, reading: Reading, refuse: Refuse) -> Iterator[tuple[int, Row, Detected]]:
     """Each row with its number among those that can be read, and the format that the first ones are in."""
-    rows = iter(source.rows(refuse))
-    sample = list(islice(rows, SAMPLE))
-    if not sample:
+    first: list[Row | InputError] = []  # in the file's order, so that the first bad one is the first that is told of
+    sampling = True
+    rows = iter(source.rows(lambda error: first.append(error) if sampling else refuse(error)))
+    for row in islice(rows, SAMPLE):
+        first.append(row)
+    sampling = False
+    sample = [row for row in first if isinstance(row, Row)]
+    detected = detect(sample, format=reading.format, mapping=reading.mapping) if sample else None
+    number = -1
+    for item in chain(first, rows):
+        if isinstance(item, InputError):
+            refuse(item)
+        elif detected is not None:
+            yield (number := number + 1), item, detected
+    if detected is None:
         raise InputError("no row can be read", where=source.name, mend="see what is wrong with on_bad_row: error")
-    detected = detect(sample, format=reading.format, mapping=reading.mapping)
-    for number, row in enumerate(chain(sample, rows)):
-        yield number, row, detected
 
 
 def _built(

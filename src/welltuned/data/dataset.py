@@ -7,6 +7,8 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, overload
 
+import numpy as np
+
 from welltuned.data.audit import Audit, audit
 from welltuned.data.build import Reading, conversations_at, read_store
 from welltuned.data.cache import Cache
@@ -14,6 +16,7 @@ from welltuned.data.conversation import Conversation, Format, Kind, Policy
 from welltuned.data.mix import Mixture, mixture
 from welltuned.data.policies import (
     DEFAULT_POLICIES,
+    KEPT_ORIGINS,
     Finding,
     Policies,
     bad_rows,
@@ -92,11 +95,20 @@ class Dataset:
         if not len(short.rows):
             raise InputError(f"no training row is within max_length {max_length:,}", where="max_length")
         findings = dict(self.findings)
-        if short.too_long.rows or not findings[Kind.TOO_LONG].dropped:
-            findings[Kind.TOO_LONG] = short.too_long
+        findings[Kind.TOO_LONG] = together(self._no_longer_too_long(), short.too_long)
         findings[Kind.UNTRAINED] = together(findings[Kind.UNTRAINED], short.untrained)
         mixed = _mixture(self.recipe, short.rows)
         return replace(self, train=short.rows, mixture=mixed, findings=MappingProxyType(findings))
+
+    def _no_longer_too_long(self) -> Finding:
+        """What an earlier limit found, without the rows that are still there: those are found again."""
+        found, limit = self.findings[Kind.TOO_LONG], self.train.max_length
+        if limit is None or not found.rows:
+            return found
+        there = np.flatnonzero(self.train.column("length") > limit)
+        named = {self.train.origin(int(i)) for i in there[:KEPT_ORIGINS]}
+        gone = tuple(name for name in found.named if name[0] not in named)
+        return replace(found, rows=found.rows - len(there), named=gone)
 
     def held_out_within(self, max_length: int | None) -> "Dataset":
         """The same with held-out rows of at most `max_length` tokens, and a note where some are longer."""

@@ -63,8 +63,13 @@ def loses_thinking(conversation: Conversation, text: str, answers: Mapping[int, 
     return False
 
 
-def loses_tools(conversation: Conversation, text: str) -> bool:
-    """Whether the rendered text leaves out the name of a tool that the row defines."""
+def loses_tools(conversation: Conversation, text: str, template: str) -> bool:
+    """Whether the template never asks for tools, or the text leaves out the name of one that the row defines.
+
+    A name alone would not do: a call of the tool has it too.
+    """
+    if "tools" not in template:
+        return bool(conversation.tools)
     for tool in conversation.tools or ():
         function = tool.get("function")
         name = function.get("name") if isinstance(function, dict) else tool.get("name")

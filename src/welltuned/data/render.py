@@ -151,7 +151,7 @@ class Renderer:
             trained = wanted(conversation, self.loss_on)
             if findings.loses_thinking(conversation, row.text, row.answers, trained):
                 found.add(Kind.LOST_THINKING)
-            if conversation.tools and findings.loses_tools(conversation, row.text):
+            if conversation.tools and findings.loses_tools(conversation, row.text, self.chat.template):
                 found.add(Kind.LOST_TOOLS)
             yield self._example(conversation, tokens, found)
 

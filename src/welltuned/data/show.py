@@ -99,9 +99,9 @@ def choose(rows: Rows, count: int) -> dict[int, str]:
     ):
         if len(chosen) < count:
             chosen[index] = f"{chosen[index]}, {why}" if index in chosen else why
-    others = np.setdiff1d(np.arange(len(rows)), list(chosen))
-    more = min(count - len(chosen), len(others))
+    more = min(count, len(rows)) - len(chosen)
     if more > 0:
+        others = np.setdiff1d(np.arange(len(rows)), list(chosen))
         spread = (np.arange(more) * 2 + 1) * len(others) // (2 * more)
         chosen |= {int(index): "one of those spread over the dataset" for index in others[spread]}
     return chosen
@@ -223,10 +223,15 @@ def _ends(piece: Piece, edge: int, text: Callable[[int, int], str]) -> list[Piec
 
 
 def _text(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], start: int, stop: int) -> str:
-    """The tokens' text as it is within the row's. Some decoders take a space from the start of whatever they get."""
-    context = max(0, start - CONTEXT)
-    before, whole = (_decoded(tokenizer, ids[context:end]) for end in (start, stop))
-    return whole[len(before) :] if whole.startswith(before) else _decoded(tokenizer, ids[start:stop])
+    """The tokens' text as it is within the row's. Some decoders take a space from the start of whatever they get.
+
+    What is decoded begins between two characters: after a part of one, byte-fallback decoders lose those that follow.
+    """
+    for context in range(max(0, start - CONTEXT), max(0, start - CONTEXT - CHARACTER) - 1, -1):
+        before, whole = (_decoded(tokenizer, ids[context:end]) for end in (start, stop))
+        if whole.startswith(before) and not before.startswith(UNFINISHED):
+            return whole[len(before) :]
+    return _decoded(tokenizer, ids[start:stop])
 
 
 def _decoded(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:

@@ -32,6 +32,7 @@ NAMES: Mapping[str, str] = MappingProxyType(
         "train_on_inputs": "train_on_prompt",
         "val_set_size": "eval_share",
         "test_datasets": "eval_data",
+        "eval_strategy": "eval_strategy",
         "evaluation_strategy": "eval_strategy",
         "rl_beta": "beta",
         "dpo_beta": "beta",

@@ -27,6 +27,7 @@ class Draft:
     bad_keys: list[BadKey] = field(default_factory=list)
     facts: dict[str, Setting] = field(default_factory=dict)
     line: int = 1
+    rest_open: bool = False
 
     def neutral(self, key: str) -> str:
         return self.names.get(key, key)
@@ -57,10 +58,11 @@ class Draft:
             settings=self.settings,
             unread=self.unread,
             defaults=self.defaults,
-            names={neutral: theirs for theirs, neutral in reversed(self.names.items())},  # the first of several
+            names={neutral: theirs for theirs, neutral in reversed(list(self.names.items()))},  # the first of several
             bad_keys=tuple(self.bad_keys),
             facts=self.facts,
             line=self.line,
+            rest_open=self.rest_open,
         )
 
 

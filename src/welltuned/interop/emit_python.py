@@ -200,7 +200,8 @@ def _trainer_settings(job: _Job) -> Iterator[Setting]:
     if job.evaluates:
         yield Setting("eval_strategy", "steps")
         yield reasoned(plan, "eval_steps")
-        yield Setting("per_device_eval_batch_size", plan.value("per_device_train_batch_size"))
+        size = plan.value("per_device_train_batch_size" if job.method is not Method.GRPO else "num_generations")
+        yield Setting("per_device_eval_batch_size", size)
     yield Setting("save_strategy", "no", "saved once, at the end")
     yield Setting("logging_steps", 1)
     yield Setting("logging_nan_inf_filter", False, "a loss that is not a number is shown, not averaged away")
@@ -233,6 +234,8 @@ def _method_settings(job: _Job) -> Iterator[Setting]:
         for name in ("num_generations", "max_completion_length", "temperature"):
             if name in plan.choices:
                 yield reasoned(plan, name)
+            elif name in plan.recipe.hyperparameters:
+                yield Setting(name, plan.recipe.hyperparameters[name], "set by you")
 
 
 def _loss(job: _Job) -> Iterator[Setting]:

@@ -257,10 +257,11 @@ DEPRECATED: Mapping[str, Mapping[str, Gone]] = {
 }
 
 # Not fields of TRL's classes, and none the less taken: by the alignment handbook's scripts, or by every TrlParser.
-HANDBOOK_KEYS = frozenset(
+_HANDBOOK_WORDS = (
     "chat_template dataset_mixture env benchmarks callbacks system_prompt hub_model_revision overwrite_hub_revision "
-    "push_to_hub_revision wandb_entity wandb_project wandb_run_group".split()
+    "push_to_hub_revision wandb_entity wandb_project wandb_run_group"
 )
+HANDBOOK_KEYS = frozenset(_HANDBOOK_WORDS.split())
 
 
 _WORDS = {"TrainingArguments": "transformers 5", "ModelConfig": "TRL's ModelConfig", "ScriptArguments": "TRL"}

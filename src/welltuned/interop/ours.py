@@ -1,7 +1,7 @@
 """welltuned's own recipes, read for linting. Whatever `load_recipe` refuses is an error here as well."""
 
-from welltuned.advice.rules import number
 from welltuned.advice.lint.config import BadKey, Config, KeyTrouble, Tool
+from welltuned.advice.rules import number
 from welltuned.errors import InputError
 from welltuned.interop.build import draft_of, judge_keys
 from welltuned.interop.yaml_file import YamlFile
@@ -13,8 +13,8 @@ def read_ours(yaml: YamlFile, file: str) -> Config:
     for name in [name for name, setting in draft.settings.items() if setting.value == AUTO]:
         del draft.settings[name]
     method, tune = draft.value("method") or "sft", draft.value("tune") or "lora"
-    draft.method = Method(method) if method in set(Method) else None
-    draft.tune = Tune(tune) if tune in set(Tune) else None
+    draft.method = Method(method) if method in list(Method) else None
+    draft.tune = Tune(tune) if tune in list(Tune) else None
     # What is left out is chosen by the advice, and rows are held out without being asked for.
     draft.defaults |= {"eval_strategy": "steps", "eval_data": True, "lora_alpha": number("lora_alpha")}
     if draft.value("loss_on") == "everything" or draft.value("assistant_only_loss") is False:

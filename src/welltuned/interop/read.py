@@ -63,6 +63,8 @@ def tool_of(yaml: YamlFile, path: str) -> Tool:
     winners = [tool for tool, count in taken.items() if count == best]
     if best == 0 or (not marked and best < 2):
         raise InputError("is of no known format: no key of it is known here", where=path, mend=KNOWN_FORMATS)
+    if set(winners) == {Tool.TRL, Tool.LLAMAFACTORY} and not marked:
+        return Tool.TRL  # transformers' own keys, and none that LLaMA-Factory's users write
     if len(winners) > 1:
         words = " and ".join(winners)
         raise InputError(f"could be of {words}: {best} of its keys fit each", where=path, mend="say which with --tool")

@@ -1,6 +1,7 @@
 """Python scripts that call TRL, PEFT and Unsloth, read by `ast`: the calls, and which of them make up a run."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -75,7 +76,9 @@ def read_script(text: str, path: str, tool: Tool | None = None) -> tuple[Config,
         tree = ast.parse(text)
     except SyntaxError as error:
         where = f"{path}:{error.lineno}" if error.lineno else path
-        raise InputError(f"not valid Python: {error.msg}", where=where, mend="mend the syntax") from error
+        version = ".".join(str(part) for part in sys.version_info[:2])
+        what = f"not valid Python (read as Python {version}): {error.msg}"
+        raise InputError(what, where=where, mend="mend the syntax") from error
     except (ValueError, RecursionError, MemoryError) as error:
         raise InputError("cannot be parsed as Python", where=path) from error
     if tool in (Tool.AXOLOTL, Tool.LLAMAFACTORY, Tool.WELLTUNED):

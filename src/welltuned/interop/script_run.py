@@ -43,7 +43,18 @@ _TRAINER_WORDS = {  # of the trainer call itself, where older TRL and Unsloth ta
     "max_length": "max_length",
 }
 _LORA_WORDS = frozenset(
-    "r lora_alpha lora_dropout target_modules use_rslora use_dora init_lora_weights modules_to_save target_parameters bias".split()
+    {
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "target_parameters",
+        "use_rslora",
+        "use_dora",
+        "init_lora_weights",
+        "modules_to_save",
+        "bias",
+    }
 )
 _MODEL_WORDS = {"model_name": "model", "pretrained_model_name_or_path": "model", "max_seq_length": "max_length"}
 _MODEL_WORDS |= {
@@ -64,11 +75,10 @@ def build_run(run: Run, calls: Calls, path: str) -> Config:
     _read_model(draft, run, calls)
     _read_adapter(draft, run, calls)
     if run.config is not None:
-        _read_config(draft, run.config, run.owner, calls)
+        _read_config(draft, run, run.config, calls)
     elif run.trainer is not None and any(word.arg == "args" for word in run.trainer.keywords):
         word = next(word for word in run.trainer.keywords if word.arg == "args")
-        for name in list(draft.defaults):  # an object from elsewhere: none of the defaults is known to hold
-            draft.defaults.pop(name)
+        _leave_rest_open(draft, run, calls)
         draft.leave_open("args", "args", word.value.lineno, ast.unparse(word.value))
     if run.trainer is not None:
         _read_trainer(draft, run.trainer, calls)
@@ -124,14 +134,20 @@ def _take(draft: Draft, name: str, key: str, node: ast.expr, calls: Calls) -> No
 # ── the parts of a run ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _read_config(draft: Draft, call: ast.Call, owner: str, calls: Calls) -> None:
+def _leave_rest_open(draft: Draft, run: Run, calls: Calls) -> None:
+    """The arguments come from elsewhere: none of the trainer's defaults is known to hold."""
+    draft.rest_open = True
+    for name in _defaults(run, draft.method, calls.unsloth):
+        draft.defaults.pop(name, None)
+
+
+def _read_config(draft: Draft, run: Run, call: ast.Call, calls: Calls) -> None:
+    owner = run.owner
     known = config_keys(owner)
     for key, node, line in _words(call, calls):
         if key.startswith("**"):
             draft.leave_open(key, key, line, ast.unparse(node)[:80])
-            for name in list(draft.defaults):
-                if name not in draft.settings:
-                    draft.leave_open(name, key, line, "set there, or left to its default")
+            _leave_rest_open(draft, run, calls)
             continue
         _take(draft, draft.neutral(key), key, node, calls)
         _judge(draft, key, line, (owner, "TrainingArguments"), known, owner)
@@ -262,7 +278,7 @@ def _read_adapter(draft: Draft, run: Run, calls: Calls) -> None:
     if draft.value("full_finetuning") is True:
         draft.tune = Tune.FULL
         return
-    open_peft = run.trainer is not None and any(word.arg == "peft_config" for word in run.trainer.keywords)
+    open_peft = _given_adapter(run) is not None
     unused = _unused_adapter(calls)
     if unused is not None:
         draft.note("adapter_unused", "it is never passed on", "LoraConfig", unused.lineno)
@@ -279,9 +295,17 @@ def _quantised(draft: Draft) -> bool | None:
     return bool(four)
 
 
+def _given_adapter(run: Run) -> ast.expr | None:
+    """What the trainer is given as peft_config; None where it is given none."""
+    for word in run.trainer.keywords if run.trainer is not None else ():
+        if word.arg == "peft_config" and not (isinstance(word.value, ast.Constant) and word.value.value is None):
+            return word.value
+    return None
+
+
 def _adapter_call(run: Run, calls: Calls) -> ast.Call | None:
     """The LoraConfig that the trainer or get_peft_model is given, or Unsloth's get_peft_model itself."""
-    given = next((w.value for w in (run.trainer.keywords if run.trainer else []) if w.arg == "peft_config"), None)
+    given = _given_adapter(run)
     if given is not None:
         call = calls.names.call_of(given)
         return call if call is not None and calls.names.called(call) == "LoraConfig" else None

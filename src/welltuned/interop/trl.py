@@ -13,6 +13,10 @@ from welltuned.recipe import Method, Tune
 
 NAMES: Mapping[str, str] = MappingProxyType(
     {
+        "eval_strategy": "eval_strategy",
+        "max_length": "max_length",
+        "dtype": "dtype",
+        "gradient_checkpointing": "gradient_checkpointing",
         "model_name_or_path": "model",
         "dataset_name": "data",
         "dataset_mixture": "data",
@@ -55,7 +59,6 @@ _COMMON: Mapping[str, Any] = MappingProxyType(
         "save_steps": 500,
         "load_best_model_at_end": False,
         "logging_nan_inf_filter": True,
-        "packing": False,
         "fp16": False,
     }
 )
@@ -75,7 +78,7 @@ def defaults(method: Method | None) -> dict[str, Any]:
     if method is not Method.GRPO:
         found["max_length"] = 1024
     if method is Method.SFT:
-        found |= {"packing_strategy": "bfd", "assistant_only_loss": False}
+        found |= {"packing": False, "packing_strategy": "bfd", "assistant_only_loss": False}
     elif method is Method.GRPO:
         found |= {"num_generations": 8, "temperature": 1.0, "beta": 0.0, "loss_type": "dapo"}
         found |= {"max_completion_length": 512, "scale_rewards": "group"}
@@ -91,6 +94,9 @@ def read_trl(yaml: YamlFile, file: str, method: Method | None = None) -> Config:
     draft = draft_of(yaml, file, Tool.TRL, NAMES)
     keys = {entry.key for entry in yaml.entries if entry.top}
     draft.method = method or method_of_keys(keys) or method_of_path(file)
+    if draft.method is None and (told := [key for key in _PREFERENCE_KEYS if key in keys]):
+        draft.method = Method.DPO  # by far the commonest that has them; said, because KTO and ORPO have them too
+        draft.note("method_by", told[0], told[0], 1)
     draft.defaults = defaults(draft.method)
     _settle_tune(draft, keys)
     _settle_evaluation(draft)
@@ -117,13 +123,18 @@ def method_of_keys(keys: set[str]) -> Method | None:
     return fits[0] if len(fits) == 1 else None
 
 
-_TELLING = {
-    Method.SFT: {"max_seq_length", "dataset_text_field", "packing", "assistant_only_loss", "completion_only_loss"},
-    Method.DPO: {"max_prompt_length"} - {"max_prompt_length"},
-    Method.GRPO: {"num_generations", "reward_funcs", "reward_model_name_or_path"},
-    Method.KTO: {"desirable_weight", "undesirable_weight"},
-    Method.ORPO: set(),
-}
+_TELLING: Mapping[Method, frozenset[str]] = MappingProxyType(
+    {
+        Method.SFT: frozenset(
+            {"max_seq_length", "dataset_text_field", "packing", "assistant_only_loss", "completion_only_loss"}
+        ),
+        Method.DPO: frozenset(),
+        Method.GRPO: frozenset({"num_generations", "reward_funcs"}),
+        Method.KTO: frozenset({"desirable_weight", "undesirable_weight"}),
+        Method.ORPO: frozenset(),
+    }
+)
+_PREFERENCE_KEYS = ("beta", "precompute_ref_log_probs", "max_prompt_length")
 
 
 def method_of_path(file: str) -> Method | None:

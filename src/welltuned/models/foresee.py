@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from welltuned.errors import InputError
 from welltuned.kernels.gated_mlp import FORWARD
 from welltuned.models.experts import has_stacks
 from welltuned.models.frozen import is_projection
@@ -48,7 +49,12 @@ def foresee(
     """
     config = load_config(model)
     with torch.random.fork_rng(devices=[]):  # modules draw their first numbers, which the caller must not notice
-        return tuple(_foreseen(_skeleton(config), target_modules, nf4))
+        try:
+            skeleton = _skeleton(config)
+        except Exception as error:  # nearly every type, by which field of config.json is wrong
+            what = f"no model can be built from the configuration ({error!r})"
+            raise InputError(what, where=model, mend="mend config.json, or give another model") from error
+        return tuple(_foreseen(skeleton, target_modules, nf4))
 
 
 def _foreseen(skeleton: PreTrainedModel, target_modules: str | tuple[str, ...] | None, nf4: bool) -> list[str]:

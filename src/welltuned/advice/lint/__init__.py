@@ -1,11 +1,12 @@
 """Lint: checks of a fine-tuning configuration, whichever tool it was written for."""
 
-from welltuned.advice.lint import adapters, course, keys, numerics, preference, rates, text
+from welltuned.advice.lint import adapters, course, keys, numerics, preference, rates, schedule, text
 from welltuned.advice.lint.check import CHECKS, Check, Finding, Severity, findings_of
 from welltuned.advice.lint.config import Config, Tool
 
 FAMILIES = {
-    "Learning rate and schedule": rates,
+    "Learning rate": rates,
+    "Schedule": schedule,
     "Adapter": adapters,
     "Course of the run": course,
     "What is trained on": text,

@@ -1,9 +1,10 @@
 """Checks of what an adapter is made of: scale, targets, dropout, and whether it is trained at all."""
 
+import re
 from collections.abc import Iterator
 from difflib import get_close_matches
 
-from welltuned.advice.lint.bands import supervised_adapter
+from welltuned.advice.lint.bands import supervised_adapter, supervised_full
 from welltuned.advice.lint.check import Hit, Severity, check, limit
 from welltuned.advice.lint.config import Config, Tool
 from welltuned.advice.lint.derived import alpha_equivalent, is_mixture
@@ -31,16 +32,21 @@ def _targets(config: Config) -> tuple[str, ...]:
     "adapter-not-trained",
     Severity.ERROR,
     looks_for="Adapter settings that nothing reads: `lora_r` without `use_peft: true` or `adapter`, `lora_rank` with "
-    "`finetuning_type: full`, a LoraConfig that is never passed on.",
+    "`finetuning_type: full`, a LoraConfig that is never passed on. A warning where the rate is one of full "
+    "fine-tuning.",
     why="The tools do not complain: they train all weights, with a rate that was meant for an adapter.",
     mend="switch the adapter on (`use_peft: true`, `adapter: lora`, `peft_config=...`), or remove its settings",
     evidence=("L002", "E031"),
 )
 def adapter_not_trained(config: Config) -> Iterator[Hit]:
     fact = config.facts.get("adapter_unused")
-    if fact is not None:
-        sentence = f"{fact.key} is set, and no adapter is trained: {fact.value}"
-        yield Hit(name="r", sentence=sentence, key=fact.key, line=fact.line)
+    if fact is None:
+        return
+    rate = config.number("learning_rate")
+    meant = config.method is Method.SFT and rate is not None and rate <= supervised_full(config).high
+    severity = Severity.WARNING if meant else None
+    sentence = f"{fact.key} is set, and no adapter is trained: {fact.value}"
+    yield Hit(name="r", sentence=sentence, key=fact.key, line=fact.line, severity=severity)
 
 
 @check(
@@ -48,7 +54,8 @@ def adapter_not_trained(config: Config) -> Iterator[Hit]:
     "alpha-below-rank",
     Severity.NOTE,
     looks_for="alpha / r below 1 without rsLoRA, at a rate that is sound by alpha · rate.",
-    why="What moves the weights at first is alpha · rate, whatever r is. A small scale is no fault by itself (QLoRA's own "
+    why="What moves the weights at first is alpha · rate, whatever r is. A small scale "
+    "is no fault by itself (QLoRA's own "
     "is 0.25), but a rate copied from a recipe with alpha = 2r is then too low.",
     mend="compare recipes by alpha · rate; keep alpha fixed when you change r",
     evidence=("E094", "E055", "P004"),
@@ -68,7 +75,8 @@ def alpha_below_rank(config: Config) -> Iterator[Hit]:
     "WT022",
     "rslora-with-large-alpha",
     Severity.WARNING,
-    looks_for="rsLoRA with alpha of r or more, where alpha · √r then lies 4 times or more above plain LoRA's scale, at a "
+    looks_for="rsLoRA with alpha of r or more, where alpha · √r then lies 4 times or more "
+    "above plain LoRA's scale, at a "
     "rate of 1e-4 and above.",
     why="rsLoRA multiplies by alpha/√r instead of alpha/r: alpha = r = 64 acts like alpha 512. In PEFT's benchmark it "
     "learned more and forgot twice as much, because it was a higher rate.",
@@ -94,7 +102,8 @@ def rslora_with_large_alpha(config: Config) -> Iterator[Hit]:
     "WT023",
     "attention-only-targets",
     Severity.WARNING,
-    looks_for="An adapter on attention projections only; also where the targets are left to PEFT, which takes q_proj and "
+    looks_for="An adapter on attention projections only; also where the targets are left "
+    "to PEFT, which takes q_proj and "
     "v_proj. Mixture-of-experts models are passed over: their experts are no linear layers.",
     why="At equal parameters an adapter on the MLP learns more and forgets less than one on q and v; attention adds "
     "nothing to the MLP, the MLP a lot to attention.",
@@ -102,7 +111,9 @@ def rslora_with_large_alpha(config: Config) -> Iterator[Hit]:
     evidence=("E034", "E079", "E082", "P002", "L003"),
 )
 def attention_only_targets(config: Config) -> Iterator[Hit]:
-    if not config.trains_adapter or is_mixture(config) or config.given("target_parameters"):
+    if not config.trains_adapter or config.method in (None, Method.GRPO):
+        return
+    if is_mixture(config) or config.given("target_parameters"):
         return
     names = _targets(config)
     if names and set(names) <= _ATTENTION:
@@ -121,7 +132,8 @@ def attention_only_targets(config: Config) -> Iterator[Hit]:
     "WT024",
     "target-matches-nothing",
     Severity.WARNING,
-    looks_for="A target name that is nearly, but not, a usual module name; with a local model, one that it does not have.",
+    looks_for="A target name that is nearly, but not, a usual module name; with a local "
+    "model, one that it does not have.",
     why="PEFT skips a name that matches nothing as long as another matches, and says nothing.",
     mend="correct the name",
     evidence=("L003",),
@@ -129,8 +141,11 @@ def attention_only_targets(config: Config) -> Iterator[Hit]:
 def target_matches_nothing(config: Config) -> Iterator[Hit]:
     have = frozenset(config.look.module_names)
     for name in _targets(config) if config.trains_adapter else ():
-        near = get_close_matches(name, sorted(have or _KNOWN), n=1, cutoff=0.8)
-        missing = name not in have | {"lm_head", "embed_tokens"} if have else name not in _KNOWN and bool(near)
+        near = get_close_matches(name, sorted(have or _KNOWN), n=1, cutoff=0.85)
+        if have:
+            missing = name not in have | {"lm_head", "embed_tokens"}
+        else:  # `x_proj` and its like may well exist
+            missing = name not in _KNOWN and not re.fullmatch(r"[a-z0-9]+_proj", name) and bool(near)
         if missing:
             mend = f"did you mean `{near[0]}`?" if near else f"the model has {', '.join(sorted(have))}"
             yield Hit(
@@ -145,7 +160,8 @@ def target_matches_nothing(config: Config) -> Iterator[Hit]:
     "adapter-on-head",
     Severity.ERROR,
     looks_for="`lm_head` among the targets of a run of TRL's SFTTrainer.",
-    why="Its loss multiplies with the head's weight directly; TRL refuses an adapter there, which would never be trained.",
+    why="Its loss multiplies with the head's weight directly; TRL refuses an adapter "
+    "there, which would never be trained.",
     mend="remove lm_head from the targets",
     evidence=("L004",),
 )
@@ -194,7 +210,8 @@ def dropout_on_parameters(config: Config) -> Iterator[Hit]:
     if config.trains_adapter and config.value("target_parameters") and dropout:
         yield Hit(
             name="lora_dropout",
-            sentence=f"{config.key('lora_dropout')} {shown(dropout)} with {config.key('target_parameters')}: PEFT refuses it",
+            sentence=f"{config.key('lora_dropout')} {shown(dropout)} with {config.key('target_parameters')}: "
+            f"PEFT refuses it",
         )
 
 
@@ -203,7 +220,8 @@ def dropout_on_parameters(config: Config) -> Iterator[Hit]:
     "rank-extreme",
     Severity.NOTE,
     looks_for="A rank above 256, or below 4 outside of reinforcement learning.",
-    why="From rank 64 to 128 the best loss falls by 0.12 %, from 4 to 16 by 0.44 %; a rate that is 2.5 times off costs as "
+    why="From rank 64 to 128 the best loss falls by 0.12 %, from 4 to 16 by 0.44 %; "
+    "a rate that is 2.5 times off costs as "
     "much as a quarter of the rank. GRPO learns with rank 1.",
     mend="16 to 64, up to 128 for large data",
     evidence=("E027", "E025", "E036"),

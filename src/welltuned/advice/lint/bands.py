@@ -9,16 +9,24 @@ from dataclasses import dataclass
 
 from welltuned.advice.learning_rate import RateSetting, full_rate, lora_rate
 from welltuned.advice.lint.config import Config
-from welltuned.advice.lint.derived import alpha_equivalent, batch, family, is_mixture, parameters, updates
+from welltuned.advice.lint.derived import (
+    active_parameters,
+    alpha_equivalent,
+    batch,
+    family,
+    is_mixture,
+    parameters,
+    updates,
+)
 from welltuned.advice.rules import number, rule
 from welltuned.recipe import Method
 
 # Full fine-tuning: the highest rates of released recipes by size (E048, E044, E051), between which lines are drawn in
 # logarithms. No recipe of that size is above the line.
-_FULL_HIGHEST = ((3.6e8, 1.0e-3), (1.7e9, 3.0e-4), (7.0e9, 5.0e-5), (7.0e10, 2.0e-5))
+_FULL_HIGHEST = ((3.6e8, 1.0e-3), (1.7e9, 3.0e-4), (8.0e9, 5.0e-5), (7.0e10, 2.0e-5))
 _LARGE = 1.0e9  # from here on E024's divergence bounds alpha · rate
 _SHORT = 100  # updates below which recipes, which are of longer runs, say nothing
-_SMALL = 5.0e8  # parameters up to which short runs were measured (M001 to M011)
+_SMALL = 2.0e8  # parameters up to which short runs were measured (M001 to M011, at 135M)
 _USUAL_BATCH = 16
 
 
@@ -52,7 +60,8 @@ def supervised_adapter(config: Config) -> Band | None:
 def supervised_full(config: Config) -> Band:
     """Full fine-tuning; an unknown size gets the range of the smallest."""
     size, run = parameters(config), updates(config)
-    highest = _highest(size if size is not None else _FULL_HIGHEST[0][0])
+    active = active_parameters(config)
+    highest = _highest(active if active is not None else _FULL_HIGHEST[0][0])
     lowest = rule("rate_full_recipes").value[-1][1] / 10
     if size is None:
         return Band(low=lowest, high=highest)
@@ -77,7 +86,7 @@ def preference_full(config: Config, method: Method) -> Band:
 
 
 def grpo(config: Config, adapter: bool) -> Band | None:
-    """GRPO: from a tenth of the recipes' centre to the highest rate that was shown to learn (E041: alpha · rate 3.2e-3)."""
+    """GRPO: a decade to either side of the recipes' centre; E041's highest rate that learned, 1e-4 at alpha 32."""
     if not adapter:
         centre = float(rule("grpo_full_rate").value[0][1])
         return Band(low=centre / 10, high=centre * 10)

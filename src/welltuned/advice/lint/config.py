@@ -106,6 +106,7 @@ class Config:
     bad_keys: tuple[BadKey, ...] = ()
     facts: Mapping[str, Setting] = field(default_factory=lambda: _NO_SETTINGS)
     line: int = 1
+    rest_open: bool = False  # what is not set may be set elsewhere: the arguments come from a parser, or from **words
     look: Look = field(default_factory=Look)
 
     @property
@@ -116,6 +117,10 @@ class Config:
         """Whether the file speaks of a setting, readable or not."""
         return name in self.settings or name in self.unread
 
+    def is_open(self, name: str) -> bool:
+        """Whether the file leaves a setting to be found out when it runs."""
+        return name in self.unread or (self.rest_open and name not in self.settings)
+
     def value(self, name: str) -> Any:
         """What holds: the file's value, else the tool's default; None where neither is known."""
         if name in self.unread:
@@ -123,7 +128,7 @@ class Config:
         return self.settings[name].value if name in self.settings else self.defaults.get(name)
 
     def number(self, name: str) -> float | None:
-        """The value where it is a number, or text that is one (`2e-4` is text to YAML 1.1, and the tools convert it)."""
+        """The value where it is a number, or text that is one: what the tools convert."""
         value = self.value(name)
         if isinstance(value, bool) or value is None:
             return None
@@ -142,7 +147,7 @@ class Config:
 
     def off(self, name: str) -> bool:
         """Whether a switch is known to be off; one that is unread is neither."""
-        return name not in self.unread and self.value(name) in (None, False)
+        return not self.is_open(name) and self.value(name) in (None, False)
 
     def text(self, name: str) -> str:
         value = self.value(name)

@@ -17,7 +17,8 @@ _PREFERENCE = (Method.DPO, Method.KTO, Method.ORPO)
     "no-held-out-data",
     Severity.NOTE,
     looks_for="No held-out data (GRPO apart, which is watched by its reward).",
-    why="Without it nothing shows overfitting, and one value is as good as another. TRL, Axolotl and LLaMA-Factory hold "
+    why="Without it nothing shows overfitting, and one value is as good as another. "
+    "TRL, Axolotl and LLaMA-Factory hold "
     "nothing out unless told to.",
     mend="hold out 1 to 5 % of the rows and evaluate on them",
     evidence=("D009", "E101"),
@@ -25,8 +26,8 @@ _PREFERENCE = (Method.DPO, Method.KTO, Method.ORPO)
 def no_held_out_data(config: Config) -> Iterator[Hit]:
     if config.method in (None, Method.GRPO) or has_held_out(config) is not False or _many_epochs(config):
         return
-    if "args" in config.unread:
-        return
+    if config.given("eval_strategy") and config.value("eval_strategy") not in (None, False, "no"):
+        return  # WT033's
     name = "eval_share" if config.tool in (Tool.AXOLOTL, Tool.LLAMAFACTORY) else "eval_data"
     key = {"eval_share": config.key("eval_share"), "eval_data": "eval_dataset"}[name]
     yield Hit(name=name, sentence="nothing is held out: the run cannot show whether it overfits", key=key)
@@ -72,7 +73,8 @@ def held_out_data_unused(config: Config) -> Iterator[Hit]:
         name = "eval_data" if config.given("eval_data") else "eval_share"
         yield Hit(
             name=name,
-            sentence=f"{config.key(name)} holds data out, and {config.key('eval_strategy')} is no: it is never evaluated",
+            sentence=f"{config.key(name)} holds data out, and {config.key('eval_strategy')} "
+            f"is no: it is never evaluated",
         )
 
 
@@ -89,7 +91,7 @@ def held_out_data_unused(config: Config) -> Iterator[Hit]:
 def evaluation_without_data(config: Config) -> Iterator[Hit]:
     if not config.given("eval_strategy") or config.method is None or has_held_out(config) is not False:
         return
-    if config.value("eval_strategy") in (None, False, "no") or "args" in config.unread:
+    if config.value("eval_strategy") in (None, False, "no"):
         return
     if config.form is Form.SCRIPT and config.method is Method.GRPO:
         return
@@ -115,7 +117,8 @@ def best_model_cannot_be_kept(config: Config) -> Iterator[Hit]:
     if str(evaluation) != str(saving):
         yield Hit(
             name=name,
-            sentence=f"load_best_model_at_end, with eval_strategy {shown(evaluation)} and save_strategy {shown(saving)}",
+            sentence=f"load_best_model_at_end, with eval_strategy {shown(evaluation)} and "
+            f"save_strategy {shown(saving)}",
         )
         return
     between, steps = config.whole("eval_steps"), config.whole("save_steps")
@@ -136,9 +139,9 @@ def best_model_cannot_be_kept(config: Config) -> Iterator[Hit]:
 )
 def early_stopping_cannot_start(config: Config) -> Iterator[Hit]:
     fact = config.facts.get("EarlyStoppingCallback")
-    if fact is None or "args" in config.unread or "metric_for_best_model" in config.unread:
+    if fact is None or config.is_open("metric_for_best_model"):
         return
-    blind = config.value("eval_strategy") in (None, False, "no") and "eval_strategy" not in config.unread
+    blind = config.value("eval_strategy") in (None, False, "no") and not config.is_open("eval_strategy")
     no_metric = not config.given("metric_for_best_model") and config.off("load_best_model_at_end")
     if blind or no_metric:
         lack = "nothing is evaluated" if blind else "metric_for_best_model is not set"
@@ -170,7 +173,8 @@ def batch_larger_than_data(config: Config) -> Iterator[Hit]:
     "few-updates",
     Severity.NOTE,
     looks_for="Fewer than 100 updates, where their number is known.",
-    why="Demonstrations set `max_steps: 60`, and runs copy it: below about 100 updates an adapter has hardly left B = 0, "
+    why="Demonstrations set `max_steps: 60`, and runs copy it: below about 100 updates "
+    "an adapter has hardly left B = 0, "
     "and the best rate is a different one.",
     mend="remove max_steps and train whole epochs, or make the batch smaller",
     evidence=("E040", "E032", "D001"),
@@ -226,7 +230,8 @@ def preference_epochs(config: Config) -> Iterator[Hit]:
     "preference-batch-small",
     Severity.NOTE,
     looks_for="DPO, KTO or ORPO with fewer than 8 examples an update on one device.",
-    why="A published DPO recipe for 8 GPUs fell from 6.4 to 1.9 on MT-bench when it was run on one with a smaller batch.",
+    why="A published DPO recipe for 8 GPUs fell from 6.4 to 1.9 on MT-bench when it "
+    "was run on one with a smaller batch.",
     mend="raise gradient_accumulation_steps to 16 or 32 examples an update, over all devices",
     evidence=("L006", "E046"),
     least=8,
@@ -252,9 +257,11 @@ def preference_batch_small(config: Config) -> Iterator[Hit]:
 )
 def batch_large_for_adapter(config: Config) -> Iterator[Hit]:
     size = batch(config)
-    if config.method is Method.SFT and config.trains_adapter and size is not None and size > limit("WT041", "most"):
-        if not (config.look.rows and config.look.rows_are_all and size > config.look.rows):
-            yield Hit(name="gradient_accumulation_steps", sentence=f"an update takes {size:,} examples on each device")
+    more_than_all = bool(config.look.rows and config.look.rows_are_all and size and size > config.look.rows)
+    if config.method is not Method.SFT or not config.trains_adapter or more_than_all:
+        return
+    if size is not None and size > limit("WT041", "most"):
+        yield Hit(name="gradient_accumulation_steps", sentence=f"an update takes {size:,} examples on each device")
 
 
 # ── length ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -288,7 +295,8 @@ def length_left_to_default(config: Config) -> Iterator[Hit]:
     "length-cuts-rows",
     Severity.WARNING,
     looks_for="Local data of which more than 1 % of the rows cannot fit max_length, even at 6 characters a token.",
-    why="A cut row ends without its answer's end: the model learns not to stop. Usual text has 3 to 5 characters a token, "
+    why="A cut row ends without its answer's end: the model learns not to stop. Usual "
+    "text has 3 to 5 characters a token, "
     "so what is found here is the least that is cut.",
     mend="raise max_length, or drop the long rows; `welltuned data FILE --model M` counts them in tokens",
     evidence=("L007",),
@@ -301,7 +309,10 @@ def length_cuts_rows(config: Config) -> Iterator[Hit]:
         return
     cut = sum(size > length * limit("WT043", "characters") for size in sizes)
     if cut / len(sizes) > limit("WT043", "share"):
-        sentence = f"at least {cut / len(sizes):.0%} of the rows do not fit {config.key('max_length')} {length:,}: the longest has {max(sizes):,} characters"
+        sentence = (
+            f"at least {cut / len(sizes):.0%} of the rows do not fit {config.key('max_length')} "
+            f"{length:,}: the longest has {max(sizes):,} characters"
+        )
         yield Hit(name="max_length", sentence=sentence)
 
 

@@ -18,8 +18,12 @@ _FAMILIES: Mapping[str, str] = {
     "gpt-oss": "gpt_oss",
 }
 _MIXTURES = re.compile(
-    r"\d+x\d|-a\d+(\.\d+)?b|mixtral|moe|gpt-oss|deepseek-v|llama-4|kimi|maverick|scout", re.IGNORECASE
+    r"\d+x\d|-a\d+(\.\d+)?b|mixtral|moe|gpt-oss|deepseek-v|llama-4|kimi|maverick|scout|glm-?4\.[567]|jamba|dbrx"
+    r"|qwen3-next|minimax",
+    re.IGNORECASE,
 )
+_ACTIVE = re.compile(r"-a(\d+(?:\.\d+)?)b", re.IGNORECASE)
+_UNDERSCORE = re.compile(r"(?<=-)(\d)_(\d)(?=b)")  # stablelm-2-1_6b
 _LARGEST = 2e12  # a "parameter count" above it was no size
 
 
@@ -35,7 +39,7 @@ def parameters(config: Config) -> int | None:
 
 
 def parameters_in_name(model: str) -> int | None:
-    name = model.rsplit("/", 1)[-1].lower().replace("_", "-")
+    name = _UNDERSCORE.sub(r"\1.\2", model.rsplit("/", 1)[-1].lower()).replace("_", "-")
     sizes = []
     for copies, size, unit in _SIZE.findall(name):
         count = int(copies or 1) * float(size) * (1e9 if unit == "b" else 1e6)
@@ -50,6 +54,12 @@ def family(config: Config) -> str:
         return config.look.family
     name = config.text("model").lower()
     return next((family for word, family in _FAMILIES.items() if word in name), "")
+
+
+def active_parameters(config: Config) -> int | None:
+    """What one token passes through, where a mixture's name says it (30B-A3B); else all parameters."""
+    found = _ACTIVE.search(config.text("model"))
+    return round(float(found.group(1)) * 1e9) if found else parameters(config)
 
 
 def is_mixture(config: Config) -> bool:
@@ -85,6 +95,8 @@ def updates(config: Config) -> int | None:
     size, epochs = batch(config), config.number("num_train_epochs")
     if not config.look.rows_are_all or not config.look.rows or not size or size < 1 or epochs is None:
         return None
+    if size > config.look.rows:
+        return None  # WT036's
     return max(1, math.ceil(config.look.rows / size * epochs))
 
 
@@ -110,7 +122,7 @@ def warmup_share(config: Config) -> float | None:
 def evaluates(config: Config) -> bool | None:
     """Whether the run is evaluated on held-out data: None where the file leaves it open."""
     held_out, when = has_held_out(config), config.value("eval_strategy")
-    if held_out is None or "eval_strategy" in config.unread:
+    if held_out is None or config.is_open("eval_strategy"):
         return None
     return held_out and when not in (None, False, "no", "off")
 

@@ -16,7 +16,8 @@ def _bad(config: Config, trouble: KeyTrouble) -> Iterator[BadKey]:
     "WT090",
     "removed-key",
     Severity.ERROR,
-    looks_for="Keys that today's transformers 5, TRL 1.16, Axolotl 0.19 or LLaMA-Factory 0.9.5 no longer take: `warmup_ratio`, "
+    looks_for="Keys that today's transformers 5, TRL 1.16, Axolotl 0.19 or LLaMA-Factory "
+    "0.9.5 no longer take: `warmup_ratio`, "
     "`max_seq_length`, `evaluation_strategy`, `max_prompt_length`, `torch_dtype`, `tokenizer=`, ...",
     why="The run ends before it begins: with an unexpected keyword, or with unknown arguments.",
     mend="write the new name",
@@ -48,7 +49,8 @@ def removed_key(config: Config) -> Iterator[Hit]:
     "WT091",
     "deprecated-key",
     Severity.NOTE,
-    looks_for="Keys that are still taken and will not be for long: `gradient_checkpointing`, `use_liger_kernel`, `pad_token`, ...",
+    looks_for="Keys that are still taken and will not be for long: `gradient_checkpointing`, "
+    "`use_liger_kernel`, `pad_token`, ...",
     why="They warn today and are refused in a later release.",
     mend="write the new name",
     evidence=("L001", "L004", "L005"),
@@ -167,18 +169,22 @@ def value_impossible(config: Config) -> Iterator[Hit]:
             )
 
 
-_OPTIMIZERS = frozenset(
+_OPTIMIZERS_WORDS = (
     "adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adafactor adamw_anyprecision "
-    "adamw_torch_4bit adamw_torch_8bit ademamix sgd adagrad adamw_bnb_8bit adamw_8bit ademamix_8bit lion_8bit lion_32bit "
-    "paged_adamw_32bit paged_adamw_8bit paged_ademamix_32bit paged_ademamix_8bit paged_lion_32bit paged_lion_8bit rmsprop "
+    "adamw_torch_4bit adamw_torch_8bit ademamix sgd adagrad adamw_bnb_8bit adamw_8bit "
+    "ademamix_8bit lion_8bit lion_32bit "
+    "paged_adamw_32bit paged_adamw_8bit paged_ademamix_32bit paged_ademamix_8bit "
+    "paged_lion_32bit paged_lion_8bit rmsprop "
     "rmsprop_bnb rmsprop_bnb_8bit rmsprop_bnb_32bit galore_adamw galore_adamw_8bit galore_adafactor "
     "galore_adamw_layerwise galore_adamw_8bit_layerwise galore_adafactor_layerwise lomo adalomo grokadamw "
-    "schedule_free_radam schedule_free_adamw schedule_free_sgd apollo_adamw apollo_adamw_layerwise stable_adamw".split()
+    "schedule_free_radam schedule_free_adamw schedule_free_sgd apollo_adamw apollo_adamw_layerwise stable_adamw"
 )
-_SCHEDULES = frozenset(
+_OPTIMIZERS = frozenset(_OPTIMIZERS_WORDS.split())
+_SCHEDULES_WORDS = (
     "linear cosine cosine_with_restarts polynomial constant constant_with_warmup inverse_sqrt reduce_lr_on_plateau "
-    "cosine_with_min_lr cosine_warmup_with_min_lr warmup_stable_decay greedy".split()
+    "cosine_with_min_lr cosine_warmup_with_min_lr warmup_stable_decay greedy"
 )
+_SCHEDULES = frozenset(_SCHEDULES_WORDS.split())
 _NAMES: dict[str, frozenset[str]] = {
     "optim": _OPTIMIZERS,
     "lr_scheduler_type": _SCHEDULES,
@@ -191,7 +197,8 @@ _NAMES: dict[str, frozenset[str]] = {
     "WT097",
     "name-unknown",
     Severity.ERROR,
-    looks_for="An optimiser, schedule or strategy that transformers does not have (Axolotl's own additions are passed over).",
+    looks_for="An optimiser, schedule or strategy that transformers does not have (Axolotl's "
+    "own additions are passed over).",
     why="The Trainer ends with an error.",
     mend="correct the name",
     evidence=("L001",),
@@ -212,7 +219,8 @@ def name_unknown(config: Config) -> Iterator[Hit]:
     "number-is-text",
     Severity.NOTE,
     looks_for="`2e-4` in a YAML for transformers: an exponent without a dot is text to YAML 1.1.",
-    why="TRL's parser turns it into a number, LLaMA-Factory and Axolotl as well; HfArgumentParser.parse_yaml_file does not, "
+    why="TRL's parser turns it into a number, LLaMA-Factory and Axolotl as well; "
+    "HfArgumentParser.parse_yaml_file does not, "
     "and the run fails when the optimiser compares text with a number.",
     mend="write `2.0e-4`",
     evidence=("L012",),

@@ -16,7 +16,8 @@ _TRUE = (True, "true", "True")
     "fp16-instead-of-bf16",
     Severity.WARNING,
     looks_for="fp16 switched on.",
-    why="fp16 ends at 65,504: models that were trained in bf16 (all of today's) overflow it, and the filter for NaN hides "
+    why="fp16 ends at 65,504: models that were trained in bf16 (all of today's) overflow "
+    "it, and the filter for NaN hides "
     "the loss. Every NVIDIA GPU since Ampere has bf16.",
     mend="`bf16: true`; keep fp16 only for GPUs before Ampere (T4, V100)",
     evidence=("S010", "L001"),
@@ -79,7 +80,8 @@ def two_quantisations(config: Config) -> Iterator[Hit]:
     "WT064",
     "merge-into-quantised",
     Severity.WARNING,
-    looks_for="An adapter merged into a 4-bit base: merge_and_unload on a model loaded in 4 bits, `merge_lora` with qlora, "
+    looks_for="An adapter merged into a 4-bit base: merge_and_unload on a model loaded in "
+    "4 bits, `merge_lora` with qlora, "
     "save_method merged_4bit.",
     why="The sum is rounded to 4 bits: what the adapter learned is smaller than a step of the grid and is partly lost.",
     mend="load the base in bf16 and merge there; keep the adapter apart until then",
@@ -158,12 +160,13 @@ def base_in_float32(config: Config) -> Iterator[Hit]:
     size = parameters(config)
     if config.tool is not Tool.TRL or config.form is not Form.YAML or config.tune is not Tune.LORA:
         return
+    if "dtype" in config.unread or config.on("load_in_8bit") or config.given("model_init_kwargs"):
+        return
     if size is not None and size >= limit("WT067", "parameters") and config.value("dtype") in (None, "float32"):
-        if "dtype" not in config.unread and not config.on("load_in_8bit") and not config.given("model_init_kwargs"):
-            yield Hit(
-                name="dtype",
-                sentence=f"dtype is not set: TRL loads the {size_words(size)} in float32, {4 * size / 1e9:.0f} GB",
-            )
+        yield Hit(
+            name="dtype",
+            sentence=f"dtype is not set: TRL loads the {size_words(size)} in float32, {4 * size / 1e9:.0f} GB",
+        )
 
 
 @check(
@@ -171,7 +174,8 @@ def base_in_float32(config: Config) -> Iterator[Hit]:
     "nan-filter-hides-loss",
     Severity.NOTE,
     looks_for="The filter for NaN and infinite losses in the log: set on purpose, or left on with fp16.",
-    why="logging_nan_inf_filter (on by default) leaves steps with NaN or infinite loss out of the logged mean: a run that "
+    why="logging_nan_inf_filter (on by default) leaves steps with NaN or infinite loss "
+    "out of the logged mean: a run that "
     "broke looks healthy.",
     mend="`logging_nan_inf_filter: false`",
     evidence=("L001",),

@@ -15,7 +15,8 @@ read, and is not guessed. `--json` prints one document; the exit code is 1 where
 
 An **error** makes the run fail or spoils it. A **warning** is outside what any evidence supports. A **note** is good to
 know, and sound recipes have some. Ids stay what they are. Each check cites rows of evidence; `E094` and its like are
-listed at the end. This page is made from the checks' own words: `python -m welltuned.advice.lint.page > docs/checks.md`.
+listed at the end. This page is made from the checks' own words:
+`python -m welltuned.advice.lint.page > docs/checks.md`.
 """
 
 

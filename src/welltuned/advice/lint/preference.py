@@ -62,7 +62,8 @@ def group_too_small(config: Config) -> Iterator[Hit]:
     "group-of-two",
     Severity.WARNING,
     looks_for="GRPO with two completions for a prompt.",
-    why="Of two answers the advantages are +1 and -1, or nothing: how much better one is does not show. Published runs use "
+    why="Of two answers the advantages are +1 and -1, or nothing: how much better one "
+    "is does not show. Published runs use "
     "4 to 16.",
     mend="8, at least 4",
     evidence=("E071", "E069", "E041"),
@@ -79,8 +80,9 @@ def group_of_two(config: Config) -> Iterator[Hit]:
     "WT083",
     "group-does-not-divide-batch",
     Severity.ERROR,
-    looks_for="GRPO whose generation batch is no multiple of num_generations. A warning where 2, 4, 8, ... devices would "
-    "mend it, and in Unsloth, which changes the batch by itself.",
+    looks_for="GRPO whose generation batch is no multiple of num_generations. A warning "
+    "where 2, 4, 8, ... devices would "
+    "mend it, a note in Unsloth, which changes the batch by itself.",
     why="Completions of one prompt must be in one batch; TRL refuses to start.",
     mend="make per_device_train_batch_size · gradient_accumulation_steps · devices a multiple of num_generations",
     evidence=("L004",),
@@ -92,7 +94,7 @@ def group_does_not_divide_batch(config: Config) -> Iterator[Hit]:
     needed = group // math.gcd(size, group)
     fixed = config.whole("generation_batch_size") is not None
     plausible = not fixed and needed & (needed - 1) == 0 and needed <= _MOST_DEVICES
-    softer = Severity.WARNING if plausible or config.tool is Tool.UNSLOTH else None
+    softer = Severity.NOTE if config.tool is Tool.UNSLOTH else Severity.WARNING if plausible else None
     unless = f"; {needed} devices would" if plausible else ""
     sentence = (
         f"{size} completions are generated at a time, no multiple of {config.key('num_generations')} {group}{unless}"
@@ -115,7 +117,8 @@ def _generated(config: Config) -> int | None:
     "sampling-without-variety",
     Severity.WARNING,
     looks_for="GRPO that samples at a temperature below 0.5.",
-    why="A group of equal answers has equal rewards and no gradient. Published runs sample at 0.7 to 1.0. At 0 all are equal: "
+    why="A group of equal answers has equal rewards and no gradient. Published runs "
+    "sample at 0.7 to 1.0. At 0 all are equal: "
     "an error.",
     mend="1.0",
     evidence=("L004", "E071"),
@@ -178,6 +181,7 @@ def grpo_beta_high(config: Config) -> Iterator[Hit]:
 )
 def completions_cut(config: Config) -> Iterator[Hit]:
     length = config.whole("max_completion_length")
-    if config.method is Method.GRPO and config.given("max_completion_length") and length is not None:
-        if 0 < length <= limit("WT087", "least") and not config.on("mask_truncated_completions"):
-            yield Hit(name="max_completion_length", sentence=f"answers end after {length} tokens, finished or not")
+    if config.method is not Method.GRPO or length is None or config.on("mask_truncated_completions"):
+        return
+    if config.given("max_completion_length") and 0 < length <= limit("WT087", "least"):
+        yield Hit(name="max_completion_length", sentence=f"answers end after {length} tokens, finished or not")

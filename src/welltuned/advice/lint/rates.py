@@ -14,34 +14,35 @@ from welltuned.advice.lint.bands import (
 from welltuned.advice.lint.check import Hit, Severity, check, limit
 from welltuned.advice.lint.config import Config
 from welltuned.advice.lint.derived import alpha_equivalent, batch, parameters, updates
-from welltuned.advice.rules import number
 from welltuned.advice.settle import shown, size_words
-from welltuned.recipe import Method
+from welltuned.recipe import Method, Tune
 
-_RATE = "learning_rate"
+RATE = "learning_rate"
 _PREFERENCE = (Method.DPO, Method.KTO, Method.ORPO)
 
 
-def _rate(config: Config) -> float | None:
-    """The rate where it is a positive number; others are WT096's."""
-    rate = config.number(_RATE)
+def adam_rate(config: Config) -> float | None:
+    """The rate where it is a positive number (others are WT096's) of an Adam: other optimisers have other ranges."""
+    rate, optimiser = config.number(RATE), config.text("optim").lower()
+    if (optimiser and "adam" not in optimiser) or "optim" in config.unread or config.on("use_onebitllms"):
+        return None
     return rate if rate is not None and rate > 0 else None
 
 
-def _said(config: Config) -> str:
+def said(config: Config) -> str:
     """The rate as the file has it, or as the tool's default."""
-    rate = shown(float(config.number(_RATE) or 0))
+    rate = shown(float(config.number(RATE) or 0))
     return (
-        f"{config.key(_RATE)} {rate}"
-        if config.given(_RATE)
-        else f"{config.key(_RATE)} is not set: {config.tool}'s default {rate}"
+        f"{config.key(RATE)} {rate}"
+        if config.given(RATE)
+        else f"{config.key(RATE)} is not set: {config.tool}'s default {rate}"
     )
 
 
 def _scale(config: Config) -> str:
     alpha = alpha_equivalent(config) or 0.0
     how = " (rsLoRA: alpha · √r)" if config.on("use_rslora") else ""
-    return f"at alpha {shown(alpha)}{how} is alpha · rate {shown(two_digits(alpha * (_rate(config) or 0)))}"
+    return f"at alpha {shown(alpha)}{how} is alpha · rate {shown(two_digits(alpha * (adam_rate(config) or 0)))}"
 
 
 def _model(config: Config) -> str:
@@ -54,10 +55,18 @@ def _adapter_band(config: Config) -> Band | None:
 
 
 def _full(config: Config) -> Band | None:
-    return supervised_full(config) if config.method is Method.SFT and config.tune == "full" else None
+    """None for continued pretraining as well, whose rates are others."""
+    supervised = config.method is Method.SFT and config.tune is Tune.FULL and config.stage != "pt"
+    supervised = supervised and "adapter_unused" not in config.facts  # WT020's
+    return supervised_full(config) if supervised else None
 
 
-def _span(low: float, high: float) -> str:
+def supervised_band(config: Config) -> Band | None:
+    """The sound range of SFT, with an adapter or in full."""
+    return _adapter_band(config) or _full(config)
+
+
+def span(low: float, high: float) -> str:
     return f"{shown(two_digits(low))} to {shown(two_digits(high))}"
 
 
@@ -66,17 +75,18 @@ def _span(low: float, high: float) -> str:
     "adapter-rate-diverges",
     Severity.ERROR,
     looks_for="SFT with LoRA: a rate more than three times above where runs have diverged (in alpha · rate).",
-    why="At alpha 32 a rate of 3e-3 ended 72 of 80 diverged runs of one sweep; the loss rises and does not come back.",
+    why="Of the 80 runs that diverged in one sweep at alpha 32, 72 had the rate 3e-3; their loss did not come back.",
     mend="lower the rate into the range, or leave it to `welltuned plan`",
     evidence=("E024", "E094"),
     factor=3.0,
 )
 def adapter_rate_diverges(config: Config) -> Iterator[Hit]:
-    band, rate = _adapter_band(config), _rate(config)
+    band, rate = _adapter_band(config), adam_rate(config)
     if band and rate and rate > band.high * limit("WT001", "factor") * 0.999:
         yield Hit(
-            name=_RATE,
-            sentence=f"{_said(config)} {_scale(config)}, {rate / band.high:.0f} times above what {_model(config)} has stood: {_span(band.low, band.high)} is sound",
+            name=RATE,
+            sentence=f"{said(config)} {_scale(config)}, {rate / band.high:.0f} times above what {_model(config)} "
+            f"has stood: {span(band.low, band.high)} is sound",
         )
 
 
@@ -90,11 +100,12 @@ def adapter_rate_diverges(config: Config) -> Iterator[Hit]:
     evidence=("E024", "E021", "E094"),
 )
 def adapter_rate_high(config: Config) -> Iterator[Hit]:
-    band, rate = _adapter_band(config), _rate(config)
+    band, rate = _adapter_band(config), adam_rate(config)
     if band and rate and band.high * 1.001 < rate <= band.high * limit("WT001", "factor") * 0.999:
         yield Hit(
-            name=_RATE,
-            sentence=f"{_said(config)} {_scale(config)}, above the sound range {_span(band.low, band.high)} for {_model(config)}",
+            name=RATE,
+            sentence=f"{said(config)} {_scale(config)}, above the sound range {span(band.low, band.high)} "
+            f"for {_model(config)}",
         )
 
 
@@ -103,17 +114,19 @@ def adapter_rate_high(config: Config) -> Iterator[Hit]:
     "full-rate-for-adapter",
     Severity.WARNING,
     looks_for="SFT with LoRA: a rate that belongs to full fine-tuning, about ten times too low for an adapter.",
-    why="LoRA's best rate is about ten times that of full fine-tuning; at a tenth of it the run costs the same and learns "
+    why="LoRA's best rate is about ten times that of full fine-tuning; at a tenth of "
+    "it the run costs the same and learns "
     "a fraction: below 4e-5 the loss of every swept model is more than 3 % above its best.",
     mend="multiply the rate by about 10, or ask `welltuned plan`",
     evidence=("E031", "E063", "E026", "D003"),
 )
 def full_rate_for_adapter(config: Config) -> Iterator[Hit]:
-    band, rate = _adapter_band(config), _rate(config)
+    band, rate = _adapter_band(config), adam_rate(config)
     if band and rate and band.low / limit("WT004", "factor") <= rate < band.low * 0.999:
         yield Hit(
-            name=_RATE,
-            sentence=f"{_said(config)} {_scale(config)}, below the sound range {_span(band.low, band.high)} of an adapter for {_model(config)}",
+            name=RATE,
+            sentence=f"{said(config)} {_scale(config)}, below the sound range {span(band.low, band.high)} "
+            f"of an adapter for {_model(config)}",
         )
 
 
@@ -128,11 +141,12 @@ def full_rate_for_adapter(config: Config) -> Iterator[Hit]:
     factor=10.0,
 )
 def rate_too_low_to_learn(config: Config) -> Iterator[Hit]:
-    band, rate = _adapter_band(config) or _full(config), _rate(config)
+    band, rate = supervised_band(config), adam_rate(config)
     if band and rate and rate < band.low / limit("WT004", "factor"):
         yield Hit(
-            name=_RATE,
-            sentence=f"{_said(config)} is {band.low / rate:,.0f} times below the lowest sound rate, {shown(two_digits(band.low))}",
+            name=RATE,
+            sentence=f"{said(config)} is {band.low / rate:,.0f} times below the lowest sound "
+            f"rate, {shown(two_digits(band.low))}",
         )
 
 
@@ -147,11 +161,12 @@ def rate_too_low_to_learn(config: Config) -> Iterator[Hit]:
     factor=3.0,
 )
 def adapter_rate_for_full(config: Config) -> Iterator[Hit]:
-    band, rate = _full(config), _rate(config)
+    band, rate = _full(config), adam_rate(config)
     if band and rate and rate >= band.high * limit("WT005", "factor"):
         yield Hit(
-            name=_RATE,
-            sentence=f"{_said(config)} trains all weights of {_model(config)}: {rate / band.high:.1f} times the highest sound rate, {shown(two_digits(band.high))}",
+            name=RATE,
+            sentence=f"{said(config)} trains all weights of {_model(config)}: {rate / band.high:.1f} times "
+            f"the highest sound rate, {shown(two_digits(band.high))}",
         )
 
 
@@ -165,11 +180,12 @@ def adapter_rate_for_full(config: Config) -> Iterator[Hit]:
     evidence=("E044", "E048", "E051", "E031"),
 )
 def full_rate_high(config: Config) -> Iterator[Hit]:
-    band, rate = _full(config), _rate(config)
+    band, rate = _full(config), adam_rate(config)
     if band and rate and band.high * 1.001 < rate < band.high * limit("WT005", "factor"):
         yield Hit(
-            name=_RATE,
-            sentence=f"{_said(config)} trains all weights of {_model(config)}, above the sound range {_span(band.low, band.high)}",
+            name=RATE,
+            sentence=f"{said(config)} trains all weights of {_model(config)}, above the sound "
+            f"range {span(band.low, band.high)}",
         )
 
 
@@ -183,11 +199,11 @@ def full_rate_high(config: Config) -> Iterator[Hit]:
     evidence=("E051", "E044"),
 )
 def full_rate_low(config: Config) -> Iterator[Hit]:
-    band, rate = _full(config), _rate(config)
+    band, rate = _full(config), adam_rate(config)
     if band and rate and band.low / limit("WT004", "factor") <= rate < band.low:
         yield Hit(
-            name=_RATE,
-            sentence=f"{_said(config)} is below the sound range {_span(band.low, band.high)} of full fine-tuning",
+            name=RATE,
+            sentence=f"{said(config)} is below the sound range {span(band.low, band.high)} of full fine-tuning",
         )
 
 
@@ -195,7 +211,8 @@ def full_rate_low(config: Config) -> Iterator[Hit]:
     "WT008",
     "rate-far-from-law",
     Severity.NOTE,
-    looks_for="SFT with LoRA, where the model's size and the number of updates are known: a rate more than three times off "
+    looks_for="SFT with LoRA, where the model's size and the number of updates are known: "
+    "a rate more than three times off "
     "the fitted law, and yet in the range that recipes support.",
     why="One sweep's loss is 1 % above its best at 3.2 times off; short runs of small models lose far more.",
     mend="ask `welltuned plan` for the law's rate and its reasons, or try it beside yours",
@@ -203,7 +220,7 @@ def full_rate_low(config: Config) -> Iterator[Hit]:
     factor=3.0,
 )
 def rate_far_from_law(config: Config) -> Iterator[Hit]:
-    band, rate = _adapter_band(config), _rate(config)
+    band, rate = _adapter_band(config), adam_rate(config)
     if not band or not rate or band.centre is None or not band.low <= rate <= band.high:
         return
     ratio = max(rate / band.centre, band.centre / rate)
@@ -211,8 +228,9 @@ def rate_far_from_law(config: Config) -> Iterator[Hit]:
         side = "above" if rate > band.centre else "below"
         run = f"{updates(config):,} updates of {batch(config) or '?'}"
         yield Hit(
-            name=_RATE,
-            sentence=f"{_said(config)} is {ratio:.1f} times {side} the law's {shown(two_digits(band.centre))} for {_model(config)} in {run}",
+            name=RATE,
+            sentence=f"{said(config)} is {ratio:.1f} times {side} the law's {shown(two_digits(band.centre))} "
+            f"for {_model(config)} in {run}",
         )
 
 
@@ -224,7 +242,8 @@ def _preference_band(config: Config) -> Band | None:
         return None
     if config.trains_adapter:
         return preference_adapter(config, config.method)
-    return preference_full(config, config.method) if config.tune == "full" else None
+    full = config.tune is Tune.FULL and "adapter_unused" not in config.facts
+    return preference_full(config, config.method) if full else None
 
 
 def _preference_bounds(config: Config) -> tuple[float, float] | None:
@@ -244,7 +263,8 @@ def _preference_bounds(config: Config) -> tuple[float, float] | None:
     "preference-rate-high",
     Severity.WARNING,
     looks_for="DPO or KTO with LoRA at 5e-5 and above, in full above 4 times the recipes; ORPO above 2e-4.",
-    why="Recipes with adapters use 5e-6 to 1e-5, in full 2e-7 to 1e-6. A preference loss can be lowered by pushing both "
+    why="Recipes with adapters use 5e-6 to 1e-5, in full 2e-7 to 1e-6. A preference "
+    "loss can be lowered by pushing both "
     "answers down, and high rates do that.",
     mend="5e-6 to 1e-5 with an adapter, about 5e-7 in full",
     evidence=("E047", "E060", "E063", "E077", "E076"),
@@ -252,11 +272,12 @@ def _preference_bounds(config: Config) -> tuple[float, float] | None:
     orpo=2e-4,
 )
 def preference_rate_high(config: Config) -> Iterator[Hit]:
-    bounds, rate = _preference_bounds(config), _rate(config)
+    bounds, rate = _preference_bounds(config), adam_rate(config)
     if bounds and rate and bounds[0] * 0.999 <= rate < bounds[1] and (rate > bounds[0] or config.trains_adapter):
         yield Hit(
-            name=_RATE,
-            sentence=f"{_said(config)} is high for {config.method}: {shown(two_digits(bounds[0]))} is where recipes are left behind",
+            name=RATE,
+            sentence=f"{said(config)} is high for {config.method}: {shown(two_digits(bounds[0]))} "
+            f"is where recipes are left behind",
         )
 
 
@@ -265,7 +286,8 @@ def preference_rate_high(config: Config) -> Iterator[Hit]:
     "preference-rate-destroys",
     Severity.ERROR,
     looks_for="DPO or KTO with LoRA at 2e-4 and above, in full at 1e-5 and above.",
-    why="SimPO's authors report incoherent text at 1e-5 in full; 2e-4 is a supervised rate, twenty times what preference "
+    why="SimPO's authors report incoherent text at 1e-5 in full; 2e-4 is a supervised "
+    "rate, twenty times what preference "
     "recipes use.",
     mend="5e-6 to 1e-5 with an adapter, about 5e-7 in full",
     evidence=("E077", "E047", "E046", "E076"),
@@ -273,12 +295,13 @@ def preference_rate_high(config: Config) -> Iterator[Hit]:
     full=1e-5,
 )
 def preference_rate_destroys(config: Config) -> Iterator[Hit]:
-    bounds, rate = _preference_bounds(config), _rate(config)
+    bounds, rate = _preference_bounds(config), adam_rate(config)
     if bounds and rate and rate >= bounds[1] * 0.999:
         what = "an adapter" if config.trains_adapter else "all weights"
         yield Hit(
-            name=_RATE,
-            sentence=f"{_said(config)} for {config.method} on {what} is a supervised rate: it breaks the text, and did at {shown(bounds[1])}",
+            name=RATE,
+            sentence=f"{said(config)} for {config.method} on {what} is a supervised rate: it breaks "
+            f"the text, and did at {shown(bounds[1])}",
         )
 
 
@@ -286,23 +309,26 @@ def preference_rate_destroys(config: Config) -> Iterator[Hit]:
     "WT011",
     "preference-rate-low",
     Severity.WARNING,
-    looks_for="DPO, KTO or ORPO: a rate a tenth of the recipes' or less; above all full fine-tuning's rate on an adapter.",
-    why="1e-6 is TRL's default and right for full fine-tuning. With LoRA and 1e-5 a published run of 50 updates stood at "
+    looks_for="DPO, KTO or ORPO: a rate a tenth of the recipes' or less; above all full "
+    "fine-tuning's rate on an adapter.",
+    why="1e-6 is TRL's default and right for full fine-tuning. With LoRA and 1e-5 a "
+    "published run of 50 updates stood at "
     "accuracy 0.516 and loss 0.69: untrained.",
     mend="with an adapter multiply by about 10; count the updates as well",
     evidence=("E043", "E063", "E067"),
 )
 def preference_rate_low(config: Config) -> Iterator[Hit]:
-    band, rate = _preference_band(config), _rate(config)
+    band, rate = _preference_band(config), adam_rate(config)
     if band and rate and rate < band.low:
         yield Hit(
-            name=_RATE,
-            sentence=f"{_said(config)} is {band.low * 10 / rate:,.0f} times below the recipes' centre, {shown(two_digits(band.low * 10))}, for {config.method}",
+            name=RATE,
+            sentence=f"{said(config)} is {band.low * 10 / rate:,.0f} times below the recipes' centre, "
+            f"{shown(two_digits(band.low * 10))}, for {config.method}",
         )
 
 
 def _grpo_band(config: Config) -> Band | None:
-    if config.method is not Method.GRPO or config.tune is None:
+    if config.method is not Method.GRPO or config.tune is None or "adapter_unused" in config.facts:
         return None
     return grpo(config, config.trains_adapter)
 
@@ -311,17 +337,16 @@ def _grpo_band(config: Config) -> Band | None:
     "WT012",
     "grpo-rate-high",
     Severity.WARNING,
-    looks_for="GRPO: a rate above the highest that was shown to learn, alpha · rate 3.2e-3 (1e-4 at alpha 32), or 1e-5 in full.",
+    looks_for="GRPO: a rate above the highest that was shown to learn, alpha · rate 3.2e-3 "
+    "(1e-4 at alpha 32), or 1e-5 in full.",
     why="The highest published rates are for easy tasks; above them the policy collapses before the reward rises.",
     mend="5e-6 to 5e-5 with an adapter, 1e-6 in full",
     evidence=("E041", "E042", "E063", "E069"),
 )
 def grpo_rate_high(config: Config) -> Iterator[Hit]:
-    band, rate = _grpo_band(config), _rate(config)
+    band, rate = _grpo_band(config), adam_rate(config)
     if band and rate and band.high * 1.001 < rate <= band.high * limit("WT013", "factor"):
-        yield Hit(
-            name=_RATE, sentence=f"{_said(config)} is above the sound range {_span(band.low, band.high)} for GRPO"
-        )
+        yield Hit(name=RATE, sentence=f"{said(config)} is above the sound range {span(band.low, band.high)} for GRPO")
 
 
 @check(
@@ -335,11 +360,12 @@ def grpo_rate_high(config: Config) -> Iterator[Hit]:
     factor=5.0,
 )
 def grpo_rate_destroys(config: Config) -> Iterator[Hit]:
-    band, rate = _grpo_band(config), _rate(config)
+    band, rate = _grpo_band(config), adam_rate(config)
     if band and rate and rate > band.high * limit("WT013", "factor"):
         yield Hit(
-            name=_RATE,
-            sentence=f"{_said(config)} is {rate / band.high:.0f} times the highest rate at which GRPO was shown to learn, {shown(two_digits(band.high))}",
+            name=RATE,
+            sentence=f"{said(config)} is {rate / band.high:.0f} times the highest rate at which GRPO was "
+            f"shown to learn, {shown(two_digits(band.high))}",
         )
 
 
@@ -353,123 +379,6 @@ def grpo_rate_destroys(config: Config) -> Iterator[Hit]:
     evidence=("E063", "E064", "E067"),
 )
 def grpo_rate_low(config: Config) -> Iterator[Hit]:
-    band, rate = _grpo_band(config), _rate(config)
+    band, rate = _grpo_band(config), adam_rate(config)
     if band and rate and rate < band.low:
-        yield Hit(
-            name=_RATE, sentence=f"{_said(config)} is below the sound range {_span(band.low, band.high)} for GRPO"
-        )
-
-
-# ── schedule ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@check(
-    "WT015",
-    "constant-ignores-warmup",
-    Severity.WARNING,
-    looks_for="A warm-up with the `constant` schedule, which has none.",
-    why="transformers' `constant` takes no warm-up and says nothing; QLoRA's own scripts carry the same pair.",
-    mend="write `constant_with_warmup`, or remove the warm-up",
-    evidence=("E055", "L001"),
-)
-def constant_ignores_warmup(config: Config) -> Iterator[Hit]:
-    given = [name for name in ("warmup_steps", "warmup_ratio") if name in config.settings and config.number(name)]
-    if config.text("lr_scheduler_type") == "constant" and given:
-        name = given[0]
-        yield Hit(
-            name=name,
-            sentence=f"{config.key(name)} {shown(config.value(name))} is ignored: the schedule `constant` has no warm-up",
-        )
-
-
-@check(
-    "WT016",
-    "warmup-never-ends",
-    Severity.ERROR,
-    looks_for="A fixed warm-up as long as the run, or longer.",
-    why="The rate never reaches the value that was set; a copied `warmup_steps: 100` does this to every short run.",
-    mend="5 % of the run, at least 5 updates",
-    evidence=("D007", "P008"),
-)
-def warmup_never_ends(config: Config) -> Iterator[Hit]:
-    run, steps = updates(config), config.number("warmup_steps")
-    if run is not None and steps is not None and steps >= run and steps >= 1:
-        yield Hit(
-            name="warmup_steps",
-            sentence=f"{config.key('warmup_steps')} {shown(steps)} of {run:,} updates: the rate never reaches {shown(config.value(_RATE))}",
-        )
-
-
-@check(
-    "WT017",
-    "warmup-long",
-    Severity.WARNING,
-    looks_for="A warm-up longer than 10 % of the run (and than 10 updates), or a share above 20 %.",
-    why="B starts at zero and is a ramp of its own; beyond a few updates for Adam's averages a warm-up only takes away.",
-    mend="3 to 5 % of the run, at least 5 updates",
-    evidence=("D007", "P008", "E055"),
-    share=0.10,
-    least=10,
-    ratio=0.20,
-)
-def warmup_long(config: Config) -> Iterator[Hit]:
-    run, steps = updates(config), config.number("warmup_steps")
-    if run is not None and steps is not None and 1 <= steps < run:
-        if steps > run * limit("WT017", "share") and steps > limit("WT017", "least"):
-            yield Hit(
-                name="warmup_steps",
-                sentence=f"{config.key('warmup_steps')} {shown(steps)} is {steps / run:.0%} of the run's {run:,} updates",
-            )
-        return
-    for name in ("warmup_ratio", "warmup_steps"):
-        share = config.number(name)
-        if name in config.settings and share is not None and limit("WT017", "ratio") < share < 1:
-            yield Hit(name=name, sentence=f"{config.key(name)} {shown(share)}: {share:.0%} of the run is warm-up")
-
-
-@check(
-    "WT018",
-    "no-warmup-at-high-rate",
-    Severity.WARNING,
-    looks_for="No warm-up with a rate in the upper part of its range.",
-    why="Adam's first updates have the length of the rate whatever the gradient is; near the edge of divergence a few "
-    "warm-up updates are cheap insurance.",
-    mend="add 3 to 5 % of warm-up, or lower the rate",
-    evidence=("D007", "E024", "P008"),
-    share=0.5,
-)
-def no_warmup_at_high_rate(config: Config) -> Iterator[Hit]:
-    band, rate = _adapter_band(config) or _full(config), _rate(config)
-    if not band or not rate or {"warmup_steps", "warmup_ratio"} & config.unread.keys():
-        return
-    if (config.number("warmup_steps") or 0) > 0 or (config.number("warmup_ratio") or 0) > 0:
-        return
-    if "warmup_steps" not in config.defaults and not config.given("warmup_steps") and not config.given("warmup_ratio"):
-        return  # the tool chooses one
-    if band.high * limit("WT018", "share") <= rate <= band.high:
-        yield Hit(
-            name="warmup_steps",
-            sentence=f"no warm-up, and {_said(config)} is in the upper half of the sound range {_span(band.low, band.high)}",
-        )
-
-
-@check(
-    "WT019",
-    "weight-decay-inert",
-    Severity.NOTE,
-    looks_for="Weight decay that cannot act in so few updates.",
-    why="AdamW forgets over 1/(rate · decay) updates: at 2e-4 and 0.01 over 500,000. Against overfitting it does nothing "
-    "in a run of thousands.",
-    mend="leave it, or remove it; against overfitting use fewer epochs",
-    evidence=("D008", "E059"),
-)
-def weight_decay_inert(config: Config) -> Iterator[Hit]:
-    run, rate, decay = updates(config), _rate(config), config.number("weight_decay")
-    if "weight_decay" not in config.settings or not decay or decay <= 0 or not run or not rate:
-        return
-    reach = 1 / (rate * decay)
-    if reach > number("weight_decay_inert") * run:
-        yield Hit(
-            name="weight_decay",
-            sentence=f"weight_decay {shown(decay)} acts over {reach:,.0f} updates at the rate {shown(rate)}; the run has {run:,}",
-        )
+        yield Hit(name=RATE, sentence=f"{said(config)} is below the sound range {span(band.low, band.high)} for GRPO")

@@ -43,7 +43,8 @@ def prompts_trained(config: Config) -> Iterator[Hit]:
     "WT051",
     "chat-data-without-mask",
     Severity.NOTE,
-    looks_for="TRL with local chat data and no `assistant_only_loss`; Unsloth with chat data and no `train_on_responses_only`.",
+    looks_for="TRL with local chat data and no `assistant_only_loss`; Unsloth with chat "
+    "data and no `train_on_responses_only`.",
     why="For `messages` the default is to train on every token, the user's too.",
     mend="set `assistant_only_loss: true` (Unsloth: call train_on_responses_only)",
     evidence=("P014", "L001"),
@@ -103,7 +104,8 @@ def pad_is_end_in_collator(config: Config) -> Iterator[Hit]:
     "pad-is-end",
     Severity.NOTE,
     looks_for="The padding token is the end token.",
-    why="Harmless where labels are masked by position, as TRL, Axolotl and Unsloth do today; fatal in a collator that masks by id.",
+    why="Harmless where labels are masked by position, as TRL, Axolotl and Unsloth do "
+    "today; fatal in a collator that masks by id.",
     mend="use a padding token of its own where the tokenizer has one",
     evidence=("L013",),
 )
@@ -121,7 +123,8 @@ def pad_is_end(config: Config) -> Iterator[Hit]:
     "template-missing",
     Severity.WARNING,
     looks_for="LLaMA-Factory without `template`.",
-    why="It then reads the tokenizer's template by comparing strings, or falls back to an empty one with a line in the log: "
+    why="It then reads the tokenizer's template by comparing strings, or falls back to "
+    "an empty one with a line in the log: "
     "answers that never end are its users' commonest complaint.",
     mend="name the model's template: `template: qwen3`, `llama3`, ...",
     evidence=("L008",),
@@ -156,11 +159,13 @@ def template_of_another_model(config: Config) -> Iterator[Hit]:
     "WT057",
     "packing-crosses-rows",
     Severity.WARNING,
-    looks_for="Packing that lets rows see each other: LLaMA-Factory's `packing` without `neat_packing`, TRL's `wrapped` "
+    looks_for="Packing that lets rows see each other: LLaMA-Factory's `packing` without "
+    "`neat_packing`, TRL's `wrapped` "
     "strategy, Axolotl's `sample_packing` without an attention that knows the borders.",
     why="A token then attends to the row before it, which it will never have in use; a published comparison lost 10 to "
     "20 points to it.",
-    mend="`neat_packing: true` (LLaMA-Factory), `packing_strategy: bfd` (TRL), `attn_implementation: flash_attention_2` (Axolotl)",
+    mend="`neat_packing: true` (LLaMA-Factory), `packing_strategy: bfd` (TRL), "
+    "`attn_implementation: flash_attention_2` (Axolotl)",
     evidence=("L009", "S003"),
 )
 def packing_crosses_rows(config: Config) -> Iterator[Hit]:
@@ -203,7 +208,8 @@ def padding_free_refused(config: Config) -> Iterator[Hit]:
     "WT059",
     "gone-from-library",
     Severity.ERROR,
-    looks_for="Imports that TRL no longer has: DataCollatorForCompletionOnlyLM, setup_chat_format, PPOTrainer, or ORPOTrainer "
+    looks_for="Imports that TRL no longer has: DataCollatorForCompletionOnlyLM, setup_chat_format, "
+    "PPOTrainer, or ORPOTrainer "
     "outside of trl.experimental.",
     why="The script ends at the import.",
     mend="see the name's own line",
