@@ -137,7 +137,7 @@ def test_text_is_well_formed_and_reasoned(kind, method, tune, target, plan_for):
 def test_settings_are_the_plans(kind, method, tune, plan_for, monkeypatch):
     plan = plan_for(kind, method, tune, device=Device.CUDA if tune == "qlora" else Device.CPU)
     script = loaded(emit(plan, Target.TRL).text, monkeypatch)
-    config = values_of(script.config())
+    config = values_of(script.config)
     known = {"ORPOConfig": "ORPOConfig"}.get(method, f"{method.upper()}Config")
     assert set(config) <= set(KEYS["TrainingArguments"]) | set(KEYS[known])
     own = {name: config[name] for name in config if name in plan.choices}
@@ -150,11 +150,11 @@ def test_settings_are_the_plans(kind, method, tune, plan_for, monkeypatch):
     assert config["bf16"] == (plan.value("dtype") == "bfloat16")
     assert config["activation_checkpointing"] == plan.value("gradient_checkpointing")
     if tune != "full":
-        adapter = values_of(script.adapter())
+        adapter = values_of(script.adapter)
         assert set(adapter) <= set(KEYS["LoraConfig"])
         assert all(adapter[name] == plan.value(name) for name in adapter if name != "task_type")
     if tune == "qlora":
-        assert values_of(script.four_bits())["bnb_4bit_compute_dtype"] == "bfloat16"
+        assert values_of(script.four_bits)["bnb_4bit_compute_dtype"] == "bfloat16"
 
 
 USER, ANSWER = [{"role": "user", "content": "q1"}], [{"role": "assistant", "content": "a1"}]
@@ -231,7 +231,7 @@ def test_rows_read_as_they_lie(plan_for):
 
 def test_loss_on(plan_for, monkeypatch):
     def config(*sets, kind="several"):
-        return values_of(loaded(emit(plan_for(kind, "sft", "lora", *sets), Target.TRL).text, monkeypatch).config())
+        return values_of(loaded(emit(plan_for(kind, "sft", "lora", *sets), Target.TRL).text, monkeypatch).config)
 
     assert config()["assistant_only_loss"] is True
     assert config("loss_on=everything")["assistant_only_loss"] is False
@@ -311,11 +311,11 @@ def test_trl_takes_the_script(kind, method, tune, plan_for):
     plan = plan_for(kind, method, tune)
     defined = {"__name__": "emitted"}
     exec(compile(emit(plan, Target.TRL).text, "emitted.py", "exec"), defined)
-    config = defined["config"]()
+    config = defined["config"]
     assert config.learning_rate == plan.value("learning_rate") and config.warmup_steps == plan.value("warmup_steps")
     assert config.gradient_checkpointing == plan.value("gradient_checkpointing")
     if tune != "full":
-        assert defined["adapter"]().r == plan.value("r")
+        assert defined["adapter"].r == plan.value("r")
     train, held_out = defined["split"](defined["TRAIN"])
     assert len(train) > len(held_out) > 0
 
@@ -360,7 +360,7 @@ def test_targets_of_the_command():
 
 def test_sampling_is_the_users(plan_for, monkeypatch):
     plan = plan_for("number", "grpo", "lora", "max_completion_length=8", "temperature=0.7", "num_generations=4")
-    config = loaded(emit(plan, Target.TRL).text, monkeypatch).config()
+    config = loaded(emit(plan, Target.TRL).text, monkeypatch).config
     assert (config.max_completion_length, config.temperature, config.num_generations) == (8, 0.7, 4)
 
 

@@ -154,22 +154,22 @@ def _constants(job: _Job) -> str:
 
 def _settings(job: _Job) -> str:
     _, config, _ = TRAINERS[job.method]
-    parts = ["\n".join([f"def config() -> {config}:", *python_call(config, list(_trainer_settings(job)))])]
+    parts = ["\n".join(python_call("config", config, list(_trainer_settings(job))))]
     if job.plan.recipe.tune is not Tune.FULL and not job.unsloth:
         settings = [*_adapter_settings(job), Setting("task_type", "CAUSAL_LM")]
-        parts.append("\n".join(["def adapter() -> LoraConfig:", *python_call("LoraConfig", settings)]))
+        parts.append("\n".join(python_call("adapter", "LoraConfig", settings)))
     if job.plan.recipe.tune is Tune.QLORA and not job.unsloth:
         quantised = [
             Setting("load_in_4bit", True, "QLoRA: the base lies in memory in 4 bits, as NormalFloat"),
             Setting("bnb_4bit_quant_type", "nf4"),
             Setting("bnb_4bit_use_double_quant", True),
         ]
-        call = python_call("BitsAndBytesConfig", quantised)
-        call.insert(-1, f"        bnb_4bit_compute_dtype=torch.{job.dtype},")
-        parts.append("\n".join(["def four_bits() -> BitsAndBytesConfig:", *call]))
+        call = python_call("four_bits", "BitsAndBytesConfig", quantised)
+        call.insert(-1, f"    bnb_4bit_compute_dtype=torch.{job.dtype},")
+        parts.append("\n".join(call))
     if job.method is Method.GRPO:
         parts.append(_REWARD)
-    return "\n\n\n".join(part.strip("\n") for part in parts)
+    return "\n\n".join(part.strip("\n") for part in parts)
 
 
 _REWARD = '''\
@@ -269,12 +269,12 @@ def _main(job: _Job) -> str:
         lines.append(f"    tokenizer.chat_template = {template_code(job.plan.recipe.chat_template)}")
     lines.append("    train, held_out = split(TRAIN)")
     lines += ["    held_out, _ = split(EVAL)"] if job.held_out else []
-    lines += [f"    trainer = {trainer}(", "        model=model,", "        args=config(),"]
+    lines += [f"    trainer = {trainer}(", "        model=model,", "        args=config,"]
     lines += ["        reward_funcs=reward,"] if job.method is Method.GRPO else []
     lines += ["        train_dataset=Dataset.from_list(train),"]
     lines += ["        eval_dataset=Dataset.from_list(held_out),"] if job.evaluates else []
     lines += ["        processing_class=tokenizer,"]
-    lines += ["        peft_config=adapter(),"] if not job.unsloth and job.plan.recipe.tune is not Tune.FULL else []
+    lines += ["        peft_config=adapter,"] if not job.unsloth and job.plan.recipe.tune is not Tune.FULL else []
     lines += ["    )", "    trainer.train()"]
     lines += ["    print(trainer.evaluate())"] if job.evaluates else []
     lines += ["    trainer.save_model(OUT)", "", "", 'if __name__ == "__main__":', "    main()"]
@@ -282,7 +282,7 @@ def _main(job: _Job) -> str:
 
 
 def _trl_model(job: _Job) -> list[str]:
-    quantised = ", quantization_config=four_bits()" if job.plan.recipe.tune is Tune.QLORA else ""
+    quantised = ", quantization_config=four_bits" if job.plan.recipe.tune is Tune.QLORA else ""
     device = ', device_map={"": 0}' if quantised and job.plan.facts.machine.device is Device.CUDA else ""
     return [
         *comment(job.plan.choices["dtype"].reason, "    "),
@@ -312,7 +312,5 @@ def _unsloth_model(job: _Job) -> list[str]:
         Setting("use_gradient_checkpointing", plan.value("gradient_checkpointing")),
         Setting("random_state", plan.value("seed")),
     ]
-    call = python_call("FastLanguageModel.get_peft_model", own)
-    call[0] = call[0].replace("return", "model =")
-    call.insert(1, "        model,")
-    return [*lines, *call]
+    call = python_call("model", "FastLanguageModel.get_peft_model", own, indent="    ")
+    return [*lines, call[0], "        model,", *call[1:]]

@@ -92,13 +92,13 @@ def yaml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def python_call(name: str, settings: Sequence[Setting]) -> list[str]:
-    """`return NAME(key=value, ...)`, a setting a line, for the body of a function."""
-    lines = [f"    return {name}("]
+def python_call(target: str, name: str, settings: Sequence[Setting], indent: str = "") -> list[str]:
+    """`TARGET = NAME(key=value, ...)`, a setting a line."""
+    lines, inner = [f"{indent}{target} = {name}("], indent + " " * 4
     for setting in settings:
-        lines += comment(setting.reason, " " * 8) if setting.reason else []
-        lines.append(f"        {setting.name}={python_value(setting.value)},")
-    return [*lines, "    )"]
+        lines += comment(setting.reason, inner) if setting.reason else []
+        lines.append(f"{inner}{setting.name}={python_value(setting.value)},")
+    return [*lines, f"{indent})"]
 
 
 def yaml_lines(settings: Sequence[Setting]) -> list[str]:
