@@ -17,8 +17,10 @@ from welltuned.recipe import load_recipe
 from welltuned.training.prepare import prepare
 
 MAX_LENGTH = 150
-TEMPLATE = (  # ChatML that leaves a turn open where the row says so, and never shows thinking that stands apart
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+# ChatML that leaves a turn open or its text out where the row says so, and never shows thinking that stands apart
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ '' if message.get('hidden') else message['content'] }}"
     "{% if not message.get('open') %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -98,6 +100,9 @@ PLANTED = [
     (chat("why?", "because", reasoning_content="let me see"), {Kind.LOST_THINKING}),
     (chat("how?", "so", thinking="let me think"), {Kind.LOST_THINKING}),
     (chat("when?", "<think>\nlet me see\n</think>\n\nnow"), set()),
+    # messages
+    (row(turn("system", "be kind", hidden=True), turn("user", "who is it?"), turn("assistant", "me")),
+     {Kind.LOST_MESSAGE}),
     # tools
     ({**chat("add", "1"), "tools": TOOLS}, {Kind.LOST_TOOLS}),
     ({**chat("no tools", "2"), "tools": []}, set()),

@@ -190,3 +190,14 @@ def test_tools_that_the_template_leaves_out_are_found(tools):
     assert Kind.LOST_TOOLS in trained("chatml", asked)[1]
     assert Kind.LOST_TOOLS not in trained("qwen2_5", asked)[1]
     assert Kind.LOST_TOOLS not in trained("chatml", turns(user("q"), said("a")))[1]
+
+
+def test_a_system_message_that_the_template_leaves_out_is_found():
+    tokenizer = families.tokenizer_of("mistral_v3")
+    row = turns(Message("system", "be brief"), user("q"), said("a"))
+    with pytest.raises(InputError, match="renders the messages before"):
+        render(row, tokenizer)
+    parts = {"instruction_part": "[INST]", "response_part": "[/INST]"}
+    assert Kind.LOST_MESSAGE in render(row, tokenizer, **parts).found
+    assert Kind.LOST_MESSAGE not in render(turns(user("q"), said("a")), tokenizer, **parts).found
+    assert Kind.LOST_MESSAGE not in trained("gemma2", turns(user(" q \n"), said("a")))[1]

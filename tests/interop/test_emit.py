@@ -353,6 +353,16 @@ def test_command(tiny_model_dir, data_file, capsys):
     assert len([line for line in capsys.readouterr().err.splitlines() if line.startswith("welltuned:")]) == 1
 
 
+@pytest.mark.parametrize(("kind", "method", "tune"), CASES, ids=NAMED)
+@pytest.mark.parametrize("target", Target)
+def test_our_own_check_finds_no_error(kind, method, tune, target, plan_for, tmp_path, capsys):
+    if Method(method) in METHODS[target]:
+        script = target in (Target.TRL, Target.UNSLOTH)
+        file = tmp_path / ("train.py" if script else "train.yaml")
+        file.write_text(emit(plan_for(kind, method, tune), target).text, encoding="utf-8")
+        assert main(["check", str(file)]) == 0, capsys.readouterr().out
+
+
 def test_targets_of_the_command():
     for target in Target:
         assert build_parser().parse_args(["plan", "--emit", target]).emit == target

@@ -132,6 +132,20 @@ def test_double_stars_are_opened_where_they_are_a_dict(read):
     assert closed.rest_open and closed.number("learning_rate") is None and closed.whole("max_length") == 512
 
 
+def test_functions_that_return_the_settings_are_followed(read):
+    text = HEAD + "def config() -> SFTConfig:\n    return SFTConfig(learning_rate=3e-4)\n"
+    text += "def adapter(rank):\n    return LoraConfig(r=rank, lora_alpha=8)\n"
+    text += "def main():\n    SFTTrainer(model='m', args=config(), peft_config=adapter(8), train_dataset=rows)\n"
+    config = read(text, "train.py")
+    assert config.number("learning_rate") == 3e-4 and config.whole("lora_alpha") == 8
+    assert "r" in config.unread and config.tune is Tune.LORA
+
+
+def test_a_configuration_without_its_trainer_is_not_blamed_for_what_the_trainer_gets(read, ids):
+    config = read("from trl import SFTConfig\nargs = SFTConfig(eval_strategy='steps', max_length=512)\n", "train.py")
+    assert not {"WT030", "WT033"} & set(ids(config))
+
+
 def test_later_attributes_win(read):
     text = HEAD + LORA + "args = SFTConfig(learning_rate=1e-4)\nargs.learning_rate = 3e-4\n" + TAIL
     config = read(text, "train.py")

@@ -143,7 +143,8 @@ def test_a_local_model_and_local_rows_are_looked_at(read, tmp_path):
 
 _WORDS = (
     "learning_rate lora_r lora_alpha datasets base_model adapter rl trl stage lora_target val_set_size beta loss_type "
-    "fp16 model data method tune special_tokens use_peft eval_strategy max_steps warmup_ratio temperature micro_batch_size"
+    "fp16 model data method tune special_tokens use_peft eval_strategy max_steps "
+    "warmup_ratio temperature micro_batch_size"
 )
 KEYS = _WORDS.split()
 VALUES = st.recursive(

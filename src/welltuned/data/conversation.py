@@ -29,6 +29,7 @@ class Kind(StrEnum):
     CONTROL_TOKEN = "control_token"  # a special token spelled in a row's own text
     BAD_ENCODING = "bad_encoding"  # U+FFFD, NUL, C1 controls, or typical mojibake in a text
     LOST_THINKING = "lost_thinking"  # a thinking block that the template leaves out
+    LOST_MESSAGE = "lost_message"  # a system or user message that the template leaves out
     LOST_TOOLS = "lost_tools"  # the definitions of its tools, left out by the template
     END_UNTRAINED = "end_untrained"  # an uncut answer ends without a trained end-of-turn token
 

@@ -23,8 +23,8 @@ DEFAULT_POLICIES: Policies = MappingProxyType(
     {kind: Policy.ERROR if kind in (Kind.BAD_ROW, Kind.UNTRAINED) else Policy.KEEP for kind in Kind}
 )
 SEEN_BY_RENDERING = (  # the gravest first, which is the one that an error names
-    *(Kind.UNTRAINED, Kind.END_UNTRAINED, Kind.LOST_THINKING, Kind.LOST_TOOLS, Kind.BAD_ENCODING),
-    *(Kind.CONTROL_TOKEN, Kind.REPEATED_TURN, Kind.EMPTY_TURN),
+    *(Kind.UNTRAINED, Kind.END_UNTRAINED, Kind.LOST_MESSAGE, Kind.LOST_THINKING, Kind.LOST_TOOLS),
+    *(Kind.BAD_ENCODING, Kind.CONTROL_TOKEN, Kind.REPEATED_TURN, Kind.EMPTY_TURN),
 )
 ERROR_WORDS: Mapping[Kind, str] = MappingProxyType(
     {
@@ -37,6 +37,7 @@ ERROR_WORDS: Mapping[Kind, str] = MappingProxyType(
         Kind.CONTROL_TOKEN: "the row spells a special token in its own text",
         Kind.BAD_ENCODING: "the row has characters of a wrong encoding",
         Kind.LOST_THINKING: "the row has a thinking block that the chat template leaves out",
+        Kind.LOST_MESSAGE: "the row has a message that the chat template leaves out",
         Kind.LOST_TOOLS: "the row has tools that the chat template leaves out",
         Kind.END_UNTRAINED: "the row has an answer whose end-of-turn token is not trained",
     }
@@ -47,6 +48,7 @@ MEND: Mapping[Kind, str] = MappingProxyType(
         Kind.UNTRAINED: "see what the chat template renders",
         Kind.END_UNTRAINED: "see what the chat template writes after an answer",
         Kind.LOST_THINKING: "give a `chat_template` that keeps it",
+        Kind.LOST_MESSAGE: "give a `chat_template` that writes it, or put its text into the first user message",
         Kind.LOST_TOOLS: "give a `chat_template` that writes them",
         Kind.TOO_LONG: "raise max_length",
         Kind.DUPLICATE: "take one of them out",

@@ -151,6 +151,8 @@ class Renderer:
             trained = wanted(conversation, self.loss_on)
             if findings.loses_thinking(conversation, row.text, row.answers, trained):
                 found.add(Kind.LOST_THINKING)
+            if findings.loses_message(conversation, row.text):
+                found.add(Kind.LOST_MESSAGE)
             if conversation.tools and findings.loses_tools(conversation, row.text, self.chat.template):
                 found.add(Kind.LOST_TOOLS)
             yield self._example(conversation, tokens, found)

@@ -39,8 +39,10 @@ def emit_llamafactory(plan: Plan) -> Written:
     missing = [*missing_of(job)]
     if plan.facts.dataset.length_max > plan.value("max_length"):
         missing.append("max_length: prompt and answer are both shortened there, in proportion; here the end is cut")
-    if plan.value("init_lora_weights") is not True if "init_lora_weights" in plan.choices else False:
+    if "init_lora_weights" in plan.choices and plan.value("init_lora_weights") is not True:
         missing.append(f"init_lora_weights {plan.value('init_lora_weights')}: A starts as PEFT's default there")
+    if job.shape is not Shape.TEXT:
+        missing.append("template: taken from the model's own chat template; set `template` if yours has a name there")
     if plan.recipe.chat_template is not None:
         missing.append("chat_template: put it into the model's tokenizer_config.json, from where it is read")
     info = json.dumps(_dataset_info(job), ensure_ascii=False, indent=2)

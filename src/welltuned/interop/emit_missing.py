@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Sequence
 
 from welltuned.advice.plan import Plan
+from welltuned.advice.settle import counted
 from welltuned.facts.architecture import EXPERTS
-from welltuned.interop.emit_rows import Look, Shape, loss_of
+from welltuned.interop.emit_rows import Look, Shape
 from welltuned.models.resolve import DEMO_ALIAS, DEMO_HUB_ID
-from welltuned.recipe import Method, Recipe, Tune
+from welltuned.recipe import Recipe, Tune
 
 
 def model_there(recipe: Recipe) -> str:
@@ -52,24 +53,24 @@ def _rows(plan: Plan, looks: Sequence[Look], shape: Shape) -> Iterator[str]:
         yield f"further fields of messages ({', '.join(others)}) are passed on; see that the chat template writes them"
     if shape is Shape.PLAIN:
         yield "the model has no chat template: prompt and completion are joined as plain texts"
-    if recipe.method is Method.SFT and shape is Shape.CHAT and loss_of(recipe) == "last":
-        yield "loss_on: last"
 
 
-def group_of(recipe: Recipe) -> str:
-    return "a prompt" if recipe.group_by is None else f"the same `{recipe.group_by}`"
+def _alike(recipe: Recipe) -> str:
+    return "that share a prompt" if recipe.group_by is None else f"with the same `{recipe.group_by}`"
 
 
 def other_rows_held_out(plan: Plan) -> str:
     """For targets whose script splits by prompt or group too."""
-    count = plan.facts.dataset.heldout_rows
-    return f"held out are {count:,} rows or so, with {group_of(plan.recipe)} on one side, but not the same rows as here"
+    count = counted(plan.facts.dataset.heldout_rows, "row")
+    return f"held out: {count} or so, those {_alike(plan.recipe)} on one side as here, but not the same rows"
 
 
 def split_by_row(plan: Plan) -> str:
     """For targets that know only a share of the rows."""
-    what = f"held out is the same share ({held_out_share(plan):.2%}) by single rows: rows that share "
-    return what + f"{group_of(plan.recipe).removeprefix('the ')} can be on both sides, which makes the loss look better"
+    what = (
+        f"held out: the same share ({held_out_share(plan):.2%}) by single rows; rows {_alike(plan.recipe)} can be on "
+    )
+    return what + "both sides, which makes the held-out loss look better"
 
 
 def held_out_share(plan: Plan) -> float:

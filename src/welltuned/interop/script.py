@@ -131,9 +131,12 @@ def _runs(calls: Calls) -> Iterator[Run]:
 
 
 def _config_of(given: ast.expr | None, trainer: ast.Call, calls: Calls) -> ast.Call | None:
-    """The call that made a trainer's `args`: inline, or the last assignment of that name before the trainer."""
-    if isinstance(given, ast.Call):
-        return given if calls.names.called(given) in CONFIGS else None
+    """The call that made a trainer's `args`: inline, of a function, or the last assignment before the trainer."""
+    if given is None:
+        return None
+    direct = calls.names.call_of(given)
+    if direct is not None and calls.names.called(direct) in CONFIGS:
+        return direct
     if not isinstance(given, ast.Name):
         return None
     made = [

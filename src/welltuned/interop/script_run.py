@@ -82,6 +82,8 @@ def build_run(run: Run, calls: Calls, path: str) -> Config:
         draft.leave_open("args", "args", word.value.lineno, ast.unparse(word.value))
     if run.trainer is not None:
         _read_trainer(draft, run.trainer, calls)
+    else:
+        draft.note("no_trainer", "its trainer is not in the file", run.owner, run.line)
     _read_facts(draft, run, calls)
     return draft.finish()
 

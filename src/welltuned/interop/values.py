@@ -22,6 +22,7 @@ _BINARY: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Pow: operator.pow,
 }
 _CONVERSIONS: Mapping[str, Callable[[Any], Any]] = {"float": float, "int": int, "str": str, "bool": bool}
+_STEPS = 8  # of names and functions that are followed to a call
 _LARGEST = 1e15  # beyond it arithmetic is no hyperparameter, and `9**9**9` would never end
 
 
@@ -38,6 +39,7 @@ class Names:
         self.classes: dict[str, dict[str, ast.expr]] = {}
         self.opaque: set[str] = set()
         self.imported: dict[str, str] = {}
+        self.returned: dict[str, list[ast.expr]] = {}
         self._busy: set[str] = set()
         self._collect(tree.body, certain=True)
         for node in ast.walk(tree):
@@ -94,6 +96,9 @@ class Names:
                 | ast.withitem(optional_vars=ast.expr() as target)
             ):
                 self.opaque |= {inner.id for inner in ast.walk(target) if isinstance(inner, ast.Name)}
+            case ast.FunctionDef(name=name):
+                returns = [inner.value for inner in ast.walk(node) if isinstance(inner, ast.Return) and inner.value]
+                self.returned.setdefault(name, []).extend(returns)
             case ast.ImportFrom(names=names):
                 self.imported |= {name.asname: name.name for name in names if name.asname}
 
@@ -177,13 +182,15 @@ class Names:
         return self._value(fields[attribute])
 
     def call_of(self, node: ast.expr) -> ast.Call | None:
-        """The call that an expression is, or that the only assignment of its name is."""
-        if isinstance(node, ast.Call):
-            return node
-        if isinstance(node, ast.Name) and len(self.assigned.get(node.id, [])) == 1:
-            made = self.assigned[node.id][0]
-            return made if isinstance(made, ast.Call) else None
-        return None
+        """The call that an expression is, that the only assignment of its name is, or that its function returns."""
+        for _ in range(_STEPS):
+            if isinstance(node, ast.Name) and len(self.assigned.get(node.id, [])) == 1:
+                node = self.assigned[node.id][0]
+            elif isinstance(node, ast.Call) and len(self.returned.get(self.called(node), [])) == 1:
+                node = self.returned[self.called(node)][0]
+            else:
+                break
+        return node if isinstance(node, ast.Call) else None
 
 
 def _constants_of(body: list[ast.stmt]) -> dict[str, ast.expr]:

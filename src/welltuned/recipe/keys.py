@@ -94,6 +94,7 @@ POLICIES: Mapping[str, Key] = MappingProxyType(
             ("control_token", "Rows that spell a special token in their own text", "default keep, as text"),
             ("bad_encoding", "Rows with characters of a wrong encoding", "default keep"),
             ("lost_thinking", "Rows with a thinking block that the chat template leaves out", "default keep"),
+            ("lost_message", "Rows with a message that the chat template leaves out", "default keep"),
             ("lost_tools", "Rows with tools that the chat template leaves out", "default keep"),
             ("end_untrained", "Rows with an answer whose end token is not trained", "default keep"),
         )

@@ -211,7 +211,7 @@ def dropout_on_parameters(config: Config) -> Iterator[Hit]:
         yield Hit(
             name="lora_dropout",
             sentence=f"{config.key('lora_dropout')} {shown(dropout)} with {config.key('target_parameters')}: "
-            f"PEFT refuses it",
+            "PEFT refuses it",
         )
 
 

@@ -74,7 +74,7 @@ def held_out_data_unused(config: Config) -> Iterator[Hit]:
         yield Hit(
             name=name,
             sentence=f"{config.key(name)} holds data out, and {config.key('eval_strategy')} "
-            f"is no: it is never evaluated",
+            "is no: it is never evaluated",
         )
 
 
@@ -213,7 +213,7 @@ def epochs_overruled(config: Config) -> Iterator[Hit]:
     "preference-epochs",
     Severity.WARNING,
     looks_for="More than 3 epochs of DPO, KTO or ORPO, evaluated or not.",
-    why="Released recipes use 1 to 3; margins keep growing while the answers get worse.",
+    why="Released recipes use 1 to 3.",
     mend="1 epoch, at most 3",
     evidence=("E046", "E047", "E049"),
 )

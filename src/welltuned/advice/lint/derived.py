@@ -129,6 +129,8 @@ def evaluates(config: Config) -> bool | None:
 
 def has_held_out(config: Config) -> bool | None:
     """Whether there is held-out data; None where the file leaves it open."""
+    if "no_trainer" in config.facts:
+        return None
     names = ("eval_data", "eval_share", "eval_split")
     if any(name in config.unread for name in names):
         return None if not config.given("eval_data") or "eval_data" in config.settings else True

@@ -16,9 +16,8 @@ _TRUE = (True, "true", "True")
     "fp16-instead-of-bf16",
     Severity.WARNING,
     looks_for="fp16 switched on.",
-    why="fp16 ends at 65,504: models that were trained in bf16 (all of today's) overflow "
-    "it, and the filter for NaN hides "
-    "the loss. Every NVIDIA GPU since Ampere has bf16.",
+    why="fp16 ends at 65,504, which models trained in bf16 may exceed, and the filter for NaN then hides the loss. "
+    "Every NVIDIA GPU since Ampere has bf16.",
     mend="`bf16: true`; keep fp16 only for GPUs before Ampere (T4, V100)",
     evidence=("S010", "L001"),
 )

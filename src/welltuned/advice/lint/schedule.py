@@ -26,7 +26,7 @@ def constant_ignores_warmup(config: Config) -> Iterator[Hit]:
         yield Hit(
             name=name,
             sentence=f"{config.key(name)} {shown(config.value(name))} is ignored: the schedule "
-            f"`constant` has no warm-up",
+            "`constant` has no warm-up",
         )
 
 

@@ -121,7 +121,7 @@ def pad_is_end(config: Config) -> Iterator[Hit]:
 @check(
     "WT055",
     "template-missing",
-    Severity.WARNING,
+    Severity.NOTE,
     looks_for="LLaMA-Factory without `template`.",
     why="It then reads the tokenizer's template by comparing strings, or falls back to "
     "an empty one with a line in the log: "
