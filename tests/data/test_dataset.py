@@ -109,7 +109,9 @@ def test_every_planted_defect_is_named_and_no_other(read, write, tokenizer, monk
     json.dumps(report.to_json(), allow_nan=False)
 
 
-@pytest.mark.parametrize("kind", [k for k in Kind if k not in (Kind.LEAK, Kind.LOST_MESSAGE, Kind.LOST_THINKING, Kind.END_UNTRAINED)])
+@pytest.mark.parametrize(
+    "kind", [k for k in Kind if k not in (Kind.LEAK, Kind.LOST_MESSAGE, Kind.LOST_THINKING, Kind.END_UNTRAINED)]
+)
 def test_each_kind_can_be_left_out_or_refused(read, write, kind):
     path = write("broken", PLANTED)
     others = {f"on_{k}": "drop" for k in (Kind.BAD_ROW, Kind.UNTRAINED)}

@@ -4,7 +4,6 @@ from welltuned.models.foresee import ONE_BY_ONE, foresee
 from welltuned.models.fuse import fuse
 from welltuned.models.lora import LoraSettings, attach
 
-
 SEEN_BY_TRYING = ("jamba",)  # its configuration does not name the layers that carry state
 
 

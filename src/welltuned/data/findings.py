@@ -81,7 +81,9 @@ def loses_tools(conversation: Conversation, text: str, template: str) -> bool:
 def loses_message(conversation: Conversation, text: str) -> bool:
     """Whether a system or user message is not in the rendered text (Mistral's templates drop the system message where
     the last turn is an answer)."""
-    return any(m.role in ("system", "developer", "user") and m.content.strip() not in text for m in conversation.messages)
+    return any(
+        m.role in ("system", "developer", "user") and m.content.strip() not in text for m in conversation.messages
+    )
 
 
 def without_thoughts(content: str) -> str:

@@ -14,8 +14,8 @@ from typing import Protocol
 from welltuned.data import folders
 from welltuned.data.files import DataFile, FileKind, data_file, kind_and_packing, nearest, reason, spooled
 from welltuned.data.hub import open_hub
-from welltuned.data.readers import Row as Row
 from welltuned.data.readers import Refuse, raised, read_file
+from welltuned.data.readers import Row as Row
 from welltuned.errors import InputError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -39,7 +39,7 @@ class Source(Protocol):
     def skipped(self) -> tuple[str, ...]: ...
 
     def rows(self, refuse: Refuse = raised) -> Iterator[Row]:
-        """All rows, read as they are asked for; an InputError where there are none, or where the file cannot be read on.
+        """All rows, read as they are asked for; an InputError where there are none, or the file cannot be read on.
 
         `refuse` is told of a bad line after which it can; unless it raises (as by default) that line is left out.
         """
