@@ -188,8 +188,8 @@ _WORDS: Mapping[Kind, tuple[float, str]] = MappingProxyType(
             *(78, "have an answer whose end-of-turn token is not trained, so the model may not learn to stop"),
         ),
         Kind.LOST_THINKING: (68, "have a thinking block that the chat template leaves out, so it is not learned"),
-        Kind.LOST_MESSAGE: (77, "have a system or user message that the chat template leaves out of what the model sees"),
-        Kind.LOST_TOOLS: (67, "have tools that the chat template leaves out: the model learns to call what it never sees"),
+        Kind.LOST_MESSAGE: (77, "have a system or user message that the chat template leaves out of the text"),
+        Kind.LOST_TOOLS: (67, "have tools that the chat template leaves out: the model learns calls of unseen tools"),
         Kind.LEAK: (65, "are also found in the training data (they repeat a training row or its prompt): the held-out "
                         "loss will flatter the run"),
         Kind.BAD_ENCODING: (50, "have characters of a wrong encoding, such as Ã© for é, which the model would learn"),
