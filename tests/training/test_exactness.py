@@ -8,7 +8,6 @@ import torch
 from welltuned.data.packing import pack
 from welltuned.data.stream import update_indices
 from welltuned.objectives.supervised import supervised_tokens
-from welltuned.training import run as run_module
 from welltuned.training import step as step_module
 
 CUTS = {"16x1": 1, "8x2": 2, "4x4": 4, "2x8": 8, "1x16": 16}  # micro-batches x rows, the rows cut by a token budget
@@ -81,7 +80,7 @@ def test_cuts_give_one_adapter(cuts):
 
 
 def test_the_bug_would_show(run, cuts, monkeypatch):
-    monkeypatch.setattr(run_module, "accumulate_gradient", mean_of_means)
+    monkeypatch.setattr(step_module, "accumulate_gradient", mean_of_means)
     wrong = {name: run(token_budget=budget(rows)) for name, rows in CUTS.items()}
     assert spread([wrong["1x16"].losses, cuts["1x16"].losses]) < 1e-5  # one micro-batch: there is nothing to get wrong
     assert spread([f.losses for f in wrong.values()]) > 0.01  # measured: 0.07

@@ -9,6 +9,7 @@ from welltuned.advice.plan import plan_from_yaml, plan_to_yaml
 from welltuned.errors import InputError, RunError
 from welltuned.recipe import load_recipe
 from welltuned.training import run as run_module
+from welltuned.training import step as step_module
 from welltuned.training.events import Evaluated, Note, Updated
 
 FIELDS = {"step", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "tokens_per_second", "epoch"}
@@ -356,7 +357,7 @@ def into(tiny_model_dir, data_file):
 @pytest.mark.parametrize("tune", ["lora", "full"])
 def test_a_tensor_that_did_not_move(into, tmp_path, monkeypatch, tune):
     """Planted: the gradients of one tensor are lost on the way."""
-    real = run_module.accumulate_gradient
+    real = step_module.accumulate_gradient
 
     def losing(engine, examples, keys):
         made = real(engine, examples, keys)
@@ -364,7 +365,7 @@ def test_a_tensor_that_did_not_move(into, tmp_path, monkeypatch, tune):
         engine.trained.grad_KP[:, slot.start : slot.start + slot.size] = 0
         return made
 
-    monkeypatch.setattr(run_module, "accumulate_gradient", losing)
+    monkeypatch.setattr(step_module, "accumulate_gradient", losing)
     # Without decay: decay moves a tensor of full fine-tuning that no gradient reaches.
     expect_failure(into, tmp_path, r"layers\.1\.mlp\.up_proj.* did not move in 3 updates", tune=tune, weight_decay=0.0)
 
@@ -384,14 +385,14 @@ def test_a_tensor_that_is_not_finite(into, tmp_path, monkeypatch, tune):
 
 
 def test_a_gradient_that_is_not_finite(into, tmp_path, monkeypatch):
-    real = run_module.accumulate_gradient
+    real = step_module.accumulate_gradient
 
     def spoiling(engine, examples, keys):
         made = real(engine, examples, keys)
         engine.trained.grad_KP[0, 0] = math.nan
         return made
 
-    monkeypatch.setattr(run_module, "accumulate_gradient", spoiling)
+    monkeypatch.setattr(step_module, "accumulate_gradient", spoiling)
     expect_failure(into, tmp_path, "gradient of update 1 is not finite")
 
 
@@ -440,7 +441,7 @@ def test_a_base_model_that_changes_on_disk_during_full_fine_tuning(into, tmp_pat
 
 def test_metrics_of_a_failed_run_stay(into, tmp_path, monkeypatch):
     """The updates up to the failure can be read, the one whose evaluation failed among them."""
-    real = run_module.evaluate
+    real = step_module.evaluate
     asked = []
 
     def failing(engine, examples):
@@ -449,7 +450,7 @@ def test_metrics_of_a_failed_run_stay(into, tmp_path, monkeypatch):
             raise RunError("the held-out loss is not finite in rows.jsonl:3")
         return real(engine, examples)
 
-    monkeypatch.setattr(run_module, "evaluate", failing)
+    monkeypatch.setattr(step_module, "evaluate", failing)
     with pytest.raises(RunError):
         into(tmp_path / "out", max_steps=6, eval_steps=2)
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]

@@ -1,7 +1,10 @@
 """What a run tells while it works. The command line prints it, metrics.jsonl keeps it, a caller may watch it."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+_NOTHING: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +18,8 @@ class Note:
 class Updated:
     """One update. `step` counts from 1; `loss` is the mean over the update's supervised tokens, in nats.
 
-    `evaluation_follows` says that the next event is the `Evaluated` of this step.
+    `evaluation_follows` says that the next event is the `Evaluated` of this step. `measures` are the objective's own
+    numbers, which metrics.jsonl holds beside the others.
     """
 
     step: int
@@ -30,6 +34,7 @@ class Updated:
     memory_bytes: int
     seconds_left: float
     evaluation_follows: bool
+    measures: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,7 @@ class Evaluated:
     step: int
     eval_loss: float
     eval_loss_se: float
+    measures: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
 
 
 Event = Note | Updated | Evaluated

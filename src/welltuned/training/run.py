@@ -31,7 +31,7 @@ from welltuned.training.optimizer import AdamWSettings, FlatAdamW, Schedule, Sch
 from welltuned.training.prepare import Prepared
 from welltuned.training.process import allocator_keeps_memory, memory_used
 from welltuned.training.rundir import ADAPTER, MODEL, PLAN, RECIPE, RUN, RunDir, require_free
-from welltuned.training.step import Engine, Evaluation, Trained, accumulate_gradient, evaluate
+from welltuned.training.step import Engine, Evaluation, Objective, Supervised, Trained
 
 MOST_ORIGINS = 1_000  # held-out rows named in run.json
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -39,9 +39,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A loaded model with what trains on it, before the first update."""
+    """A loaded model with what trains on it and by what objective, before the first update."""
 
     engine: Engine
+    objective: Objective
     fused: Fused
     notes: tuple[str, ...]
 
@@ -87,7 +88,7 @@ def make_ready(plan: Plan) -> Ready:
     if plan.value("gradient_checkpointing"):
         checkpoint_layers(model, fused)
     budget = plan.value("token_budget") if plan.value("packing") else 1  # 1: every example by itself
-    return Ready(Engine(model, trained, head, budget), fused, tuple(notes))
+    return Ready(Engine(model, trained, head, budget), Supervised(), fused, tuple(notes))
 
 
 def _reached(model: PreTrainedModel, plan: Plan, idle: tuple[str, ...]) -> LoraSettings:
@@ -151,8 +152,8 @@ def train(
             if before_training is not None:
                 before_training(ready)
             with packed_model(ready.model):
-                before = _evaluated(ready.engine, prepared, 0, tell)
-                seconds, tokens, after = _loop(ready.engine, prepared, tell)
+                before = _evaluated(ready, prepared, 0, tell)
+                seconds, tokens, after = _loop(ready, prepared, tell)
             result = RunResult(
                 path=out,
                 engine=ready.engine,
@@ -168,17 +169,17 @@ def train(
     return result
 
 
-def _evaluated(engine: Engine, prepared: Prepared, step: int, tell: Observer) -> Evaluation | None:
+def _evaluated(ready: Ready, prepared: Prepared, step: int, tell: Observer) -> Evaluation | None:
     if not prepared.held_out:
         return None
-    found = evaluate(engine, prepared.held_out)
-    tell(Evaluated(step, found.loss, found.standard_error))
+    found = ready.objective.evaluate(ready.engine, prepared.held_out)
+    tell(Evaluated(step, found.loss, found.standard_error, found.measures))
     return found
 
 
-def _loop(engine: Engine, prepared: Prepared, tell: Observer) -> tuple[float, int, Evaluation | None]:
+def _loop(ready: Ready, prepared: Prepared, tell: Observer) -> tuple[float, int, Evaluation | None]:
     """All updates; (seconds and tokens spent in updates, the last evaluation)."""
-    plan, rows, mixture = prepared.plan, prepared.train, prepared.mixture
+    engine, plan, rows, mixture = ready.engine, prepared.plan, prepared.train, prepared.mixture
     seed, batch, total = plan.value("seed"), plan.value("effective_batch_size"), plan.updates
     schedule = Schedule(
         kind=Scheduler(plan.value("lr_scheduler_type")),
@@ -194,7 +195,8 @@ def _loop(engine: Engine, prepared: Prepared, tell: Observer) -> tuple[float, in
         started = time.perf_counter()
         chosen = mixture.update(batch, step)
         optimizer.zero_grad()
-        made = accumulate_gradient(engine, [rows[i] for i in chosen], [_dropout_key(seed, step, i) for i in chosen])
+        keys = [_dropout_key(seed, step, i) for i in chosen]
+        made = ready.objective.accumulate_gradient(engine, [rows[i] for i in chosen], keys)
         norm = clip_(engine.trained.grad_KP, plan.value("max_grad_norm"))[0]
         if not norm < float("inf"):
             raise RunError(f"the gradient of update {step + 1} is not finite; lower the learning rate")
@@ -216,10 +218,11 @@ def _loop(engine: Engine, prepared: Prepared, tell: Observer) -> tuple[float, in
                 memory_bytes=memory_used(plan.facts.machine.device).now,
                 seconds_left=seconds / (step + 1) * (total - step - 1),
                 evaluation_follows=due,
+                measures=made.measures,
             )
         )
         if due:
-            last = _evaluated(engine, prepared, step + 1, tell)
+            last = _evaluated(ready, prepared, step + 1, tell)
     return seconds, tokens, last
 
 

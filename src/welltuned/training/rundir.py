@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from welltuned.errors import InputError
 from welltuned.training.events import Evaluated, Event, Note, Updated
 
 ADAPTER, MODEL, RUN, PLAN, RECIPE, METRICS = "adapter", "model", "run.json", "plan.yaml", "recipe.yaml", "metrics.jsonl"
-_FOR_WATCHERS = ("total_steps", "seconds_left", "evaluation_follows")
+_FOR_WATCHERS = ("total_steps", "seconds_left", "evaluation_follows", "measures")
 
 
 class RunDir:
@@ -51,12 +51,12 @@ class RunDir:
         """
         match event:
             case Updated():
-                line = {k: v for k, v in asdict(event).items() if k not in _FOR_WATCHERS}
+                line = _flat(event)
                 if event.evaluation_follows:
                     self._awaiting = line
                     return
             case Evaluated():
-                line = {**(self._awaiting or {"event": "evaluation"}), **asdict(event)}
+                line = {**(self._awaiting or {"event": "evaluation"}), **_flat(event)}
                 self._awaiting = None
             case Note():
                 line = {"event": "note", "text": event.text}
@@ -70,6 +70,12 @@ class RunDir:
         if self._awaiting is not None:
             self._append(self._awaiting)
         self._metrics.close()
+
+
+def _flat(event: Updated | Evaluated) -> dict[str, Any]:
+    """An event as a line of metrics.jsonl, without what only watchers need; its measures stand beside the rest."""
+    line = {f.name: getattr(event, f.name) for f in fields(event) if f.name not in _FOR_WATCHERS}
+    return {**line, **event.measures}
 
 
 def require_free(path: Path) -> None:

@@ -6,8 +6,10 @@ the tokens of short answers more.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -21,6 +23,7 @@ from welltuned.models.lora import AdapterBank
 from welltuned.objectives.supervised import MicroBatch, collate, loss, supervised_tokens
 
 Trained = AdapterBank | FullParameters
+NOTHING: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +43,15 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class Gradient:
-    """What one update's gradient was made from. `loss` is the mean over supervised tokens, in nats."""
+    """What one update's gradient was made from. `loss` is the mean over supervised tokens, in nats.
+
+    `measures` are an objective's own numbers, by the names that metrics.jsonl gives them.
+    """
 
     loss: float
     tokens: int
     supervised_tokens: int
+    measures: Mapping[str, float] = field(default_factory=lambda: NOTHING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,32 @@ class Evaluation:
     standard_error: float
     supervised_tokens: int
     loss_of_example: tuple[float, ...]
+    measures: Mapping[str, float] = field(default_factory=lambda: NOTHING)
+
+
+class Objective(Protocol):
+    """What a run optimises: how the rows of an update become a gradient, and how held-out rows are judged.
+
+    Both are called within `packed_model(engine.model)`. What a row is, is the objective's matter.
+    """
+
+    def accumulate_gradient(self, engine: Engine, rows: Sequence[Any], keys: Sequence[int]) -> Gradient:
+        """Add the gradient of an update's mean loss; `keys` name each row's randomness in this update."""
+        ...
+
+    def evaluate(self, engine: Engine, rows: Sequence[Any]) -> Evaluation:
+        """Judge rows, and leave training as it would be without."""
+        ...
+
+
+class Supervised:
+    """Fine-tuning on the trained tokens of examples."""
+
+    def accumulate_gradient(self, engine: Engine, rows: Sequence[Example], keys: Sequence[int]) -> Gradient:
+        return accumulate_gradient(engine, rows, keys)
+
+    def evaluate(self, engine: Engine, rows: Sequence[Example]) -> Evaluation:
+        return evaluate(engine, rows)
 
 
 def accumulate_gradient(engine: Engine, examples: Sequence[Example], keys: Sequence[int]) -> Gradient:
