@@ -83,8 +83,8 @@ class Rows:
             )
         if dropout.p:
             starts = accumulate((rows for rows, _ in dropout.spans), initial=0)
-            span = next(span for at, span in zip(starts, dropout.spans, strict=False) if (at, span[0]) == (start, n))
-            self.dropout = Dropout(dropout.p, (span,))
+            inside = zip(starts, dropout.spans, strict=False)
+            self.dropout = Dropout(dropout.p, tuple(span for at, span in inside if start <= at < start + n))
         try:
             yield
         finally:
