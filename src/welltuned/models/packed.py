@@ -101,12 +101,12 @@ AttentionMaskInterface.register(ATTENTION, _no_mask)
 @contextmanager
 def packed_model(model: PreTrainedModel) -> Iterator[None]:
     """Within the block this model (and no other) attends within packed examples, its own dropout off."""
-    with _attending(model, ATTENTION if packs(model) else model.config._attn_implementation):
+    with attending(model, ATTENTION if packs(model) else model.config._attn_implementation):
         yield
 
 
 @contextmanager
-def _attending(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+def attending(model: PreTrainedModel, implementation: str) -> Iterator[None]:
     before, training = model.config._attn_implementation, model.training
     if implementation != before:
         model.set_attn_implementation(implementation)
@@ -159,7 +159,7 @@ def refuses_packing(skeleton: PreTrainedModel) -> bool:
     if not _packable_layers(skeleton):
         return True
     try:
-        with _attending(skeleton, ATTENTION):
+        with attending(skeleton, ATTENTION):
             if skeleton.config._attn_implementation != ATTENTION:
                 return True
             batch = _trial("meta")
@@ -182,10 +182,10 @@ def _try_packing(model: PreTrainedModel) -> bool:
     if not _packable_layers(model):
         return False
     batch = _trial(model.device)
-    with _attending(model, model.config._attn_implementation):
+    with attending(model, model.config._attn_implementation):
         alone_NV = logits(model, batch)
     try:
-        with _attending(model, ATTENTION):
+        with attending(model, ATTENTION):
             if model.config._attn_implementation != ATTENTION:  # transformers only warned that it cannot be set
                 return False
             packed_NV = logits(model, batch)
@@ -198,7 +198,7 @@ def _try_packing(model: PreTrainedModel) -> bool:
 def _try_sharing(model: PreTrainedModel) -> bool:
     ids_N = _trial(model.device).ids_N
     trunk, branches = ids_N[:5], ids_N[5:].split([4, 7])
-    with _attending(model, ATTENTION):
+    with attending(model, ATTENTION):
         apart_NV = logits(model, Packed(torch.cat([t for b in branches for t in (trunk, b)]), [9, 12]))
         shared_NV = logits(model, Packed(ids_N, [16], [(4, 7)]))
     return _near(shared_NV, torch.cat([apart_NV[:9], apart_NV[14:]]))
