@@ -16,8 +16,9 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from inspect import Parameter, signature
@@ -63,11 +64,18 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """`call` gives one value a completion, whatever the user's function returned; `needs_answer` for built-in ones."""
+    """`call` gives one value a completion, whatever the user's function returned.
+
+    Attributes:
+        asks: what the user's function cannot do without, as it names it; `where` is its file.
+        needs_answer: whether it compares with the row's reference answer.
+    """
 
     name: str
     weight: float
     call: Callable[[Sequence[Judged]], Sequence[Any]]
+    asks: tuple[str, ...] = ()
+    where: str = ""
     needs_answer: bool = False
 
 
@@ -101,7 +109,7 @@ def score(rewards: Sequence[Reward], samples: Sequence[Judged]) -> Scores:
     faults: list[Fault] = []
     for reward in rewards:
         values = []
-        for i, value in enumerate(_values(reward, samples)):
+        for i, value in enumerate(_values(reward, samples) if samples else []):
             number = math.nan
             if isinstance(value, Fault):
                 faults.append(value)
@@ -161,13 +169,8 @@ def _told(error: Exception) -> str:
 # ── finding them ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def load_rewards(
-    specs: Sequence[str], weights: Sequence[float] | None = None, columns: Collection[str] | None = None
-) -> tuple[Reward, ...]:
-    """The rewards that a recipe names, each with its weight.
-
-    Args:
-        columns: those that the rows have, which functions may ask for; None where they are not known yet.
+def load_rewards(specs: Sequence[str], weights: Sequence[float] | None = None) -> tuple[Reward, ...]:
+    """The rewards that a recipe names, each with its weight (1 where none are given).
 
     Raises:
         InputError: one that is not there or cannot be called; nothing is called.
@@ -175,21 +178,30 @@ def load_rewards(
     if not specs:
         mend = f"name a function, such as rewards.py:score, or one of {', '.join(BUILT_IN)}"
         raise InputError("grpo needs something that rewards answers", where="rewards", mend=mend)
-    names: dict[str, int] = {}
-    found = []
+    names: Counter[str] = Counter()
+    rewards = []
     for spec, weight in zip(specs, weights or [1.0] * len(specs), strict=True):
-        reward = _load(spec, weight, columns)
-        names[reward.name] = names.get(reward.name, 0) + 1
+        reward = _load(spec, weight)
+        names[reward.name] += 1
         again = f"_{names[reward.name]}" if names[reward.name] > 1 else ""
-        found.append(Reward(reward.name + again, weight, reward.call, reward.needs_answer))
-    return tuple(found)
+        rewards.append(replace(reward, name=reward.name + again))
+    return tuple(rewards)
 
 
-def _load(spec: str, weight: float, columns: Collection[str] | None) -> Reward:
+def require_columns(rewards: Sequence[Reward], columns: Collection[str]) -> None:
+    """Raises InputError where a function asks for a column that the rows do not have."""
+    for reward in rewards:
+        for name in reward.asks:
+            if _SINGULAR.get(name, name) not in _GIVEN and name not in columns:
+                mend = f"the columns are {', '.join(columns)}; besides them there are {', '.join(_GIVEN)}"
+                raise InputError(f"`{reward.name}` asks for `{name}`, which rows do not have", reward.where, mend)
+
+
+def _load(spec: str, weight: float) -> Reward:
     kind, _, rest = spec.partition(":")
     if spec in _COMPARING:
         compare = _COMPARING[spec]
-        return Reward(spec, weight, lambda samples: [compare(s.completion, s.answer or "") for s in samples], True)
+        return Reward(spec, weight, partial(_compared, compare), needs_answer=True)
     if kind == "regex":
         try:
             pattern = re.compile(rest, re.DOTALL)
@@ -203,17 +215,20 @@ def _load(spec: str, weight: float, columns: Collection[str] | None) -> Reward:
         return Reward("json_schema", weight, lambda samples: [json_schema(schema, s.completion) for s in samples])
     path, _, name = spec.rpartition(":")
     if path.endswith(".py"):
-        return _own(Path(path).expanduser(), name, weight, columns)
+        return _own(Path(path).expanduser(), name, weight)
     if spec.endswith(".py"):
         raise InputError(f"'{spec}' names no function", where="rewards", mend=f"write {spec}:FUNCTION")
     near = get_close_matches(spec, BUILT_IN, n=1, cutoff=0.5)
-    mend = f"did you mean {near[0]}? " if near else ""
-    raise InputError(
-        f"'{spec}' is no reward", where="rewards", mend=mend + "file.py:function, or " + ", ".join(BUILT_IN)
-    )
+    mend = f"did you mean {near[0]}?" if near else f"file.py:function, or one of {', '.join(BUILT_IN)}"
+    raise InputError(f"'{spec}' is no reward", where="rewards", mend=mend)
 
 
-def _own(path: Path, name: str, weight: float, columns: Collection[str] | None) -> Reward:
+def _compared(compare: Callable[[str, str], float], samples: Sequence[Judged]) -> list[float | None]:
+    """None, which is no number, for a row without an answer: it cannot be judged by it."""
+    return [None if s.answer is None else compare(s.completion, s.answer) for s in samples]
+
+
+def _own(path: Path, name: str, weight: float) -> Reward:
     module = _module(path)
     function = vars(module).get(name)
     if not callable(function):
@@ -221,7 +236,8 @@ def _own(path: Path, name: str, weight: float, columns: Collection[str] | None) 
         near = get_close_matches(name, known, n=1)
         mend = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'no functions'}"
         raise InputError(f"there is no function `{name}` in the reward file", where=str(path), mend=mend)
-    return Reward(name, weight, partial(_call_own, function, *_asked(function, name, path, columns)))
+    asked = _asked(function, name, path)
+    return Reward(name, weight, partial(_call_own, function, asked), asked.needed, str(path))
 
 
 def _module(path: Path) -> ModuleType:
@@ -240,45 +256,45 @@ def _module(path: Path) -> ModuleType:
     return module
 
 
-def _asked(
-    function: Callable[..., Any], name: str, path: Path, columns: Collection[str] | None
-) -> tuple[tuple[str, ...], bool, bool]:
-    """(parameters by name, whether it takes lists, whether it takes all columns)."""
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a function takes: parameters by name, those it needs, whether lists, whether all columns besides."""
+
+    names: tuple[str, ...]
+    needed: tuple[str, ...]
+    lists: bool
+    every: bool
+
+
+def _asked(function: Callable[..., Any], name: str, path: Path) -> _Asked:
     try:
         parameters = signature(function).parameters.values()
     except (TypeError, ValueError) as error:
         raise InputError(f"`{name}` has no readable parameters", where=str(path)) from error
-    every = any(p.kind is Parameter.VAR_KEYWORD for p in parameters)
     named = [p for p in parameters if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)]
     lists = any(p.name == "completions" for p in named)
     if lists == any(p.name == "completion" for p in named):
         mend = f"def {name}(completion, answer) or def {name}(completions, prompts, **columns)"
         raise InputError(f"`{name}` takes neither `completion` nor `completions`", where=str(path), mend=mend)
-    asked = []
-    for p in named:
-        singular = _SINGULAR.get(p.name, p.name) if lists else p.name
-        known = p.name.startswith("completion") or singular in _GIVEN or columns is None or p.name in columns
-        if known:
-            asked.append(p.name)
-        elif p.default is Parameter.empty:
-            mend = f"the columns are {', '.join(sorted(columns or ()))}; besides them {', '.join(_GIVEN)}"
-            raise InputError(f"`{name}` asks for `{p.name}`, which rows do not have", where=str(path), mend=mend)
-    return tuple(asked), lists, every
+    needed = tuple(p.name for p in named if p.default is Parameter.empty and not p.name.startswith("completion"))
+    return _Asked(
+        tuple(p.name for p in named), needed, lists, any(p.kind is Parameter.VAR_KEYWORD for p in parameters)
+    )
 
 
-def _call_own(
-    function: Callable[..., Any], asked: tuple[str, ...], lists: bool, every: bool, samples: Sequence[Judged]
-) -> Sequence[Any]:
-    if not lists:
-        return [_one(function, asked, every, sample) for sample in samples]
-    extra = [key for key in dict.fromkeys(k for s in samples for k in s.row) if every and key not in asked]
-    given = {name: [s.get(_SINGULAR.get(name, name)) for s in samples] for name in (*asked, *extra)}
-    if every:
-        given = {"prompts": [s.prompt for s in samples], **given}
+def _call_own(function: Callable[..., Any], asked: _Asked, samples: Sequence[Judged]) -> Sequence[Any]:
+    if not asked.lists:
+        return [function(**{name: s.get(name) for name in _names(asked, [s])}) for s in samples]
+    given = {name: [s.get(_SINGULAR.get(name, name)) for s in samples] for name in _names(asked, samples)}
     values: Sequence[Any] = function(**given)
     return values
 
 
-def _one(function: Callable[..., Any], asked: tuple[str, ...], every: bool, sample: Judged) -> Any:
-    extra = [key for key in sample.row if every and key not in asked]
-    return function(**{name: sample.get(name) for name in (*asked, *extra)})
+def _names(asked: _Asked, samples: Sequence[Judged]) -> list[str]:
+    """The arguments of a call: a parameter with a default only where there is a value for it."""
+    columns = dict.fromkeys(key for s in samples for key in s.row)
+    here = {*columns, *_GIVEN, "completion", "completions", *(_SINGULAR if asked.lists else ())}
+    names = [name for name in asked.names if name in asked.needed or name in here]
+    if asked.every:
+        names += [name for name in ("prompts" if asked.lists else "prompt", *columns) if name not in names]
+    return names
