@@ -98,6 +98,6 @@ def _planned(recipe: Recipe, dataset: Dataset, model: ModelFacts, machine: Machi
         within = dataset.within(longest)
         if len(within.train) == len(dataset.train):
             # Held-out rows are cut as the training rows are, or where the model itself ends.
-            bound = "max_length" in recipe.hyperparameters or facts.length_max > longest
+            bound = "max_length" in recipe.hyperparameters or facts.length_max > longest or within.in_pieces
             return plan, within.held_out_within(longest if bound else model.context_length)
         dataset = within
