@@ -1,4 +1,4 @@
-"""Where the tokens of a preference pair lie: [what both answers begin with][the chosen one's own][the rejected one's]."""
+"""Where a preference pair's tokens lie: [what both answers begin with][the chosen one's own][the rejected one's]."""
 
 from typing import NamedTuple
 

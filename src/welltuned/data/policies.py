@@ -24,8 +24,8 @@ DEFAULT_POLICIES: Policies = MappingProxyType(
     {kind: Policy.ERROR if kind in NEVER_KEPT else Policy.KEEP for kind in Kind}
 )
 SEEN_BY_RENDERING = (  # the gravest first, which is the one that an error names
-    *(Kind.UNTRAINED, Kind.EQUAL_PAIR, Kind.END_UNTRAINED, Kind.PROMPT_DIFFERS, Kind.LOST_MESSAGE, Kind.LOST_THINKING, Kind.LOST_TOOLS),
-    *(Kind.BAD_ENCODING, Kind.CONTROL_TOKEN, Kind.REPEATED_TURN, Kind.EMPTY_TURN),
+    *(Kind.UNTRAINED, Kind.EQUAL_PAIR, Kind.END_UNTRAINED, Kind.PROMPT_DIFFERS, Kind.LOST_MESSAGE),
+    *(Kind.LOST_THINKING, Kind.LOST_TOOLS, Kind.BAD_ENCODING, Kind.CONTROL_TOKEN, Kind.REPEATED_TURN, Kind.EMPTY_TURN),
 )
 ERROR_WORDS: Mapping[Kind, str] = MappingProxyType(
     {

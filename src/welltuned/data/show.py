@@ -188,7 +188,7 @@ def _alike(example: Example, roles: NDArray[np.uint8], controls: frozenset[int])
         return
     control = np.isin(example.ids, list(controls))
     state = roles.astype(np.int16) * 2 + example.mask
-    forks = [at for at in example.fork or () if 0 < at]
+    forks = [at for at in example.fork or () if at > 0]
     breaks = np.flatnonzero((state[1:] != state[:-1]) | control[1:] | control[:-1]) + 1
     breaks = np.union1d(breaks, np.array(forks, breaks.dtype))
     yield from zip([0, *breaks.tolist()], [*breaks.tolist(), len(example.ids)], strict=True)

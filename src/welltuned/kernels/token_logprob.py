@@ -11,7 +11,7 @@ gradient for its own: there the forward pass keeps the log-sum-exp, and the back
 import torch
 from torch import Tensor
 
-from welltuned.kernels.token_loss import Head, add_gradients, HeadGradient, log_sum, tile_of
+from welltuned.kernels.token_loss import Head, HeadGradient, add_gradients, log_sum, tile_of
 
 
 def cooled(head: Head, temperature: float) -> Head:

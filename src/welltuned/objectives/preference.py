@@ -139,8 +139,8 @@ class KtoSettings:
 def kto_loss(answers: Answers, desirable_P: Tensor, kl: float, settings: KtoSettings) -> Tensor:
     """w (1 - s(b (ratio - kl))) for desirable answers, w' (1 - s(b (kl - ratio))) for the others [P].
 
-    Ethayarajh et al. 2024, arXiv 2402.01306, equations 7 and 8. `kl` is max(0, mean of the ratios of mismatched answers)
-    and has no gradient.
+    Ethayarajh et al. 2024, arXiv 2402.01306, equations 7 and 8. `kl` is the mean ratio of mismatched answers, or 0
+    where that is below it, and has no gradient.
     """
     sign_P = torch.where(desirable_P, 1.0, -1.0).to(answers.logp_P.dtype)
     weight_P = torch.where(desirable_P, settings.desirable_weight, settings.undesirable_weight).to(sign_P.dtype)

@@ -120,7 +120,9 @@ def accumulate_gradient(engine: Engine, examples: Sequence[Example], keys: Seque
     losses = torch.stack(sums).tolist()  # the one time that an update waits for the GPU
     for chosen, summed in zip(origins, losses, strict=True):
         if not math.isfinite(summed):
-            raise RunError(f"the loss is not finite in {origins_of(chosen)}; lower the learning rate or look at the rows")
+            raise RunError(
+                f"the loss is not finite in {origins_of(chosen)}; lower the learning rate or look at the rows"
+            )
     return Gradient(sum(losses), sum(len(e.ids) for e in examples), supervised)
 
 
