@@ -192,9 +192,7 @@ def test_branches_equal_copies_of_their_trunk(agree, blocks, kind, heads):
     sinks = torch.randn(heads[0], dtype=torch.float64).requires_grad_() if options.pop("sinks", False) else None
     agree(
         lambda: packed_attention(q, k, v, lengths, 0.3, sinks_Q=sinks, branches=branches, **options),
-        lambda: apart(
-            lambda *t: attention_reference(*t, 0.3, sinks_Q=sinks, **options), q, k, v, lengths, branches
-        ),
+        lambda: apart(lambda *t: attention_reference(*t, 0.3, sinks_Q=sinks, **options), q, k, v, lengths, branches),
         *((q, k, v) if sinks is None else (q, k, v, sinks)),
     )
 

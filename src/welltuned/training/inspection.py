@@ -9,6 +9,7 @@ import numpy as np
 
 from welltuned.choice import Choice
 from welltuned.data.audit import Audit, Severity
+from welltuned.data.build import RowsRead, unwatched
 from welltuned.data.conversation import Kind, Policy
 from welltuned.data.dataset import policies_of, read_dataset
 from welltuned.data.policies import Policies
@@ -49,8 +50,10 @@ class Shown:
             "supervised_tokens": int(self.example.mask.sum()),
             "length": self.length,
             "found": sorted(self.example.found),
+            **({} if self.example.desirable is None else {"desirable": self.example.desirable}),
             "runs": [
                 {"text": run.text, "trained": run.trained, "speaker": run.speaker.name.lower()}
+                | ({"side": str(run.side)} if run.side else {})
                 for run in merged(runs(self.example, tokenizer))
             ],
         }
@@ -93,7 +96,8 @@ class Inspection:
         (included), rows}. `by_speaker`: {tokens, trained, share}, under system, user, assistant, tool, document and
         template. `audit` is that of run.json; where its `found` has the policy error, training would refuse the data,
         and `blocked` is true. `examples`: {origin, why, tokens, supervised_tokens, length (before a cut), found (kinds
-        of defect), runs}, with runs a list of {text, trained, speaker} that together are the row's text. `bad`: rows
+        of defect), runs}, with runs a list of {text, trained, speaker} that together are the row's text; after a pair's
+        prompt each has a `side`, chosen or rejected, and an answer that is judged is `desirable` or not. `bad`: rows
         that were asked for and cannot be read, {origin, why}.
         """
         audit = self.audit
@@ -123,7 +127,12 @@ class Inspection:
 
 
 def inspect(
-    recipe: Recipe, *, show: int = SHOWN, rows: Sequence[str] = (), machine: MachineFacts | None = None
+    recipe: Recipe,
+    *,
+    show: int = SHOWN,
+    rows: Sequence[str] = (),
+    machine: MachineFacts | None = None,
+    progress: RowsRead = unwatched,
 ) -> Inspection:
     """Read, render, audit and plan as `prepare` does. What training would refuse is counted and shown.
 
@@ -134,7 +143,7 @@ def inspect(
     Raises:
         InputError: data that cannot be read at all, or no row of such an origin.
     """
-    read = _read(recipe, machine)
+    read = _read(recipe, machine, progress)
     train = read.train
     lengths = train.column("length")
     if rows:
@@ -168,14 +177,14 @@ class _Read(NamedTuple):
     tokenizer: "PreTrainedTokenizerBase"
 
 
-def _read(recipe: Recipe, machine: MachineFacts | None) -> _Read:
+def _read(recipe: Recipe, machine: MachineFacts | None, progress: RowsRead) -> _Read:
     policies = policies_of(recipe)
     lenient = {
         f"on_{k}": "drop" if f"on_{k}" in NEVER_KEPT else "keep" for k, p in policies.items() if p is Policy.ERROR
     }
     recipe = replace(recipe, policies=MappingProxyType({**recipe.policies, **lenient}))
     try:
-        prepared = prepare(recipe, machine)
+        prepared = prepare(recipe, machine, progress)
     except InputError:
         untrained = _read_untrained(recipe, policies)
         if untrained is None:
