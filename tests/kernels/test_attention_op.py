@@ -161,3 +161,62 @@ def test_gradcheck(blocks):
 def test_lengths_that_do_not_add_up_are_refused():
     with pytest.raises(ValueError, match="add up to 3, not to 21"):
         packed_attention(*draw(), [1, 2], 0.3)
+
+
+# ── branches of one trunk ────────────────────────────────────────────────────────────────────────────────────────────
+
+TREES = [9, 4, 12, 7, 5], [(3, 4), (), (5, 1, 2), (3, 4), (4,)]  # of the fourth nothing is shared
+
+
+def apart(attention, q, k, v, lengths, branches):
+    """Every branch with a copy of its trunk, as rows of their own; then the rows as they lie."""
+    outs, start = [], 0
+    for n, parts in zip(lengths, branches, strict=True):
+        trunk, at = list(range(start, start + n - sum(parts))), start + n - sum(parts)
+        if trunk:
+            outs.append(attention(*(t[:, trunk] for t in (q, k, v))).transpose(0, 1))
+        for part in parts:
+            rows = [*trunk, *range(at, at + part)]
+            outs.append(attention(*(t[:, rows] for t in (q, k, v))).transpose(0, 1)[len(trunk) :])
+            at += part
+        start += n
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=str)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+def test_branches_equal_copies_of_their_trunk(agree, blocks, kind, heads):
+    lengths, branches = TREES
+    q, k, v = draw(*heads, lengths=lengths)
+    options = dict(kind)
+    sinks = torch.randn(heads[0], dtype=torch.float64).requires_grad_() if options.pop("sinks", False) else None
+    agree(
+        lambda: packed_attention(q, k, v, lengths, 0.3, sinks_Q=sinks, branches=branches, **options),
+        lambda: apart(lambda *t: attention_reference(*t, 0.3, sinks_Q=sinks, **options), q, k, v, lengths, branches),
+        *((q, k, v) if sinks is None else (q, k, v, sinks)),
+    )
+
+
+def test_a_branch_that_saw_another_would_show():
+    lengths, branches = TREES
+    q, k, v = draw(lengths=lengths)
+    right = packed_attention(q, k, v, lengths, 0.3, branches=branches)
+    assert (packed_attention(q, k, v, lengths, 0.3) - right).abs().max() > 1e-2
+
+
+def test_branches_that_are_not_within_their_example():
+    q, k, v = draw(lengths=[5])
+    for branches in ([(3, 3)], [(5, 0)]):
+        with pytest.raises(ValueError, match="do not lie in an example"):
+            packed_attention(q, k, v, [5], 0.3, branches=branches)
+
+
+def test_what_the_variable_length_kernel_is_told():
+    """Keys of each span are gathered, trunk first; without branches nothing is."""
+    seen = module.seen_by([7, 3], [(2, 3), ()], torch.device("cpu"))
+    assert seen.query_B.tolist() == [0, 2, 4, 7, 10]
+    assert seen.key_B.tolist() == [0, 2, 6, 11, 14]
+    assert seen.rows_K.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 8, 9]
+    assert seen.longest == (3, 5)
+    plain = module.seen_by([7, 3], None, torch.device("cpu"))
+    assert plain.rows_K is None and plain.query_B.tolist() == plain.key_B.tolist() == [0, 7, 10]

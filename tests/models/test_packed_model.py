@@ -6,7 +6,16 @@ from torch import nn
 
 from welltuned.models import packed as module
 from welltuned.models.fuse import fuse
-from welltuned.models.packed import ATTENTION, NotPackable, Packed, hidden_states, logits, packed_model, packs
+from welltuned.models.packed import (
+    ATTENTION,
+    NotPackable,
+    Packed,
+    hidden_states,
+    logits,
+    packed_model,
+    packs,
+    shares,
+)
 
 
 def alone(model, batch):
@@ -116,3 +125,59 @@ def test_trained_norms_are_not_fused(tools):
     """The fused norm has no gradient for its gain."""
     model = tools.model("llama")
     assert not fuse(model, None).modules
+
+
+# ── branches of one trunk ────────────────────────────────────────────────────────────────────────────────────────────
+
+FORKED = [(4, 7), (), (3, 5, 2)]
+FORKED_LENGTHS = [17, 5, 13]  # trunks of 6, 5 and 3 tokens
+
+
+def unfolded(ids_N):
+    """The same with a trunk for each branch, and where each token of the folded row lies in it."""
+    parts, lengths, places, start, at = [], [], [], 0, 0
+    for n, branches in zip(FORKED_LENGTHS, FORKED, strict=True):
+        ids, shared = ids_N[start : start + n], n - sum(branches)
+        if not branches:
+            parts, lengths, places = [*parts, ids], [*lengths, n], [*places, *range(at, at + n)]
+            at += n
+        for index, own in enumerate(ids[shared:].split(list(branches)) if branches else ()):
+            parts, lengths = [*parts, ids[:shared], own], [*lengths, shared + len(own)]
+            places += range(at if index == 0 else at + shared, at + lengths[-1])
+            at += lengths[-1]
+        start += n
+    return Packed(torch.cat(parts), lengths), places
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gemma2", "gpt2", "gpt-oss", "deepseek v3"])
+def test_branches_equal_their_own_sequences(tools, family):
+    """Also where windows are shorter than the examples (Gemma 3's)."""
+    model = tools.model(family)
+    ids_N = torch.randint(1, 97, (35,), generator=torch.Generator().manual_seed(0))
+    assert shares(model)
+    with packed_model(model):
+        whole, places = unfolded(ids_N)
+        folded_NV = logits(model, Packed(ids_N, FORKED_LENGTHS, FORKED))
+        torch.testing.assert_close(folded_NV, logits(model, whole)[places], rtol=1e-4, atol=1e-4)
+
+
+def test_positions_go_on_from_the_trunk():
+    packed = Packed(torch.zeros(35, dtype=torch.long), FORKED_LENGTHS, FORKED)
+    expected = [*range(6), *range(6, 10), *range(6, 13), *range(5), *range(3), *range(3, 6), *range(3, 8), 3, 4]
+    assert packed.position_ids_N.tolist() == expected
+
+
+def test_a_model_that_cannot_be_packed_shares_nothing(tools):
+    model = tools.model("falcon")
+    assert not shares(model)
+    with packed_model(model), pytest.raises(NotPackable, match="branches"):
+        logits(model, Packed(torch.arange(1, 18), [17], [(4, 7)]))
+
+
+def test_a_model_whose_positions_are_its_own_is_found_out(tools, monkeypatch):
+    """The trial shows it: positions that count on through the branches are not those of the sequences."""
+    model = tools.model("qwen3", seed=5)
+    wrong = property(lambda self: torch.cat([torch.arange(n) for n in self.lengths]))
+    monkeypatch.setattr(Packed, "position_ids_N", wrong)
+    assert not shares(model)

@@ -287,7 +287,7 @@ def _fitted(
             model,
             _memory_setting(choices, recipe, machine, targets),
             limit=limit,
-            longest=longest,
+            longest=epoch.sequences * longest,
             update_tokens=epoch.sequences * min(batch * longest, max(longest, round(batch * epoch.typical))),
             token_budget=budget,
             checkpointing=user.get("gradient_checkpointing"),

@@ -43,7 +43,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     recipes = [name for name in arguments.data if name.lower().endswith((".yaml", ".yml"))]
     if len(recipes) > 1:
         raise InputError("is a second recipe", where=recipes[1], mend="give one")
-    names = ("model", "eval_data", "map", "subset", "split")
+    names = ("model", "eval_data", "method", "map", "subset", "split")
     options = {name: vars(arguments)[name] for name in names}
     options["data"] = [name for name in arguments.data if name not in recipes] or None
     return load_recipe(recipes[0] if recipes else None, options, arguments.sets)
@@ -133,6 +133,8 @@ def _print_row(found: "Inspection", shown: "Shown", colour: bool) -> None:
     title = Text.assemble(
         "\n", (visible(example.origin), "bold"), f", {shown.why}: {tokens:,} tokens, {trained:,} trained"
     )
+    if example.desirable is not None:
+        title.append(", desirable" if example.desirable else ", undesirable", "green" if example.desirable else "red")
     if shown.length > tokens:
         title.append(f", cut from {shown.length:,}", "red")
     if example.found:

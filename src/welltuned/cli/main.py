@@ -100,6 +100,7 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", nargs="*", metavar="FILE", help=FIELDS["data"].doc + " Or a recipe (.yaml).")
     parser.add_argument("--model", metavar="MODEL", help=FIELDS["model"].doc)
     parser.add_argument("--eval-data", action="append", metavar="EVAL_DATA", help=FIELDS["eval_data"].doc)
+    parser.add_argument("--method", choices=[str(m) for m in Method], help=FIELDS["method"].doc)
     parser.add_argument("--map", action="append", metavar="OURS=THEIRS", help=FIELDS["map"].doc)
     parser.add_argument("--subset", metavar="NAME", help=FIELDS["subset"].doc)
     parser.add_argument("--split", metavar="NAME", help=FIELDS["split"].doc)

@@ -2,19 +2,20 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rich.table import Table
 from rich.text import Text
 
 from welltuned.cli.safe import visible
-from welltuned.data.show import Gap, Run
+from welltuned.data.show import Gap, Run, Side
 from welltuned.data.speakers import Speaker
 
 NEWLINE, TAB = "\u21b5", "\u21e5"
 OPEN, CLOSE = "\u27e6", "\u27e7"  # around what is trained, where there is no colour
 TRAINED, TRAINED_CONTROL = "black on green", "bold black on green"
 UNTRAINED, UNTRAINED_CONTROL = "dim strike", "dim strike magenta"
+REJECTED, REJECTED_CONTROL = "black on red", "bold black on red"
 NOT_TEXT = "italic yellow"
 _LINES = re.compile(r"[^\n]*\n+|[^\n]+")
 _INNER_NEWLINE = re.compile(r"\n[^\n]")
@@ -25,6 +26,7 @@ class Line:
     """What stands on one line: up to and with its newlines. `speaker` is whose it is, the template's if nobody's."""
 
     speaker: Speaker = Speaker.TEMPLATE
+    side: Side = Side.NEITHER
     parts: list[Run | Gap] = field(default_factory=list)
 
 
@@ -41,7 +43,8 @@ def lines_of(shown: Sequence[Run | Gap]) -> list[Line]:
         for text in _LINES.findall(part.text):
             if lines[-1].speaker is Speaker.TEMPLATE:
                 lines[-1].speaker = part.speaker
-            lines[-1].parts.append(Run(text, part.trained, part.speaker, part.control))
+            lines[-1].side = part.side
+            lines[-1].parts.append(replace(part, text=text))
             if text.endswith("\n"):
                 lines.append(Line())
     return [line for line in lines if line.parts]
@@ -53,7 +56,8 @@ def _breaks(shown: Sequence[Run | Gap]) -> set[int]:
     Where the template puts a newline between them, that is enough. Else the line begins after the control token that
     ends the turn, if another follows to begin the next, or with what the template writes between them.
     """
-    found = set()
+    sides = [part.side if isinstance(part, Run) else None for part in shown]
+    found = {i for i in range(1, len(sides)) if sides[i] and sides[i - 1] is not None and sides[i] != sides[i - 1]}
     said = [i for i, part in enumerate(shown) if isinstance(part, Run) and part.speaker is not Speaker.TEMPLATE]
     for before, after in zip(said, said[1:], strict=False):
         between = [part for part in shown[before + 1 : after] if isinstance(part, Run)]
@@ -77,10 +81,10 @@ def row_table(shown: Sequence[Run | Gap], colour: bool) -> Table:
     grid.add_column(overflow="fold")
     last = None
     for line in lines_of(shown):
-        name = "" if line.speaker is last else line.speaker.name.lower()
-        style = "dim" if line.speaker is Speaker.TEMPLATE else ""
-        grid.add_row(Text(name, style=style), _coloured(line) if colour else _plain(line))
-        last = line.speaker
+        who = str(line.side) or line.speaker.name.lower()
+        style = "dim" if line.speaker is Speaker.TEMPLATE and not line.side else ""
+        grid.add_row(Text("" if who == last else who, style=style), _coloured(line) if colour else _plain(line))
+        last = who
     return grid
 
 
@@ -88,7 +92,8 @@ def legend(colour: bool) -> Text:
     """What the marks mean."""
     text = Text()
     if colour:
-        text.append("trained", TRAINED).append("  ").append("not trained", UNTRAINED).append("  ")
+        text.append("trained", TRAINED).append("  ").append("rejected", REJECTED).append("  ")
+        text.append("not trained", UNTRAINED).append("  ")
         text.append("<control token>", UNTRAINED_CONTROL)
     else:
         text.append(f"{OPEN}trained{CLOSE}  not trained")
@@ -100,6 +105,8 @@ def _coloured(line: Line) -> Text:
     for part in line.parts:
         if isinstance(part, Gap):
             text.append(_gap(part), NOT_TEXT)
+        elif part.trained and part.side is Side.REJECTED:
+            text.append(_written(part.text), REJECTED_CONTROL if part.control else REJECTED)
         elif part.trained:
             text.append(_written(part.text), TRAINED_CONTROL if part.control else TRAINED)
         else:

@@ -1,7 +1,7 @@
 """What the data will teach, counted before any training: who says how much of it, what is trained, cut, repeated."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -136,7 +136,7 @@ def audit(train: Rows, held_out: Rows, findings: Mapping[Kind, Finding], *, cont
 
 
 def _cut(train: Rows, tokens: int, context: int | None) -> Cut | None:
-    limit, lengths = train.max_length, train.column("length")
+    limit, lengths = train.max_length, train.column("longest")
     if limit is None or not len(lengths) or int(lengths.max()) <= limit:
         return None
     long = lengths > limit
@@ -144,25 +144,31 @@ def _cut(train: Rows, tokens: int, context: int | None) -> Cut | None:
         max_length=limit,
         rows=int(long.sum()),
         lose=int((long & (train.column("last") >= limit)).sum()),
-        tokens=int((lengths[long] - limit).sum()),
+        tokens=int(train.column("length").sum(dtype=np.int64)) - tokens,
         longest=int(lengths.max()),
         context=context,
-        proposals=propose(lengths, limit, tokens, context),
+        proposals=propose(lengths, limit, tokens, context, train.kept),
     )
 
 
 def propose(
-    lengths: NDArray[np.integer[Any]], max_length: int, tokens: int, context: int | None
+    lengths: NDArray[np.integer[Any]],
+    max_length: int,
+    tokens: int,
+    context: int | None,
+    kept: Callable[[int], NDArray[np.integer[Any]]] | None = None,
 ) -> tuple[Proposal, ...]:
     """Longer limits: the shortest quantile that cuts fewer rows, and the one that cuts none; `tokens` are those of now.
 
-    None is beyond the model's context, which stands in for what is longer.
+    None is beyond the model's context, which stands in for what is longer. `kept` says how many tokens a limit leaves
+    of each row; unset, a row is one sequence.
     """
+    kept = kept or (lambda limit: np.minimum(lengths, limit))
     found: dict[int, Proposal] = {}
     wanted = [math.ceil(int(n) / LENGTH_STEP) * LENGTH_STEP for n in np.percentile(lengths, QUANTILES, method="higher")]
     longer = [n if context is None else min(n, context) for n in wanted]
     for length in [n for n in longer if n > max_length]:
-        left = int(np.minimum(lengths, length).sum(dtype=np.int64))
+        left = int(kept(length).sum(dtype=np.int64))
         found[length] = Proposal(length, int((lengths > length).sum()), left / max(tokens, 1))
     return tuple(p for n, p in found.items() if n in (min(found), max(found)))
 
@@ -194,6 +200,9 @@ _WORDS: Mapping[Kind, tuple[float, str]] = MappingProxyType(
                         "loss will flatter the run"),
         Kind.BAD_ENCODING: (50, "have characters of a wrong encoding, such as Ã© for é, which the model would learn"),
         Kind.CONTROL_TOKEN: (40, "spell a special token in their own text; it is read as text, never as that token"),
+        Kind.EQUAL_PAIR: (70, "have a chosen answer that is the rejected one too, token for token"),
+        Kind.PROMPT_DIFFERS: (45, "have a prompt that the template writes differently for each of their two answers, "
+                                  "so that less of it is shared, and the two are not compared on equal terms"),
         Kind.REPEATED_TURN: (30, "have the same turn twice in a row"),
         Kind.DUPLICATE: (25, "repeat an earlier training row exactly: what stands twice counts twice"),
         Kind.EMPTY_TURN: (14, "have a blank user or system turn"),

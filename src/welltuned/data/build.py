@@ -1,13 +1,14 @@
 """A source becomes a store: its rows are read, rendered and appended some hundred at a time, or found in the cache."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from welltuned.data.cache import Cache, cache_key
-from welltuned.data.conversation import Conversation, Format, MixedSchema, NotTrained, Policy
-from welltuned.data.formats import Detected, detect, to_conversation
+from welltuned.data.conversation import Conversation, Format, MixedSchema, NotTrained, Policy, Preference, Teaching
+from welltuned.data.formats import Detected, detect, to_conversation, to_judged, to_preference
+from welltuned.data.pairs import joined
 from welltuned.data.readers import Refuse
 from welltuned.data.render import Example, LossOn, Renderer
 from welltuned.data.source import Row, Source
@@ -33,6 +34,7 @@ def unwatched(_: str, __: int) -> None:
 class Reading:
     """How rows are read and rendered: with source and tokenizer, all that a store depends on."""
 
+    teaching: Teaching = Teaching.ANSWERS
     format: Format | None = None
     mapping: Mapping[str, str] = field(default_factory=dict)
     group_by: str | None = None
@@ -84,7 +86,7 @@ def conversations_at(source: Source, reading: Reading, rows: Sequence[int]) -> l
     found = []
     for number, row, detected in _rows(source, reading, lambda _: None):  # told of when the store was built
         if number in wanted:
-            found.append(to_conversation(row, detected, reading.group_by))
+            found.append(_read(row, detected, reading).conversation)
             if len(found) == len(wanted):
                 break
     return found
@@ -110,6 +112,37 @@ def _rows(source: Source, reading: Reading, refuse: Refuse) -> Iterator[tuple[in
         raise InputError("no row can be read", where=source.name, mend="see what is wrong with on_bad_row: error")
 
 
+@dataclass(frozen=True, slots=True)
+class _Lesson:
+    """What a row teaches, before it is rendered: a conversation, and what else its method asks of it."""
+
+    conversation: Conversation
+    rejected: Conversation | None = None
+    desirable: bool | None = None
+
+    @property
+    def conversations(self) -> list[Conversation]:
+        return [self.conversation] if self.rejected is None else [self.conversation, self.rejected]
+
+    def example(self, rendered: Sequence[Example]) -> Example:
+        """What became of the conversations, as one example."""
+        example = rendered[0] if self.rejected is None else joined(*rendered)
+        return example if self.desirable is None else replace(example, desirable=self.desirable)
+
+
+def _read(row: Row, detected: Detected, reading: Reading) -> _Lesson:
+    """What a row teaches; see `to_conversation` for its errors."""
+    match reading.teaching:
+        case Teaching.ANSWERS:
+            return _Lesson(to_conversation(row, detected, reading.group_by))
+        case Teaching.PAIRS:
+            pair: Preference = to_preference(row, detected, reading.group_by)
+            return _Lesson(pair.chosen, rejected=pair.rejected)
+        case Teaching.LABELS:
+            judged = to_judged(row, detected, reading.group_by)
+            return _Lesson(judged.conversation, desirable=judged.desirable)
+
+
 def _built(
     writer: StoreWriter,
     source: Source,
@@ -119,10 +152,12 @@ def _built(
     progress: RowsRead = unwatched,
 ) -> StoreWriter:
     try:
-        builder = _Builder(writer, reading.renderer(tokenizer), on_bad_row, lambda rows: progress(source.name, rows))
+        builder = _Builder(
+            writer, reading, reading.renderer(tokenizer), on_bad_row, lambda rows: progress(source.name, rows)
+        )
         detected: Detected | None = None
         for number, row, detected in _rows(source, reading, builder.refuse):  # noqa: B007  (one for all of the rows)
-            builder.add(number, row, detected, reading.group_by)
+            builder.add(number, row, detected)
         assert detected is not None  # a source without rows is an error of its own
         builder.end(detected)
     except BaseException:
@@ -134,18 +169,26 @@ def _built(
 class _Builder:
     """Conversations wait until there are enough of them to render at once."""
 
-    def __init__(self, writer: StoreWriter, renderer: Renderer, on_bad_row: Policy, progress: Callable[[int], None]):
+    def __init__(
+        self,
+        writer: StoreWriter,
+        reading: Reading,
+        renderer: Renderer,
+        on_bad_row: Policy,
+        progress: Callable[[int], None],
+    ):
         self.writer = writer
+        self.reading = reading
         self.renderer = renderer
         self.on_bad_row = on_bad_row
         self.progress = progress
-        self.waiting: list[tuple[int, Conversation]] = []
+        self.waiting: list[tuple[int, _Lesson]] = []
         self.characters = self.written = self.not_trained = self.bad_rows = 0
         self.bad: list[BadRow] = []
 
-    def add(self, number: int, row: Row, detected: Detected, group_by: str | None) -> None:
+    def add(self, number: int, row: Row, detected: Detected) -> None:
         try:
-            conversation = to_conversation(row, detected, group_by)
+            lesson = _read(row, detected, self.reading)
         except MixedSchema:
             raise
         except NotTrained:
@@ -154,8 +197,8 @@ class _Builder:
         except InputError as error:
             self.refuse(error)
             return
-        self.waiting.append((number, conversation))
-        self.characters += sum(len(message.content) for message in conversation.messages)
+        self.waiting.append((number, lesson))
+        self.characters += sum(len(m.content) for one in lesson.conversations for m in one.messages)
         if len(self.waiting) == CHUNK_ROWS or self.characters > CHUNK_CHARACTERS:
             self._render()
 
@@ -170,7 +213,7 @@ class _Builder:
             bad_rows=self.bad_rows,
             not_trained=self.not_trained,
             format_name=str(detected.format),
-            format_sentence=detected.sentence(),
+            format_sentence=detected.sentence(self.reading.teaching),
             mask_from=str(self.renderer.mask_from or ""),
             boundary_splits=self.renderer.boundary_splits,
         )
@@ -185,18 +228,18 @@ class _Builder:
     def _render(self) -> None:
         if not self.waiting:
             return
-        conversations = [conversation for _, conversation in self.waiting]
+        lessons = [lesson for _, lesson in self.waiting]
         try:
-            examples: Sequence[Example | None] = self.renderer(conversations)
+            examples: Sequence[Example | None] = self._rendered(lessons)
         except InputError as error:
             if self.on_bad_row is Policy.ERROR:
                 raise
-            examples = self._one_by_one(conversations)
+            examples = self._one_by_one(lessons)
             if not self.written and not any(examples):
                 raise error  # not the rows': no row can be rendered at all
         done = [
-            (example, number, conversation)
-            for example, (number, conversation) in zip(examples, self.waiting, strict=True)
+            (example, number, lesson.conversation)
+            for example, (number, lesson) in zip(examples, self.waiting, strict=True)
             if example is not None
         ]
         groups = (_group(conversation) for _, _, conversation in done)
@@ -206,12 +249,16 @@ class _Builder:
         self.waiting.clear()
         self.characters = 0
 
-    def _one_by_one(self, conversations: Iterable[Conversation]) -> list[Example | None]:
+    def _rendered(self, lessons: Sequence[_Lesson]) -> list[Example]:
+        rendered = iter(self.renderer([one for lesson in lessons for one in lesson.conversations]))
+        return [lesson.example([next(rendered) for _ in lesson.conversations]) for lesson in lessons]
+
+    def _one_by_one(self, lessons: Iterable[_Lesson]) -> list[Example | None]:
         """A row that the template cannot render is a bad row like any other."""
         examples: list[Example | None] = []
-        for conversation in conversations:
+        for lesson in lessons:
             try:
-                examples += self.renderer([conversation])
+                examples += self._rendered([lesson])
             except InputError as error:
                 self.refuse(error)
                 examples.append(None)

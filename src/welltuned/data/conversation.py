@@ -32,6 +32,16 @@ class Kind(StrEnum):
     LOST_MESSAGE = "lost_message"  # a system or user message that the template leaves out
     LOST_TOOLS = "lost_tools"  # the definitions of its tools, left out by the template
     END_UNTRAINED = "end_untrained"  # an uncut answer ends without a trained end-of-turn token
+    EQUAL_PAIR = "equal_pair"  # chosen and rejected are the same tokens, so neither is to be preferred (no KEEP)
+    PROMPT_DIFFERS = "prompt_differs"  # the template writes the prompt of a pair's two answers differently
+
+
+class Teaching(StrEnum):
+    """What a method learns from: one answer a row, two of which one is preferred, or one that is judged."""
+
+    ANSWERS = "answers"
+    PAIRS = "pairs"
+    LABELS = "labels"
 
 
 class Format(StrEnum):

@@ -12,7 +12,7 @@ import numpy as np
 from welltuned.data.audit import Audit, audit
 from welltuned.data.build import Reading, RowsRead, conversations_at, read_store, unwatched
 from welltuned.data.cache import Cache
-from welltuned.data.conversation import Conversation, Format, Kind, Policy
+from welltuned.data.conversation import Conversation, Format, Kind, Policy, Teaching
 from welltuned.data.mix import Mixture, mixture
 from welltuned.data.policies import (
     DEFAULT_POLICIES,
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT_SEED = 3407
+_ALL_OF_THEM = " pieces: nothing of them is left out, and no piece sees what is before it."
+TEACHING: Mapping[str, Teaching] = MappingProxyType(
+    {"dpo": Teaching.PAIRS, "orpo": Teaching.PAIRS, "reward": Teaching.PAIRS, "kto": Teaching.LABELS}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +92,13 @@ class Dataset:
     def within(self, max_length: int) -> "Dataset":
         """The same with training rows of at most `max_length` tokens, cut or left out as the policies say.
 
+        Documents lie in pieces then, so that nothing of them is lost.
+
         Raises:
             InputError: a policy makes a longer row an error, or a row loses all that it teaches.
         """
+        if self._cuts_documents and len(pieces := self.train.in_pieces(max_length)) > len(self.train):
+            return self._with_pieces(pieces, max_length)
         short = sift_length(self.train, max_length, self.policies)
         if not len(short.rows):
             raise InputError(f"no training row is within max_length {max_length:,}", where="max_length")
@@ -100,12 +108,29 @@ class Dataset:
         mixed = _mixture(self.recipe, short.rows)
         return replace(self, train=short.rows, mixture=mixed, findings=MappingProxyType(findings))
 
+    @property
+    def in_pieces(self) -> bool:
+        """Whether documents are trained in pieces."""
+        return any(part.starts is not None for part in self.train.parts)
+
+    @property
+    def _cuts_documents(self) -> bool:
+        return self.policies[Kind.TOO_LONG] is Policy.KEEP and self.reading.teaching is Teaching.ANSWERS
+
+    def _with_pieces(self, pieces: Rows, max_length: int) -> "Dataset":
+        rows = [part.index[part.starts > 0] for part in pieces.parts if part.starts is not None]
+        long = sum(len(np.unique(index)) for index in rows)
+        more = sum(map(len, rows)) + long
+        note = f"{long:,} documents are longer than max_length {max_length:,} and are trained in {more:,}{_ALL_OF_THEM}"
+        notes = (*(n for n in self.notes if not n.endswith(_ALL_OF_THEM)), note)
+        return replace(self, train=pieces, mixture=_mixture(self.recipe, pieces), notes=notes)
+
     def _no_longer_too_long(self) -> Finding:
         """What an earlier limit found, without the rows that are still there: those are found again."""
         found, limit = self.findings[Kind.TOO_LONG], self.train.max_length
         if limit is None or not found.rows:
             return found
-        there = np.flatnonzero(self.train.column("length") > limit)
+        there = np.flatnonzero(self.train.column("longest") > limit)
         named = {self.train.origin(int(i)) for i in there[:KEPT_ORIGINS]}
         gone = tuple(name for name in found.named if name[0] not in named)
         return replace(found, rows=found.rows - len(there), named=gone)
@@ -114,7 +139,8 @@ class Dataset:
         """The same with held-out rows of at most `max_length` tokens, and a note where some are longer."""
         if max_length is None or not len(self.held_out):
             return self
-        short = sift_length(self.held_out, max_length, self.policies)
+        held_out = self.held_out.in_pieces(max_length) if self._cuts_documents else self.held_out
+        short = sift_length(held_out, max_length, self.policies)
         if not short.too_long.rows:
             return replace(self, held_out=short.rows)
         done = "were left out" if short.too_long.dropped else "were cut"
@@ -143,8 +169,10 @@ class Conversations(Sequence[Conversation]):
     def _each(self) -> Iterator[Conversation]:
         for part, source in zip(self._rows.parts, self._sources, strict=True):
             if len(part.index):
-                numbers = part.store.column("row")[part.index]
-                yield from conversations_at(source, self._reading, numbers.tolist())
+                numbers = part.store.column("row")[part.index].tolist()  # a document's once for each of its pieces
+                different = list(dict.fromkeys(numbers))
+                found = dict(zip(different, conversations_at(source, self._reading, different), strict=True))
+                yield from (found[number] for number in numbers)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -193,6 +221,8 @@ def read_dataset(
     train, held_out, sentence = _split(recipe, rows, len(sources.train))
     if not len(train):
         raise InputError("no training row is left", where=recipe.datasets[0], mend="see the policies of the recipe")
+    if reading.teaching is Teaching.LABELS:
+        _require_both_labels(train, recipe.datasets[0])
     train, findings[Kind.LEAK] = sift_leaks(train, held_out, policies[Kind.LEAK])
     train, findings[Kind.DUPLICATE] = sift_duplicates(train, policies[Kind.DUPLICATE])
     findings[Kind.TOO_LONG] = Finding(Kind.TOO_LONG, policies[Kind.TOO_LONG], of=len(train))
@@ -218,6 +248,7 @@ def reading_of(recipe: Recipe) -> Reading:
     if recipe.hyperparameters.get("assistant_only_loss") is False:
         loss_on = LossOn.EVERYTHING
     return Reading(
+        teaching=TEACHING.get(recipe.method, Teaching.ANSWERS),
         format=_format(recipe.format),
         mapping=dict(_pair(pair) for pair in recipe.map or ()),
         group_by=recipe.group_by,
@@ -226,6 +257,14 @@ def reading_of(recipe: Recipe) -> Reading:
         response_part=recipe.response_part,
         chat_template=recipe.chat_template,
     )
+
+
+def _require_both_labels(train: Rows, where: str) -> None:
+    labels = train.column("label")
+    if labels.min() == labels.max():
+        kind, other = ("desirable", "undesirable") if labels[0] else ("undesirable", "desirable")
+        what = f"all {len(train):,} training rows are labelled {kind}, and kto learns from how the two kinds differ"
+        raise InputError(what, where=where, mend=f"add rows labelled {other}" + ", or use sft" * int(labels[0]))
 
 
 def policies_of(recipe: Recipe) -> Policies:

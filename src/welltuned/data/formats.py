@@ -20,6 +20,7 @@ from welltuned.data.conversation import (
     Policy,
     Preference,
     PromptAnswer,
+    Teaching,
 )
 from welltuned.data.source import Row
 from welltuned.data.turns import check_turns, kind, shown, shown_all, text
@@ -54,9 +55,9 @@ DESCRIPTION = {
     Format.QUESTION_ANSWER: "`question` and `answer` texts, as one user and one assistant message",
     Format.ALPACA: "Alpaca's `instruction`, `input` (if any, after a blank line) and `output`, as one user and one "
     "assistant message",
-    Format.TEXT: "plain `text`, all of it trained, without a chat template",
-    Format.PREFERENCE: "preference pairs, `chosen` and `rejected`; supervised fine-tuning trains the chosen answers",
-    Format.KTO: "answers with a `label`; supervised fine-tuning trains those that are labelled true",
+    Format.TEXT: "plain `text`, all of it trained, without a chat template: continued pretraining",
+    Format.PREFERENCE: "preference pairs, `chosen` and `rejected`",
+    Format.KTO: "answers with a `label`",
     Format.PROMPT_ANSWER: "`prompt` and a reference `answer`, which supervised fine-tuning trains",
 }
 UNDERSTOOD = (
@@ -64,6 +65,10 @@ UNDERSTOOD = (
     "prompt + answer; text; chosen + rejected; and messages or prompt + completion with a label"
 )
 ANSWERS = ("completion", "answer", "output")
+TAUGHT = {  # what supervised fine-tuning makes of rows that hold more than it needs
+    Format.PREFERENCE: "; supervised fine-tuning trains the chosen answers",
+    Format.KTO: "; supervised fine-tuning trains those that are labelled true",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +91,11 @@ class Detected:
     required: tuple[str, ...] = ()
     first: str = ""
 
-    def sentence(self) -> str:
+    def sentence(self, teaching: Teaching = Teaching.ANSWERS) -> str:
         """The choice, the others, and how to change it."""
         no_answer = self.format is Format.PROMPT_ANSWER and "answer" not in self.mapping
         said = f"format: {'`prompt` alone, without answers' if no_answer else DESCRIPTION[self.format]}"
+        said += TAUGHT.get(self.format, "") if teaching is Teaching.ANSWERS else ""
         renamed = [f"{name} from `{shown(column)}`" for name, column in self.mapping.items() if column != name]
         said += f" ({', '.join(renamed)})" if renamed else ""
         if self.also:
@@ -226,18 +232,25 @@ def to_conversation(row: Row, detected: Detected, group_by: str | None = None) -
     return conversation if group_by is None else replace(conversation, group=_group(row, group_by))
 
 
-def to_preference(row: Row, detected: Detected) -> Preference:
+def to_preference(row: Row, detected: Detected, group_by: str | None = None) -> Preference:
     """A pair of answers to one prompt; InputError as for `to_conversation`."""
     _require(detected, Format.PREFERENCE, "preference pairs (chosen, rejected)")
     _check_columns(row, detected)
-    return readers.read_preference(row, detected.mapping)
+    found = readers.read_preference(row, detected.mapping)
+    if group_by is None:
+        return found
+    group = _group(row, group_by)
+    return Preference(*(replace(answer, group=group) for answer in (found.chosen, found.rejected)))
 
 
-def to_judged(row: Row, detected: Detected) -> Judged:
+def to_judged(row: Row, detected: Detected, group_by: str | None = None) -> Judged:
     """An answer and whether it is desirable; InputError as for `to_conversation`."""
     _require(detected, Format.KTO, "answers with a label")
     _check_columns(row, detected)
-    return readers.read_judged(row, detected.mapping)
+    found = readers.read_judged(row, detected.mapping)
+    if group_by is None:
+        return found
+    return replace(found, conversation=replace(found.conversation, group=_group(row, group_by)))
 
 
 def to_prompt(row: Row, detected: Detected) -> PromptAnswer:
@@ -266,7 +279,7 @@ def to_prompt(row: Row, detected: Detected) -> PromptAnswer:
 def _require(detected: Detected, format: Format, what: str) -> None:
     if detected.format is not format:
         mend = f"{format} needs {what}: name the columns with `--map`, or set `format={format}`"
-        raise InputError(f"the rows are {detected.format}", where=detected.first, mend=mend)
+        raise MixedSchema(f"the rows are {detected.format}", where=detected.first, mend=mend)
 
 
 def _check_columns(row: Row, detected: Detected) -> None:

@@ -15,16 +15,17 @@ from welltuned.data.stream import among
 from welltuned.errors import InputError
 
 KEPT_ORIGINS = 1_000  # rows of a kind that are named; their number is always complete
+NEVER_KEPT = (Kind.BAD_ROW, Kind.UNTRAINED, Kind.EQUAL_PAIR)
 Policies = Mapping[Kind, Policy]
 Flags = NDArray[np.bool_]
 Named = tuple[str, str]  # a row's origin, and what it repeats or what is wrong with it
 
 DEFAULT_POLICIES: Policies = MappingProxyType(
-    {kind: Policy.ERROR if kind in (Kind.BAD_ROW, Kind.UNTRAINED) else Policy.KEEP for kind in Kind}
+    {kind: Policy.ERROR if kind in NEVER_KEPT else Policy.KEEP for kind in Kind}
 )
 SEEN_BY_RENDERING = (  # the gravest first, which is the one that an error names
-    *(Kind.UNTRAINED, Kind.END_UNTRAINED, Kind.LOST_MESSAGE, Kind.LOST_THINKING, Kind.LOST_TOOLS),
-    *(Kind.BAD_ENCODING, Kind.CONTROL_TOKEN, Kind.REPEATED_TURN, Kind.EMPTY_TURN),
+    *(Kind.UNTRAINED, Kind.EQUAL_PAIR, Kind.END_UNTRAINED, Kind.PROMPT_DIFFERS, Kind.LOST_MESSAGE),
+    *(Kind.LOST_THINKING, Kind.LOST_TOOLS, Kind.BAD_ENCODING, Kind.CONTROL_TOKEN, Kind.REPEATED_TURN, Kind.EMPTY_TURN),
 )
 ERROR_WORDS: Mapping[Kind, str] = MappingProxyType(
     {
@@ -40,6 +41,8 @@ ERROR_WORDS: Mapping[Kind, str] = MappingProxyType(
         Kind.LOST_MESSAGE: "the row has a message that the chat template leaves out",
         Kind.LOST_TOOLS: "the row has tools that the chat template leaves out",
         Kind.END_UNTRAINED: "the row has an answer whose end-of-turn token is not trained",
+        Kind.EQUAL_PAIR: "the chosen and the rejected answer are the same tokens, so neither is to be preferred",
+        Kind.PROMPT_DIFFERS: "the prompt of the chosen answer is not that of the rejected one, once rendered",
     }
 )
 
@@ -109,7 +112,7 @@ def found(kind: Kind, policy: Policy, hit: Flags, name: Callable[[int], Named], 
 def refusal(kind: Kind, rows: int, first: Named) -> InputError:
     """The error for the first of `rows` rows of this kind."""
     what = ERROR_WORDS[kind] + (f" ({first[1]})" if first[1] else "") + (f" ({rows:,} such rows)" if rows > 1 else "")
-    allowed = "drop" if kind is Kind.UNTRAINED else "drop or keep"
+    allowed = "drop" if kind in NEVER_KEPT else "drop or keep"
     return InputError(what, where=first[0], mend=f"{MEND.get(kind, 'mend it')}, or set on_{kind} to {allowed}")
 
 
@@ -199,7 +202,7 @@ class Shortening:
 
 def sift_length(rows: Rows, max_length: int, policies: Policies) -> Shortening:
     """Rows of more than `max_length` tokens are cut, left out or refused; one that loses its answers is untrained."""
-    lengths = rows.column("length")
+    lengths = rows.column("longest")
     long = lengths > max_length
 
     def name(index: int) -> Named:
@@ -211,14 +214,16 @@ def sift_length(rows: Rows, max_length: int, policies: Policies) -> Shortening:
     if too_long.policy is Policy.DROP:
         keep &= ~long
     elif too_long.rows:
-        lost = long & (rows.column("first") >= max_length)
+        lost = long & (rows.column("needed") > max_length)
         keep &= ~lost
     untrained = Finding(Kind.UNTRAINED, policies[Kind.UNTRAINED], of=len(rows))
     if lost.any():
         first = int(np.argmax(lost))
         if untrained.policy is Policy.ERROR:
             count = f" ({int(lost.sum()):,} such rows)" if lost.sum() > 1 else ""
-            what = f"{ERROR_WORDS[Kind.UNTRAINED]}: cut to max_length {max_length:,} it loses its whole answer{count}"
+            pair = bool(rows.column("shared")[first] < rows.column("length")[first])
+            loses = "an answer, or all in which its two differ" if pair else "its whole answer"
+            what = f"{ERROR_WORDS[Kind.UNTRAINED]}: cut to max_length {max_length:,} it loses {loses}{count}"
             raise InputError(what, where=rows.origin(first), mend="raise max_length, or set on_untrained to drop")
         untrained = found(Kind.UNTRAINED, Policy.DROP, lost, name)
     left = rows if keep.all() else rows.where(keep)

@@ -17,6 +17,7 @@ from welltuned.data import findings
 from welltuned.data.chat import Chat
 from welltuned.data.control import THINKING, Hidden
 from welltuned.data.conversation import Conversation, Defect, Format, Kind, Policy
+from welltuned.data.fork import Fork
 from welltuned.data.parts import Parts
 from welltuned.data.spans import LossOn, MaskFrom, Rendered, wanted
 from welltuned.data.speakers import Speaker
@@ -65,6 +66,8 @@ class Example:
     cut: bool = False  # shortened to max_length
     roles: NDArray[np.uint8] | None = None  # [n] whose token it is: a Speaker's value; None where not asked for
     found: frozenset[Kind] = frozenset()  # what rendering saw
+    fork: Fork | None = None  # where a preference pair forks
+    desirable: bool | None = None  # how an answer is judged, where it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,17 +267,23 @@ def render_prompt(conversation: Conversation, tokenizer: "PreTrainedTokenizerBas
 
 
 def shortened(example: Example, max_length: int) -> Example:
-    """The example's first `max_length` tokens; the example itself where it is not longer."""
+    """The example's first `max_length` tokens, of a pair those of each sequence; itself where it is not longer."""
     if len(example.ids) <= max_length:
         return example
-    mask = example.mask[:max_length]
+    keep, fork = np.arange(len(example.ids)) < max_length, None
+    if example.fork is not None:
+        keep, fork = example.fork.cut(len(example.ids), max_length)
+        if keep.all():
+            return example
+    mask = example.mask[keep]
     return replace(
         example,
-        ids=example.ids[:max_length],
+        ids=example.ids[keep],
         mask=mask,
         cut=True,
-        roles=None if example.roles is None else example.roles[:max_length],
+        roles=None if example.roles is None else example.roles[keep],
         found=example.found if mask.any() else example.found | {Kind.UNTRAINED},
+        fork=fork,
     )
 
 

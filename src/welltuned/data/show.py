@@ -1,7 +1,8 @@
 """What a person looks at: how long the rows are, which of them to show, and each as runs of text, trained or not."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -110,6 +111,14 @@ def choose(rows: Rows, count: int) -> dict[int, str]:
 # ── a row's text ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+class Side(StrEnum):
+    """Which answer of a pair a text belongs to; the prompt, and a row that is no pair, belong to neither."""
+
+    NEITHER = ""
+    CHOSEN = "chosen"
+    REJECTED = "rejected"
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """Neighbouring tokens that are alike: their text, and whether it is trained. A control token is a run by itself."""
@@ -118,6 +127,7 @@ class Run:
     trained: bool
     speaker: Speaker
     control: bool = False
+    side: Side = Side.NEITHER
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +157,8 @@ def runs(example: Example, tokenizer: "PreTrainedTokenizerBase", most: int | Non
             shown.append(Gap(stop - start, int(example.mask[start:stop].sum())))
         else:
             speaker, trained = Speaker(int(roles[start])), bool(example.mask[start])
-            shown.append(Run(_text(tokenizer, ids, start, stop), trained, speaker, ids[start] in controls))
+            text, side = _text(tokenizer, ids, start, stop), side_of(example, start)
+            shown.append(Run(text, trained, speaker, ids[start] in controls, side))
     return shown
 
 
@@ -157,11 +168,18 @@ def merged(shown: Sequence[Run | Gap]) -> list[Run]:
     for run in shown:
         if isinstance(run, Gap):
             continue
-        if found and (found[-1].trained, found[-1].speaker) == (run.trained, run.speaker):
-            found[-1] = Run(found[-1].text + run.text, run.trained, run.speaker)
+        before = found[-1] if found else None
+        if before and (before.trained, before.speaker, before.side) == (run.trained, run.speaker, run.side):
+            found[-1] = replace(before, text=before.text + run.text)
         else:
-            found.append(Run(run.text, run.trained, run.speaker))
+            found.append(replace(run, control=False))
     return found
+
+
+def side_of(example: Example, token: int) -> Side:
+    if example.fork is None or token < example.fork.shared:
+        return Side.NEITHER
+    return Side.CHOSEN if token < example.fork.second else Side.REJECTED
 
 
 def _alike(example: Example, roles: NDArray[np.uint8], controls: frozenset[int]) -> Iterator[tuple[int, int]]:
@@ -170,7 +188,9 @@ def _alike(example: Example, roles: NDArray[np.uint8], controls: frozenset[int])
         return
     control = np.isin(example.ids, list(controls))
     state = roles.astype(np.int16) * 2 + example.mask
+    forks = [at for at in example.fork or () if at > 0]
     breaks = np.flatnonzero((state[1:] != state[:-1]) | control[1:] | control[:-1]) + 1
+    breaks = np.union1d(breaks, np.array(forks, breaks.dtype))
     yield from zip([0, *breaks.tolist()], [*breaks.tolist(), len(example.ids)], strict=True)
 
 

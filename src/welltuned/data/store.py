@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from welltuned.data.conversation import Kind
+from welltuned.data.fork import Fork
 from welltuned.data.render import Example
 from welltuned.errors import InputError
 
@@ -43,10 +44,15 @@ RECORD = np.dtype(
         ("group", "<u8"),  # of what keeps rows on one side of the held-out split
         ("length", "<i4"),
         ("trained", "<i4"),  # number of trained tokens
-        ("first", "<i4"),  # position of the first trained token, -1 for none
+        ("first", "<i4"),  # position of the first trained token, -1 for none; in its sequence, where there are two
         ("last", "<i4"),  # and of the last
+        ("shared", "<i4"),  # tokens that both sequences of a pair begin with; all of another row's
+        ("second", "<i4"),  # where the rejected sequence's own tokens begin; the length of another row
+        ("longest", "<i4"),  # tokens of the longer sequence
+        ("needed", "<i4"),  # tokens of a sequence up to where there is something to be learned
         ("origin_length", "<u2"),
         ("found", "<u2"),  # the kinds of defect that rendering saw, see `kind_bit`
+        ("label", "i1"),  # 1 desirable, 0 not, -1 not judged
     ]
 )
 TYPES: Mapping[str, np.dtype[Any]] = {
@@ -177,7 +183,8 @@ class ExampleStore(Sequence[Example]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         record = self._record(index % len(self))
-        start, stop = int(record["start"]), int(record["start"]) + int(record["length"])
+        length, label = int(record["length"]), int(record["label"])
+        start, stop = int(record["start"]), int(record["start"]) + length
         marks = self._columns.read("marks", start, stop)
         found = int(record["found"])
         return Example(
@@ -186,6 +193,8 @@ class ExampleStore(Sequence[Example]):
             origin=self._origin(record),
             roles=marks >> np.uint8(1),
             found=frozenset(kind for kind, bit in _BITS.items() if found & bit) if found else frozenset(),
+            fork=Fork(int(record["shared"]), int(record["second"])) if int(record["shared"]) < length else None,
+            desirable=None if label < 0 else bool(label),
         )
 
     def origin(self, index: int) -> str:
@@ -201,7 +210,7 @@ class ExampleStore(Sequence[Example]):
         return out
 
     def tally(self, rows: NDArray[np.int64], max_length: int | None = None) -> NDArray[np.int64]:
-        """How many tokens have each mark [MARKS], over ascending `rows`, of each its first `max_length` tokens."""
+        """How many tokens have each mark [MARKS], over ascending `rows`, of each sequence its first `max_length`."""
         counts = np.zeros(MARKS, np.int64)
         for first, stop in _runs(rows):
             for at in range(first, stop, RECORDS_AT_A_TIME):
@@ -218,9 +227,10 @@ class ExampleStore(Sequence[Example]):
             if a == b:  # a row that is longer than all of this
                 continue
             marks = self._columns.read("marks", int(starts[a]), int(starts[b - 1]) + int(lengths[b - 1]))
-            if max_length is not None and int(lengths[a:b].max()) > max_length:
+            if max_length is not None and int(records["longest"][a:b].max()) > max_length:
+                shared, second = (np.repeat(records[name][a:b], lengths[a:b]) for name in ("shared", "second"))
                 position = np.arange(len(marks)) - np.repeat(starts[a:b] - starts[a], lengths[a:b])
-                marks = marks[position < max_length]
+                marks = marks[np.where(position < second, position, position - second + shared) < max_length]
             yield marks
 
     def _record(self, index: int) -> Any:
@@ -318,15 +328,18 @@ class StoreWriter:
         lengths = np.array([len(example.ids) for example in examples])
         sizes = np.array([len(origin) for origin in origins])
         trained = [np.flatnonzero(example.mask) for example in examples]
-        firsts = [int(t[0]) if len(t) else -1 for t in trained]
+        firsts, lasts = _ends(examples, trained)
         records["start"] = self._about.tokens + np.cumsum(lengths) - lengths
         records["origin"] = self._origin_bytes + np.cumsum(sizes) - sizes
         records["length"], records["origin_length"] = lengths, sizes
         records["trained"] = [len(t) for t in trained]
-        records["first"], records["last"] = firsts, [int(t[-1]) if len(t) else -1 for t in trained]
-        texts = [example.ids.tobytes() for example in examples]
+        records["first"], records["last"] = firsts, lasts
+        records["shared"], records["second"], records["longest"], records["needed"] = _forks(examples, firsts)
+        records["label"] = [-1 if e.desirable is None else int(e.desirable) for e in examples]
+        texts = [e.ids.tobytes() for e in examples]
         prompts = [t[: 4 * first] if first > 1 else b"" for t, first in zip(texts, firsts, strict=True)]
-        records["digest"] = np.frombuffer(b"".join(map(digest, texts)), "<u8")
+        named = [t if e.desirable is None else t + bytes([e.desirable]) for t, e in zip(texts, examples, strict=True)]
+        records["digest"] = np.frombuffer(b"".join(map(digest, named)), "<u8")
         records["prompt"] = np.frombuffer(b"".join(digest(p) if p else bytes(8) for p in prompts), "<u8")
         records["found"] = [sum(map(kind_bit, example.found)) for example in examples]
         return records
@@ -376,6 +389,34 @@ def open_store(folder: Path) -> ExampleStore:
     if sum(size * TYPES[name].itemsize for name, size in sizes.items()) > IN_MEMORY:
         return ExampleStore(files, about)
     return ExampleStore(InMemory({name: files.read(name, 0, size) for name, size in sizes.items()}), about)
+
+
+def _ends(examples: Sequence[Example], trained: Sequence[NDArray[np.int64]]) -> tuple[list[int], list[int]]:
+    """Positions of the first and the last trained token of each row, -1 for none, in their sequences."""
+    ends = []
+    for example, at in zip(examples, trained, strict=True):
+        places = at if example.fork is None else example.fork.positions(len(example.ids))[at]
+        ends.append((int(places.min()), int(places.max())) if len(places) else (-1, -1))
+    return [first for first, _ in ends], [last for _, last in ends]
+
+
+def _forks(examples: Sequence[Example], firsts: Sequence[int]) -> Iterator[list[int]]:
+    """The fields shared, second, longest and needed of each row, a list for each field."""
+    rows = []
+    for example, first in zip(examples, firsts, strict=True):
+        n = len(example.ids)
+        if example.fork is None:
+            rows.append((n, n, n, first + 1))
+            continue
+        shared, second = example.fork
+        own = [slice(shared, second), slice(second, n)]
+        both = [example.ids[at] for at in own]
+        least = min(map(len, both))
+        differs = np.flatnonzero(both[0][:least] != both[1][:least])
+        needed = int(differs[0]) if len(differs) else least
+        needed = max(needed, *(int(example.mask[at].argmax()) for at in own))
+        rows.append((shared, second, shared + max(map(len, both)), shared + needed + 1))
+    yield from map(list, zip(*rows, strict=True))
 
 
 def _marks_of(example: Example) -> NDArray[np.uint8]:

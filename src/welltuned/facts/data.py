@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from welltuned.data.conversation import Kind
+from welltuned.data.conversation import Kind, Teaching
 from welltuned.data.dataset import Dataset
+from welltuned.data.rows import Rows
 from welltuned.errors import InputError
 
 Counts = npt.NDArray[np.integer[Any]]
@@ -136,8 +137,12 @@ def pair_facts(
     format_name: str,
     duplicates: int = 0,
     heldout_overlap: int = 0,
+    passes: npt.ArrayLike | None = None,
 ) -> DatasetFacts:
-    """Tokens of every pair's prompt and of both its answers, training and held out, in; facts out."""
+    """Tokens of every pair's prompt and of both its answers, training and held out, in; facts out.
+
+    `passes` as in `dataset_facts`.
+    """
     prompt, good, bad = _counts(prompts), _counts(chosen), _counts(rejected)
     held, held_good, held_bad = _counts(heldout_prompts), _counts(heldout_chosen), _counts(heldout_rejected)
     facts = dataset_facts(
@@ -145,10 +150,12 @@ def pair_facts(
         format_name=format_name,
         duplicates=duplicates,
         heldout_overlap=heldout_overlap,
+        passes=passes,
     )
+    times = None if passes is None else np.asarray(passes, dtype=np.float64)
     return replace(
         facts,
-        **_quantiles(prompt + np.maximum(good, bad), None),
+        **_quantiles(prompt + np.maximum(good, bad), times),
         sequences_per_row=2,
         prompts=lengths_of(prompt),
         chosen=lengths_of(good),
@@ -192,16 +199,24 @@ def facts_of(dataset: Dataset) -> DatasetFacts:
     lengths = train.column("length")
     times = np.array(mixed.quotas) / np.maximum(mixed.rows, 1)
     left = {kind: dataset.findings[kind].rows - dataset.findings[kind].dropped for kind in (Kind.DUPLICATE, Kind.LEAK)}
-    facts = dataset_facts(
-        lengths,
-        train.column("trained"),
-        held.column("length") if len(held) else (),
-        held.column("trained") if len(held) else (),
-        format_name=dataset.formats,
-        duplicates=left[Kind.DUPLICATE],
-        heldout_overlap=0 if dataset.findings[Kind.LEAK].dropped else left[Kind.LEAK],
-        passes=None if even else times[train.owner()],
-    )
+    counted: dict[str, Any] = {
+        "format_name": dataset.formats,
+        "duplicates": left[Kind.DUPLICATE],
+        "heldout_overlap": 0 if dataset.findings[Kind.LEAK].dropped else left[Kind.LEAK],
+        "passes": None if even else times[train.owner()],
+    }
+    if dataset.reading.teaching is Teaching.PAIRS:
+        facts = pair_facts(*_forks(train), *_forks(held), **counted)
+    else:
+        labels = train.column("label")
+        facts = dataset_facts(
+            lengths,
+            train.column("trained"),
+            held.column("length") if len(held) else (),
+            held.column("trained") if len(held) else (),
+            desirable=labels > 0 if dataset.reading.teaching is Teaching.LABELS else None,
+            **counted,
+        )
     if len(mixed.rows) == 1 and even:
         return facts
     tokens = np.bincount(train.owner(), weights=lengths, minlength=len(times)) * times
@@ -220,6 +235,14 @@ def facts_of(dataset: Dataset) -> DatasetFacts:
             )
         ),
     )
+
+
+def _forks(rows: Rows) -> tuple[Counts, Counts, Counts]:
+    """Tokens of every pair's prompt, of its chosen answer and of its rejected one."""
+    if not len(rows):
+        return _counts(()), _counts(()), _counts(())
+    shared, second, whole = (_counts(rows.column(name)) for name in ("shared", "second", "length"))
+    return shared, second - shared, whole - second
 
 
 def _quantiles(lengths: Counts, times: npt.NDArray[np.float64] | None) -> dict[str, Any]:

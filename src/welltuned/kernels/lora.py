@@ -17,7 +17,7 @@ from torch import Tensor
 from welltuned.kernels.nf4 import FrozenWeight
 
 
-def _mix(z: int) -> int:
+def mixed(z: int) -> int:
     """splitmix64's finaliser: torch's CPU generator reads 32 bits of a seed, so every bit of z must reach them."""
     z &= 0xFFFFFFFFFFFFFFFF
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
@@ -44,7 +44,7 @@ class Dropout:
         mask_NI = torch.empty_like(x_NI)
         generator, start = torch.Generator(device=x_NI.device), 0
         for rows, key in self.spans:
-            generator.manual_seed(_mix(key * 0x9E3779B97F4A7C15 + projection))
+            generator.manual_seed(mixed(key * 0x9E3779B97F4A7C15 + projection))
             mask_NI[start : start + rows].bernoulli_(1.0 - self.p, generator=generator)
             start += rows
         if start != x_NI.shape[0]:
@@ -83,8 +83,8 @@ class Rows:
             )
         if dropout.p:
             starts = accumulate((rows for rows, _ in dropout.spans), initial=0)
-            span = next(span for at, span in zip(starts, dropout.spans, strict=False) if (at, span[0]) == (start, n))
-            self.dropout = Dropout(dropout.p, (span,))
+            inside = zip(starts, dropout.spans, strict=False)
+            self.dropout = Dropout(dropout.p, tuple(span for at, span in inside if start <= at < start + n))
         try:
             yield
         finally:

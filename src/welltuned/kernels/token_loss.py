@@ -18,7 +18,7 @@ ON_CPU = 2048, 512
 ON_GPU = 2048, 16_384  # 419 launches for 4,096 rows of 128,256 entries, and whole products
 
 
-def _tile_of(h_MH: Tensor) -> tuple[int, int]:
+def tile_of(h_MH: Tensor) -> tuple[int, int]:
     """(rows, vocabulary entries) of a tile of logits on this device."""
     return ON_GPU if h_MH.is_cuda else ON_CPU
 
@@ -55,18 +55,19 @@ def _tile(h: Tensor, head: Head, columns: slice, wide: torch.dtype) -> Tensor:
 
 def _tiles(h: Tensor, head: Head, wide: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Tiles of the vocabulary, each with its scaled logits."""
-    vocabulary, width = head.w_VH.shape[0], _tile_of(h)[1]
+    vocabulary, width = head.w_VH.shape[0], tile_of(h)[1]
     for start in range(0, vocabulary, width):
         columns = slice(start, min(start + width, vocabulary))
         yield columns, _tile(h, head, columns, wide)
 
 
-def _log_sum(
-    h: Tensor, head: Head, target: Tensor, dh: Tensor | None, wide: torch.dtype
+def log_sum(
+    h: Tensor, head: Head, target: Tensor, dh: Tensor | None, wide: torch.dtype, moment: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log-sum-exp, sum of exp(z - max), logit of the target), each [m, 1], in one pass over the tiles.
 
-    Where `dh` is given, sum_v exp(z_v - max) W_v is left in it: divided by the sum it is the expected embedding.
+    Where `dh` [m, H] is given, sum_v exp(z_v - max) W_v is left in it: divided by the sum it is the expected embedding.
+    Where `moment` [m, 1] is given, sum_v exp(z_v - max) z_v is left in it: divided by the sum, the expected logit.
     """
     top = torch.full((h.shape[0], 1), -torch.inf, dtype=wide, device=h.device)
     total, at_target = torch.zeros_like(top), torch.zeros_like(top)
@@ -78,7 +79,9 @@ def _log_sum(
         at_target += torch.where(inside[:, None], z.gather(1, column), 0.0)
         new_top = torch.maximum(top, z.amax(1, keepdim=True))
         fade = (top - new_top).exp_()
-        p = z.sub_(new_top).exp_()
+        p = z.sub_(new_top).exp_() if moment is None else (z - new_top).exp_()
+        if moment is not None:
+            moment.mul_(fade).add_(torch.linalg.vecdot(p, z)[:, None])
         total.mul_(fade).add_(p.sum(1, keepdim=True))
         top = new_top
         if dh is not None and h.dtype == wide:
@@ -88,8 +91,8 @@ def _log_sum(
     return total.log().add_(top), total, at_target
 
 
-def _gradients(
-    h: Tensor, head: Head, target: Tensor, weight: Tensor, lse: Tensor, dh: Tensor, trained: "_HeadGradient"
+def add_gradients(
+    h: Tensor, head: Head, target: Tensor, weight: Tensor, lse: Tensor, dh: Tensor, trained: "HeadGradient"
 ) -> None:
     """Add the gradients of one block of rows by a second pass: for soft-capped or trained heads."""
     rows = torch.arange(h.shape[0], device=h.device)
@@ -114,7 +117,7 @@ def _gradients(
 
 
 @dataclass(frozen=True, slots=True)
-class _HeadGradient:
+class HeadGradient:
     """Where a trained head's gradients are summed; None for a frozen part."""
 
     w_VH: Tensor | None
@@ -126,17 +129,17 @@ class _HeadGradient:
 
 
 def _block(
-    h: Tensor, head: Head, target: Tensor, weight: Tensor, grads: bool, trained: _HeadGradient
+    h: Tensor, head: Head, target: Tensor, weight: Tensor, grads: bool, trained: HeadGradient
 ) -> tuple[Tensor, Tensor | None]:
     """(nll_M, dh_MH or None) of one block of rows; a trained head's gradients are added to `trained`."""
     wide = torch.promote_types(h.dtype, torch.float32)
     one_pass = grads and head.softcap is None and not trained.wanted
     dh = torch.zeros(h.shape, dtype=wide, device=h.device) if grads else None
-    lse, total, at_target = _log_sum(h, head, target, dh if one_pass else None, wide)
+    lse, total, at_target = log_sum(h, head, target, dh if one_pass else None, wide)
     if dh is not None and one_pass:
         dh.div_(total).sub_(head.w_VH[target]).mul_(weight[:, None] * head.scale)
     elif dh is not None:
-        _gradients(h, head, target, weight, lse, dh, trained)
+        add_gradients(h, head, target, weight, lse, dh, trained)
     return (lse - at_target)[:, 0], dh
 
 
@@ -149,8 +152,8 @@ class _TokenLoss(torch.autograd.Function):
         nll_M = torch.empty(h_MH.shape[0], dtype=torch.promote_types(h_MH.dtype, torch.float32), device=h_MH.device)
         dh_MH = torch.empty_like(h_MH) if grads else None
         weight_M = weight_M.to(nll_M.dtype)
-        rows = _tile_of(h_MH)[0]
-        trained = _HeadGradient(dw, db)
+        rows = tile_of(h_MH)[0]
+        trained = HeadGradient(dw, db)
         for start in range(0, h_MH.shape[0], rows):
             block = slice(start, start + rows)
             nll_M[block], dh = _block(h_MH[block], head, target_M[block], weight_M[block], grads, trained)

@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from welltuned.errors import InputError, RunError
 from welltuned.models.experts import expert_stacks
 from welltuned.models.lora import ALL_LINEAR, AdapterBank, Bias, LoraSettings, attach
+from welltuned.models.reward import SCORE, add_score
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -57,13 +59,26 @@ def save_adapter(bank: AdapterBank, folder: Path, base: str, k: int = 0) -> None
         raise RunError(f"{weights}: what was read back is not what was saved; the disk may be full or failing")
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> AdapterBank:
-    """Put a PEFT LoRA adapter on a model. Everything in the file must be used, and everything needed be in it."""
+def load_adapter(
+    model: PreTrainedModel, folder: Path, *, dropout: float | None = None, saved: tuple[str, ...] = ()
+) -> AdapterBank:
+    """Put a PEFT LoRA adapter on a model. Everything in the file must be used, and everything needed be in it.
+
+    Args:
+        dropout: to train on with; None for the file's.
+        saved: modules that are trained beside the adapters; what the file does not have of them stays as it is.
+    """
     config, stored = read_config(folder), _read(folder / WEIGHTS)
+    if config.get("modules_to_save") and not saved:
+        add_score(model, seed=0)
+        saved = (SCORE,)
     names = _stack_names(model, config.get("target_parameters") or ())
     tensors = {_from_file(name, names): tensor for name, tensor in stored.items()}
-    bank = attach(model, _settings(config, tensors, set(names.values()), str(folder)))
+    settings = _settings(config, tensors, set(names.values()), str(folder))
+    bank = attach(model, settings if dropout is None else replace(settings, lora_dropout=dropout), saved)
     expected = bank.tensors()
+    if not config.get("modules_to_save"):
+        expected = {name: tensor for name, tensor in expected.items() if name.rpartition(".")[0] not in saved}
     for missing in sorted(expected.keys() - tensors.keys()):
         raise InputError(
             f"the adapter has no tensor {missing!r}", where=str(folder), mend="it may be for another model"
@@ -92,7 +107,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         raise InputError(f"adapters of type {config.get('peft_type')} are not understood", where=str(path))
     for key in _REFUSED:
-        if config.get(key):
+        if config.get(key) and not (key == "modules_to_save" and list(config[key]) == [SCORE]):
             raise InputError(f"{key} is not understood", where=str(path), mend="merge the adapter with PEFT first")
     start = config.get("init_lora_weights")
     if start not in _STARTS:
@@ -104,6 +119,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     if (config.get("bias") or "none") not in set(Bias):
         raise InputError(f"the bias {config['bias']!r} is not understood", where=str(path))
     return config
+
+
+def adapted_leaves(folder: Path) -> tuple[str, ...]:
+    """The last parts of the names of the modules that an adapter in PEFT's format stands on: q_proj, up_proj, ..."""
+    names = (_from_file(name, {}) for name in _read(folder / WEIGHTS))
+    return tuple(sorted({name.split(".")[-2] for name in names if name.endswith("lora_A")}))
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -128,6 +149,8 @@ def _to_file(name: str, bank: AdapterBank) -> str:
 
 def _from_file(name: str, stacks: Mapping[str, str]) -> str:
     """PEFT's name as ours; `stacks` by the name that PEFT's wrapper has in the file."""
+    if name == f"{_PREFIX}{SCORE}.weight":
+        return f"{SCORE}.weight"
     plain = name.removeprefix(_PREFIX).removesuffix(".weight")
     module, _, leaf = plain.rpartition(".")
     return f"{stacks[module]}.{leaf}" if module in stacks else plain.replace(".base_layer.", ".")
@@ -173,7 +196,7 @@ def _config(bank: AdapterBank, base: str, k: int) -> dict[str, Any]:
     stacks = _shortest(bank.stacks, expert_stacks(bank.model))
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if bank.saved else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": s.r,
         "lora_alpha": int(s.lora_alpha) if float(s.lora_alpha).is_integer() else s.lora_alpha,
@@ -184,7 +207,7 @@ def _config(bank: AdapterBank, base: str, k: int) -> dict[str, Any]:
         "fan_in_fan_out": any(isinstance(module.base, Conv1D) for module in bank.modules.values()),
         "init_lora_weights": True,
         "inference_mode": True,
-        "modules_to_save": None,
+        "modules_to_save": list(bank.saved) or None,
     }
     if stacks or parameters:
         config["target_parameters"] = [*stacks, *parameters]

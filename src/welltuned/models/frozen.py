@@ -13,7 +13,8 @@ from welltuned.errors import InputError
 from welltuned.kernels.nf4 import DenseWeight, FrozenWeight, NF4Weight
 
 # Routers pick experts: "all linear" does not mean them. State-space layers use dt_proj's weight without calling it.
-LEFT_ALONE = ("gate", "router", "shared_expert_gate", "dt_proj")
+# A reward model's head is trained as it is.
+LEFT_ALONE = ("gate", "router", "shared_expert_gate", "dt_proj", "score")
 
 
 def is_projection(module: nn.Module) -> bool:

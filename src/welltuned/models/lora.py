@@ -137,17 +137,20 @@ class AdapterBank:
     Attributes:
         flat_KP, grad_KP: all trained numbers and their gradients, fp32.
         slots: name and place of each tensor in a row of flat_KP.
+        saved: modules that are trained as they are, beside the adapters (PEFT's `modules_to_save`), in fp32.
         targets: names of what is adapted, in the model's order; `stacks` are those among them that hold experts.
         rows: which rows of the current micro-batch belong to which adapter and example.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: Sequence[LoraSettings]):
-        self.model, self.settings = model, tuple(settings)
+    def __init__(self, model: PreTrainedModel, settings: Sequence[LoraSettings], saved: tuple[str, ...] = ()):
+        self.model, self.settings, self.saved = model, tuple(settings), saved
         first = self.settings[0]
         if len({(s.r, s.expert_rank, s.target_modules, s.bias, s.lora_dropout) for s in self.settings}) > 1:
             raise InputError("adapters of one bank share r, expert_r, target_modules, bias and lora_dropout")
         if any(isinstance(module, (LoraLinear, LoraExperts)) for module in model.modules()):
             raise InputError("the model already carries adapters", mend="detach them first")
+        if len(self.settings) > 1 and saved:
+            raise InputError(f"{saved[0]} belongs to the shared base", mend="train one adapter at a time with it")
         if len(self.settings) > 1 and first.bias is not Bias.NONE:
             raise InputError(
                 "biases belong to the shared base", where="bias", mend="use bias: none with several adapters"
@@ -162,6 +165,7 @@ class AdapterBank:
             if parameter.dtype.itemsize < 4 and name.rpartition(".")[0] not in self.targets:
                 what = f"{name} is {str(parameter.dtype).removeprefix('torch.')}: too coarse to be trained"
                 raise InputError(what, where="bias", mend="use lora_only, or a float32 model")
+        biases |= {f"{name}.{leaf}": p for name in saved for leaf, p in model.get_submodule(name).named_parameters()}
         self.slots = _layout(model, self.targets, first, biases)
         device = next(model.parameters()).device
         total = sum(slot.size for slot in self.slots)
@@ -280,9 +284,14 @@ class AdapterBank:
         return {s.name: self.start_KP[k, s.start : s.start + s.size].view(s.shape) for s in self.slots}
 
 
-def attach(model: PreTrainedModel, settings: LoraSettings | Sequence[LoraSettings]) -> AdapterBank:
-    """Freeze the model and put adapters on it, in place of the modules that `target_modules` names."""
-    return AdapterBank(model, [settings] if isinstance(settings, LoraSettings) else settings)
+def attach(
+    model: PreTrainedModel, settings: LoraSettings | Sequence[LoraSettings], saved: tuple[str, ...] = ()
+) -> AdapterBank:
+    """Freeze the model and put adapters on it, in place of the modules that `target_modules` names.
+
+    `saved` names modules that are trained beside them.
+    """
+    return AdapterBank(model, [settings] if isinstance(settings, LoraSettings) else settings, saved)
 
 
 def init_a(a_RI: Tensor, settings: LoraSettings, index: int) -> None:

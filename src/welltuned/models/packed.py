@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from welltuned.kernels.attention import bounds, on, packed_attention
+from welltuned.kernels.attention import Branches, Seen, on, packed_attention, seen_by, spans
 from welltuned.kernels.lora import Dropout
 from welltuned.models.lora import shared_rows
 
@@ -23,6 +23,7 @@ ATTENTION = "welltuned_packed"
 _PACKABLE_LAYERS = {"full_attention", "sliding_attention"}  # not "linear_attention", "chunked_attention", "conv", ...
 _NOT_KNOWN = ("indices", "block_indices", "position_bias", "sinks")  # sparse or biased attention: not ours
 _PACKS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_SHARES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 class NotPackable(RuntimeError):
@@ -36,15 +37,18 @@ class Packed:
     Args:
         ids_N: token ids, int64.
         lengths: tokens of each example; they add up to N.
+        branches: of each example the tokens of its branches: continuations, laid end to end, of what is before them
+            all, which see that and themselves. None where there are no branches; only where the model `shares`.
     """
 
     ids_N: Tensor
     lengths: list[int]
+    branches: Branches | None = None
 
     @property
     def position_ids_N(self) -> Tensor:
-        """Each token's place in its example."""
-        position_ids_N = torch.cat([torch.arange(n) for n in self.lengths])
+        """Each token's place in its example; every branch goes on from where the trunk ends."""
+        position_ids_N = torch.cat([torch.arange(s.shared, s.keys) for s in spans(self.lengths, self.branches)])
         device = self.ids_N.device
         return on(device, position_ids_N)
 
@@ -60,7 +64,8 @@ def _attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     packed_lengths: list[int] | None = None,
-    packed_bounds: Tensor | None = None,
+    packed_seen: Seen | None = None,
+    packed_branches: Branches | None = None,
     is_causal: bool | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
@@ -79,7 +84,8 @@ def _attention(
         window=sliding_window,
         softcap=softcap,
         sinks_Q=s_aux,
-        bounds_B=packed_bounds,
+        seen=packed_seen,
+        branches=packed_branches,
     )
     return out[None], None
 
@@ -95,12 +101,12 @@ AttentionMaskInterface.register(ATTENTION, _no_mask)
 @contextmanager
 def packed_model(model: PreTrainedModel) -> Iterator[None]:
     """Within the block this model (and no other) attends within packed examples, its own dropout off."""
-    with _attending(model, ATTENTION if packs(model) else model.config._attn_implementation):
+    with attending(model, ATTENTION if packs(model) else model.config._attn_implementation):
         yield
 
 
 @contextmanager
-def _attending(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+def attending(model: PreTrainedModel, implementation: str) -> Iterator[None]:
     before, training = model.config._attn_implementation, model.training
     if implementation != before:
         model.set_attn_implementation(implementation)
@@ -116,14 +122,29 @@ def _attending(model: PreTrainedModel, implementation: str) -> Iterator[None]:
 def packs(model: PreTrainedModel) -> bool:
     """Whether packed examples come out as each does alone: tried once on this model, with its own weights."""
     if model not in _PACKS:
-        rows = shared_rows(model)
-        per_adapter, dropout = rows.per_adapter, rows.dropout
-        rows.per_adapter, rows.dropout = None, Dropout()
-        try:
+        with _bare(model):
             _PACKS[model] = _try_packing(model)
-        finally:
-            rows.per_adapter, rows.dropout = per_adapter, dropout
     return _PACKS[model]
+
+
+def shares(model: PreTrainedModel) -> bool:
+    """Whether branches of one trunk come out as each does with a trunk of its own: tried once, as `packs` is."""
+    if model not in _SHARES:
+        with _bare(model):
+            _SHARES[model] = packs(model) and _try_sharing(model)
+    return _SHARES[model]
+
+
+@contextmanager
+def _bare(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block no micro-batch is under way, and nothing is dropped."""
+    rows = shared_rows(model)
+    per_adapter, dropout = rows.per_adapter, rows.dropout
+    rows.per_adapter, rows.dropout = None, Dropout()
+    try:
+        yield
+    finally:
+        rows.per_adapter, rows.dropout = per_adapter, dropout
 
 
 def _packable_layers(model: PreTrainedModel) -> bool:
@@ -138,7 +159,7 @@ def refuses_packing(skeleton: PreTrainedModel) -> bool:
     if not _packable_layers(skeleton):
         return True
     try:
-        with _attending(skeleton, ATTENTION):
+        with attending(skeleton, ATTENTION):
             if skeleton.config._attn_implementation != ATTENTION:
                 return True
             batch = _trial("meta")
@@ -161,17 +182,31 @@ def _try_packing(model: PreTrainedModel) -> bool:
     if not _packable_layers(model):
         return False
     batch = _trial(model.device)
-    with _attending(model, model.config._attn_implementation):
+    with attending(model, model.config._attn_implementation):
         alone_NV = logits(model, batch)
     try:
-        with _attending(model, ATTENTION):
+        with attending(model, ATTENTION):
             if model.config._attn_implementation != ATTENTION:  # transformers only warned that it cannot be set
                 return False
             packed_NV = logits(model, batch)
     except NotPackable:
         return False
-    error_N = (packed_NV - alone_NV).float().norm(dim=-1) / alone_NV.float().norm(dim=-1)
-    return bool(error_N.mean() <= (1e-3 if alone_NV.dtype.itemsize >= 4 else 0.1))
+    return _near(packed_NV, alone_NV)
+
+
+@torch.no_grad()
+def _try_sharing(model: PreTrainedModel) -> bool:
+    ids_N = _trial(model.device).ids_N
+    trunk, branches = ids_N[:5], ids_N[5:].split([4, 7])
+    with attending(model, ATTENTION):
+        apart_NV = logits(model, Packed(torch.cat([t for b in branches for t in (trunk, b)]), [9, 12]))
+        shared_NV = logits(model, Packed(ids_N, [16], [(4, 7)]))
+    return _near(shared_NV, torch.cat([apart_NV[:9], apart_NV[14:]]))
+
+
+def _near(tried_NV: Tensor, known_NV: Tensor) -> bool:
+    error_N = (tried_NV - known_NV).float().norm(dim=-1) / known_NV.float().norm(dim=-1)
+    return bool(error_N.mean() <= (1e-3 if known_NV.dtype.itemsize >= 4 else 0.1))
 
 
 def _arguments(batch: Packed) -> dict[str, Any]:
@@ -180,13 +215,16 @@ def _arguments(batch: Packed) -> dict[str, Any]:
         "position_ids": batch.position_ids_N[None],
         "use_cache": False,
         "packed_lengths": batch.lengths,
-        "packed_bounds": bounds(batch.lengths, batch.ids_N.device),
+        "packed_branches": batch.branches,
+        "packed_seen": seen_by(batch.lengths, batch.branches, batch.ids_N.device),
     }
 
 
 def _run(model: PreTrainedModel, part: nn.Module, batch: Packed, output: str) -> Tensor:
     if model.config._attn_implementation == ATTENTION:
         return part(**_arguments(batch))[output][0]
+    if batch.branches is not None and any(batch.branches):
+        raise NotPackable("branches need a model whose examples can be packed")
     rows, parts, start = shared_rows(model), [], 0
     for n in batch.lengths:
         with rows.only(start, n):

@@ -119,10 +119,12 @@ POLICIES: Mapping[str, Key] = MappingProxyType(
             ("lost_message", "Rows with a message that the chat template leaves out", "default keep"),
             ("lost_tools", "Rows with tools that the chat template leaves out", "default keep"),
             ("end_untrained", "Rows with an answer whose end token is not trained", "default keep"),
+            ("equal_pair", "Pairs whose two answers are the same tokens", "never keep; default error"),
+            ("prompt_differs", "Pairs whose prompt is rendered differently for its answers", "default keep"),
         )
     }
 )
-NEVER_KEPT = frozenset({"on_bad_row", "on_untrained"})
+NEVER_KEPT = frozenset({"on_bad_row", "on_untrained", "on_equal_pair"})
 
 HYPERPARAMETERS: Mapping[str, Key] = MappingProxyType(
     {

@@ -50,8 +50,10 @@ class Shown:
             "supervised_tokens": int(self.example.mask.sum()),
             "length": self.length,
             "found": sorted(self.example.found),
+            **({} if self.example.desirable is None else {"desirable": self.example.desirable}),
             "runs": [
                 {"text": run.text, "trained": run.trained, "speaker": run.speaker.name.lower()}
+                | ({"side": str(run.side)} if run.side else {})
                 for run in merged(runs(self.example, tokenizer))
             ],
         }
@@ -94,7 +96,8 @@ class Inspection:
         (included), rows}. `by_speaker`: {tokens, trained, share}, under system, user, assistant, tool, document and
         template. `audit` is that of run.json; where its `found` has the policy error, training would refuse the data,
         and `blocked` is true. `examples`: {origin, why, tokens, supervised_tokens, length (before a cut), found (kinds
-        of defect), runs}, with runs a list of {text, trained, speaker} that together are the row's text. `bad`: rows
+        of defect), runs}, with runs a list of {text, trained, speaker} that together are the row's text; after a pair's
+        prompt each has a `side`, chosen or rejected, and an answer that is judged is `desirable` or not. `bad`: rows
         that were asked for and cannot be read, {origin, why}.
         """
         audit = self.audit

@@ -1,8 +1,8 @@
 """From a recipe to a plan: read the model's facts, the data and the machine, and choose. No weights are loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from welltuned.advice.plan import Plan, make_plan, with_problems
 from welltuned.data.audit import Audit
@@ -16,6 +16,7 @@ from welltuned.facts.data import facts_of
 from welltuned.facts.machine import MachineFacts, read_machine_facts
 from welltuned.facts.model import ModelFacts, read_model_facts
 from welltuned.recipe import Method, Recipe, Tune
+from welltuned.training.starting import start_adapter, with_start_reasons, with_start_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,18 +56,23 @@ def prepare(recipe: Recipe, machine: MachineFacts | None = None, progress: RowsR
     from welltuned.models.foresee import foresee
     from welltuned.models.load import load_tokenizer
 
-    if recipe.method is not Method.SFT:
+    if recipe.method is Method.GRPO:
         raise InputError(f"training by {recipe.method} is not built yet", where="method", mend="use sft")
+    start = start_adapter(recipe)
     model_facts = read_model_facts(recipe.model)
     sources = open_sources(recipe)
     tokenizer = load_tokenizer(recipe.model)
     dataset = read_dataset(recipe, tokenizer, sources=sources, embedding=model_facts.vocabulary, progress=progress)
-    plan, dataset = _planned(recipe, dataset, model_facts, machine or read_machine_facts(ask_gpu=True))
+    machine = machine or read_machine_facts(ask_gpu=True)
+    plan, dataset = _planned(with_start_values(recipe, start), dataset, model_facts, machine)
+    plan = with_start_reasons(plan, recipe, start)
+    require_sound(recipe, plan.value)
     report = dataset.audit(model_facts.context_length)
     problems = report.problems()
     weighed = [(problem.weight, problem.sentence) for problem in problems]
     left = foresee(recipe.model, _targets(plan), nf4=recipe.tune is Tune.QLORA)
     weighed += [(PLAIN_PARTS, sentence) for sentence in left]
+    started = (start.note,) if start is not None and start.note is not None else ()
     return Prepared(
         recipe=recipe,
         plan=with_problems(plan, weighed),
@@ -77,8 +83,17 @@ def prepare(recipe: Recipe, machine: MachineFacts | None = None, progress: RowsR
         held_out_conversations=dataset.held_out_conversations(),
         mixture=replace(dataset.mixture, seed=plan.value("seed")),
         audit=report,
-        notes=(*dataset.notes, *(problem.sentence for problem in problems)),
+        notes=(*dataset.notes, *started, *(problem.sentence for problem in problems)),
     )
+
+
+def require_sound(recipe: Recipe, chosen: Callable[[str], Any]) -> None:
+    """Refuse settings under which a preference method is not defined; `chosen` gives the plan's values."""
+    if recipe.method in (Method.DPO, Method.ORPO, Method.KTO) and not chosen("beta") > 0:
+        raise InputError(f"a beta of 0 leaves {recipe.method} nothing to learn", where="beta", mend="give one above 0")
+    if recipe.method is Method.KTO and chosen("effective_batch_size") < 2:
+        what = "kto compares with answers to the update's other prompts, and an update of one row has none"
+        raise InputError(what, where="effective_batch_size", mend="give 2 or more")
 
 
 def _targets(plan: Plan) -> str | tuple[str, ...] | None:
@@ -98,6 +113,6 @@ def _planned(recipe: Recipe, dataset: Dataset, model: ModelFacts, machine: Machi
         within = dataset.within(longest)
         if len(within.train) == len(dataset.train):
             # Held-out rows are cut as the training rows are, or where the model itself ends.
-            bound = "max_length" in recipe.hyperparameters or facts.length_max > longest
+            bound = "max_length" in recipe.hyperparameters or facts.length_max > longest or within.in_pieces
             return plan, within.held_out_within(longest if bound else model.context_length)
         dataset = within

@@ -19,18 +19,19 @@ from welltuned.advice.plan import Plan, plan_to_yaml, require_memory
 from welltuned.errors import InputError, RunError
 from welltuned.facts.machine import Device
 from welltuned.models.adapter_file import save_adapter
-from welltuned.models.full import FullParameters
 from welltuned.models.fuse import Fused, checkpoint_layers, find_head, fuse
 from welltuned.models.load import load_model
-from welltuned.models.lora import AdapterBank, Bias, Init, LoraSettings, attach, find_targets
+from welltuned.models.lora import AdapterBank, Bias, Init, LoraSettings, find_targets
 from welltuned.models.packed import packed_model, packs
 from welltuned.models.parts import idle_parts, within
 from welltuned.recipe import Tune, recipe_to_yaml
 from welltuned.training.events import Evaluated, Event, Note, Observer, Updated, silent
 from welltuned.training.optimizer import AdamWSettings, FlatAdamW, Schedule, Scheduler, clip_
+from welltuned.training.preference import METHODS, preference_objective
 from welltuned.training.prepare import Prepared
 from welltuned.training.process import allocator_keeps_memory, memory_used
 from welltuned.training.rundir import ADAPTER, MODEL, PLAN, RECIPE, RUN, RunDir, require_free
+from welltuned.training.starting import save_model, score_at_start, trained_parts
 from welltuned.training.step import Engine, Evaluation, Objective, Supervised, Trained
 
 MOST_ORIGINS = 1_000  # held-out rows named in run.json
@@ -75,9 +76,7 @@ def make_ready(plan: Plan) -> Ready:
     dtype = torch.float32 if recipe.tune is Tune.FULL else DTYPES[plan.value("dtype")]
     model = load_model(recipe.model, dtype=dtype, device=device, nf4=recipe.tune is Tune.QLORA)
     idle = idle_parts(model)
-    trained: Trained = (
-        FullParameters(model, frozen=idle) if recipe.tune is Tune.FULL else attach(model, _reached(model, plan, idle))
-    )
+    trained: Trained = trained_parts(model, plan, idle, lambda: _reached(model, plan, idle))
     fused = fuse(model, trained if isinstance(trained, AdapterBank) else None)
     head = find_head(model)
     notes = [*fused.sentences(), *(f"text never reaches {name}, which stays as it is" for name in idle)]
@@ -138,6 +137,7 @@ def train(
     require_free(out)
     with allocator_keeps_memory(plan.facts.machine.device):
         ready = make_ready(plan)  # what is wrong with the model shows here, before anything is written
+        ready = with_objective(ready, prepared, observer)
         with closing(RunDir(out)) as directory:
 
             def tell(event: Event) -> None:
@@ -167,6 +167,17 @@ def train(
             )
             directory.write_json(RUN, _summary(prepared, ready, result))
     return result
+
+
+def with_objective(ready: Ready, prepared: Prepared, observer: Observer) -> Ready:
+    """The same with its method's objective. To be called before a checkpoint is restored: it may ask the model as it
+    starts."""
+    if prepared.recipe.method not in METHODS:
+        return ready
+    rows = prepared.train, prepared.held_out, prepared.mixture
+    notes: list[str] = []
+    objective = preference_objective(ready.engine, prepared.plan, *rows, notes.append, lambda t: observer(Note(t)))
+    return replace(ready, objective=objective, notes=(*ready.notes, *notes))
 
 
 def _evaluated(ready: Ready, prepared: Prepared, step: int, tell: Observer) -> Evaluation | None:
@@ -259,7 +270,7 @@ def _verify_and_save(
                 raise RunError(f"the base model on disk changed while it was trained ({changed[0]})")
             checks = check_tensors(trained.tensors(), start)
         require_learned(checks, plan.updates)
-        engine.model.save_pretrained(directory.path / MODEL)
+        save_model(engine.model, plan.recipe.method, directory.path / MODEL)
         prepared.tokenizer.save_pretrained(directory.path / MODEL)
     return checks
 
@@ -269,7 +280,7 @@ def reloaded(plan: Plan) -> Iterator[dict[str, torch.Tensor]]:
     """The base model's parameters once more from disk, to compare with; freed afterwards."""
     base = load_model(plan.recipe.model, dtype=torch.float32)
     try:
-        yield {name: p.detach() for name, p in base.named_parameters()}
+        yield {name: p.detach() for name, p in base.named_parameters()} | dict(score_at_start(plan, base))
     finally:
         del base
         gc.collect()
@@ -277,7 +288,9 @@ def reloaded(plan: Plan) -> Iterator[dict[str, torch.Tensor]]:
 
 def _summary(prepared: Prepared, ready: Ready, result: RunResult) -> dict[str, Any]:
     def loss(found: Evaluation | None) -> dict[str, float] | None:
-        return None if found is None else {"loss": found.loss, "standard_error": found.standard_error}
+        if found is None:
+            return None
+        return {"loss": found.loss, "standard_error": found.standard_error, **found.measures}
 
     return {
         "format": 1,

@@ -105,7 +105,7 @@ def accumulate_gradient(engine: Engine, examples: Sequence[Example], keys: Seque
     """
     supervised = sum(supervised_tokens(e) for e in examples)
     if supervised == 0:
-        raise RunError(f"no token of this update is trained on ({_origins(examples)}); its loss would be 0/0")
+        raise RunError(f"no token of this update is trained on ({origins_of(examples)}); its loss would be 0/0")
     sums, origins = [], []
     for bin_ in pack([len(e.ids) for e in examples], engine.token_budget):
         chosen = [examples[i] for i in bin_]
@@ -120,7 +120,9 @@ def accumulate_gradient(engine: Engine, examples: Sequence[Example], keys: Seque
     losses = torch.stack(sums).tolist()  # the one time that an update waits for the GPU
     for chosen, summed in zip(origins, losses, strict=True):
         if not math.isfinite(summed):
-            raise RunError(f"the loss is not finite in {_origins(chosen)}; lower the learning rate or look at the rows")
+            raise RunError(
+                f"the loss is not finite in {origins_of(chosen)}; lower the learning rate or look at the rows"
+            )
     return Gradient(sum(losses), sum(len(e.ids) for e in examples), supervised)
 
 
@@ -143,7 +145,7 @@ def evaluate(engine: Engine, examples: Sequence[Example]) -> Evaluation:
         )
     broken = [e for e, finite in zip(examples, torch.isfinite(sums).tolist(), strict=True) if not finite]
     if broken:
-        what = f"the held-out loss is not finite in {_origins(broken)}"
+        what = f"the held-out loss is not finite in {origins_of(broken)}"
         raise RunError(f"{what}; lower the learning rate, or look at the model and the rows")
     return _summary(sums, torch.tensor([supervised_tokens(e) for e in examples], dtype=torch.float64))
 
@@ -156,6 +158,6 @@ def _summary(sums: torch.Tensor, counts: torch.Tensor) -> Evaluation:
     return Evaluation(mean, error, int(counts.sum()), tuple((sums / counts.clamp_min(1)).tolist()))
 
 
-def _origins(examples: Sequence[Example]) -> str:
+def origins_of(examples: Sequence[Example]) -> str:
     names = [e.origin for e in examples]
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,338 @@
+"""Reinforcement learning in groups: an update samples, has its completions rewarded, and follows what they teach.
+
+Sampling uses the model as it is at that update, in this process. Log-probabilities of the policy that sampled are those
+of the training forward pass, not the sampler's, so that every ratio of the first iteration is exactly 1.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from welltuned.data.prompts import Prompt
+from welltuned.errors import RunError
+from welltuned.kernels.lora import mixed
+from welltuned.models.lora import AdapterBank
+from welltuned.models.packed import shares
+from welltuned.models.sample import Completion, Sampling, complete
+from welltuned.objectives.completions import Group, cut, lay, token_logprobs
+from welltuned.objectives.grpo import GrpoSettings, PolicyLoss, advantages, policy_loss, token_weights
+from welltuned.objectives.rewards import Fault, Judged, Reward, Scores, score
+from welltuned.training.step import Engine, Evaluation, Gradient
+
+SHOWN_FAULTS = 5  # faults of one reward that are told one by one; all are counted
+KEPT_SAMPLES = 8  # held-out completions that an evaluation keeps
+SAMPLING_TOKENS = 8  # completions sampled at a time have this many times a micro-batch's tokens: a cache holds less
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A set of completions, what they got, and what an update needs of them.
+
+    Attributes:
+        groups: the completions that have a gradient, by prompt.
+        old, reference: log-probabilities of a completion's tokens by its number, once they are known.
+    """
+
+    groups: tuple[Group, ...]
+    advantage_S: Tensor
+    weight_S: Tensor
+    tokens: int
+    supervised_tokens: int
+    origins: tuple[str, ...]
+    measures: Mapping[str, float]
+    notes: tuple[str, ...]
+    old: dict[int, Tensor] = field(default_factory=dict)
+    reference: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Grpo:
+    """The objective of `method: grpo`; its rows are prompts.
+
+    Args:
+        generations: completions of each prompt.
+        iterations: updates that are made of one set of completions. Calls after the first use the set again, so the
+            caller must ask for the same rows; a run that goes on within a set samples it anew.
+    """
+
+    def __init__(
+        self,
+        settings: GrpoSettings,
+        sampling: Sampling,
+        rewards: Sequence[Reward],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        generations: int,
+        iterations: int = 1,
+    ):
+        self.settings, self.sampling, self.rewards, self.tokenizer = settings, sampling, tuple(rewards), tokenizer
+        self.generations, self.iterations = generations, iterations
+        self._sampled: Sampled | None = None
+        self._uses = 0
+        self._told: dict[str, int] = {}
+        self._start: Tensor | None = None
+
+    # ── an update ──
+
+    def accumulate_gradient(self, engine: Engine, rows: Sequence[Prompt], keys: Sequence[int]) -> Gradient:
+        """Sample, reward and add the gradient. A group without signal adds exactly nothing, and is not computed."""
+        self._remember_start(engine)
+        origins = tuple(row.origin for row in rows)
+        notes: tuple[str, ...] = ()
+        seconds: dict[str, float] = {}
+        if self._sampled is None or self._uses == self.iterations or self._sampled.origins != origins:
+            self._sampled, seconds = self._sample(engine, rows, keys)
+            self._uses, notes = 0, self._sampled.notes
+        self._uses += 1
+        started = time.perf_counter()
+        loss, measures = self._follow(engine, self._sampled)
+        seconds["seconds/update"] = time.perf_counter() - started
+        return Gradient(
+            loss=loss,
+            tokens=self._sampled.tokens,
+            supervised_tokens=self._sampled.supervised_tokens,
+            measures={**self._sampled.measures, **measures, **seconds},
+            notes=notes,
+        )
+
+    def _sample(
+        self, engine: Engine, rows: Sequence[Prompt], keys: Sequence[int]
+    ) -> tuple[Sampled, dict[str, float]]:
+        started = time.perf_counter()
+        names = [[mixed(key * 0x9E3779B97F4A7C15 + g) for g in range(self.generations)] for key in keys]
+        made = self._complete(engine, rows, names, self.sampling)
+        sampled = time.perf_counter()
+        scores = self._score([(row, c) for row, group in zip(rows, made, strict=True) for c in group])
+        seconds = {"seconds/generation": sampled - started, "seconds/reward": time.perf_counter() - sampled}
+        return self._prepared(rows, keys, made, scores), seconds
+
+    def _prepared(
+        self, rows: Sequence[Prompt], keys: Sequence[int], made: Sequence[Sequence[Completion]], scores: Scores
+    ) -> Sampled:
+        settings = self.settings
+        reward_PG = torch.tensor(scores.total, dtype=torch.float64).view(len(rows), self.generations)
+        found = advantages(reward_PG, settings.scale_rewards)
+        every = [c for group in made for c in group]
+        lengths_S = torch.tensor([len(c.ids) for c in every])
+        kept_S = torch.tensor([c.ended or not settings.mask_truncated_completions for c in every])
+        counted_S = torch.where(kept_S, lengths_S, 0)
+        advantage_S = found.value_PG.flatten()
+        pulls_S = kept_S & ((advantage_S != 0) | (settings.beta > 0))
+        groups = []
+        for p, (row, key) in enumerate(zip(rows, keys, strict=True)):
+            numbers = [s for s in range(p * self.generations, (p + 1) * self.generations) if pulls_S[s]]
+            if numbers:
+                groups.append(Group(row.ids, tuple(every[s].ids for s in numbers), key, tuple(numbers)))
+        return Sampled(
+            groups=tuple(groups),
+            advantage_S=advantage_S,
+            weight_S=token_weights(counted_S, settings),
+            tokens=sum(len(row.ids) for row in rows) + int(lengths_S.sum()),
+            supervised_tokens=int(counted_S.sum()),
+            origins=tuple(row.origin for row in rows),
+            measures=_measures(every, reward_PG, found.std_P, found.silent_P, scores),
+            notes=self._fault_notes(scores.faults),
+        )
+
+    def _follow(self, engine: Engine, sampled: Sampled) -> tuple[float, dict[str, float]]:
+        """Add the gradient of one iteration; (loss, measures)."""
+        batches = cut(sampled.groups, engine.token_budget, shares(engine.model))
+        if self.settings.beta > 0 and not sampled.reference:
+            self._ask_reference(engine, batches, sampled)
+        parts: list[PolicyLoss] = []
+        for batch in batches:
+            found = self._batch_loss(engine, batch, sampled)
+            found.value.backward()
+            parts.append(PolicyLoss(found.value.detach(), found.kl, found.clipped))
+        if not parts:
+            return 0.0, {"clip_ratio": 0.0}
+        loss, kl, clipped = (
+            torch.stack([part.value.double() for part in parts]).tolist(),
+            float(sum(part.kl for part in parts)),
+            float(sum(part.clipped for part in parts)),
+        )
+        for batch, value in zip(batches, loss, strict=True):
+            if not math.isfinite(value):
+                names = ", ".join(dict.fromkeys(self._origin(sampled, group) for group in batch))
+                raise RunError(f"the loss is not finite in {names}; lower the learning rate or look at the rows")
+        tokens = max(1, sampled.supervised_tokens)
+        measures = {"clip_ratio": clipped / tokens}
+        if self.settings.beta > 0:
+            measures["kl"] = kl / tokens
+        return sum(loss), measures
+
+    def _batch_loss(self, engine: Engine, batch: Sequence[Group], sampled: Sampled) -> PolicyLoss:
+        laid = lay(batch, shared=shares(engine.model), device=engine.model.device)
+        engine.trained.use_rows(None, laid.spans)
+        logprob_M = token_logprobs(engine.model, engine.head, laid, self.sampling.temperature)
+        numbers = [s for group in batch for s in group.sequences]
+        if numbers[0] not in sampled.old:  # the first iteration: this is the policy that sampled
+            old_M = logprob_M.detach()
+            if self.iterations > 1:
+                sampled.old.update(_by_sequence(old_M, batch))
+        else:
+            old_M = torch.cat([sampled.old[s] for s in numbers])
+        ref_M = torch.cat([sampled.reference[s] for s in numbers]) if sampled.reference else None
+        device = logprob_M.device
+        return policy_loss(
+            *(logprob_M, old_M, ref_M, laid.sequence_M),
+            *(sampled.advantage_S.to(device), sampled.weight_S.to(device), self.settings),
+        )
+
+    @torch.no_grad()
+    def _ask_reference(self, engine: Engine, batches: Sequence[Sequence[Group]], sampled: Sampled) -> None:
+        with self._at_start(engine):
+            for batch in batches:
+                laid = lay(batch, shared=shares(engine.model), device=engine.model.device)
+                ref_M = token_logprobs(engine.model, engine.head, laid, self.sampling.temperature)
+                sampled.reference.update(_by_sequence(ref_M, batch))
+
+    def _remember_start(self, engine: Engine) -> None:
+        """A bank keeps its own start; of all of a model a copy is needed, where there is a pull to it."""
+        if self._start is None and self.settings.beta > 0:
+            trained = engine.trained
+            self._start = trained.start_KP if isinstance(trained, AdapterBank) else trained.flat_KP.clone()
+
+    @contextmanager
+    def _at_start(self, engine: Engine) -> Iterator[None]:
+        """Within the block the model is as it was before the first update, and nothing is dropped."""
+        assert self._start is not None
+        engine.trained.no_dropout()
+        flat_KP = engine.trained.flat_KP
+        now_KP = flat_KP.clone()
+        flat_KP.copy_(self._start)
+        try:
+            yield
+        finally:
+            flat_KP.copy_(now_KP)
+
+    def _origin(self, sampled: Sampled, group: Group) -> str:
+        return sampled.origins[group.sequences[0] // self.generations]
+
+    # ── completions and rewards ──
+
+    def _complete(
+        self, engine: Engine, rows: Sequence[Prompt], names: Sequence[Sequence[int]], sampling: Sampling
+    ) -> list[list[Completion]]:
+        engine.trained.no_dropout()
+        return complete(engine.model, engine.head, [row.ids for row in rows], names, sampling)
+
+    def _score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> Scores:
+        return score(self.rewards, [self._judged(row, completion) for row, completion in pairs])
+
+    def _judged(self, row: Prompt, completion: Completion) -> Judged:
+        return Judged(
+            completion=self._text(completion),
+            prompt=row.messages[-1].content,
+            messages=[message.to_template() for message in row.messages],
+            answer=row.answer,
+            row=row.row,
+            origin=row.origin,
+        )
+
+    def _text(self, completion: Completion) -> str:
+        ids = completion.ids[:-1] if completion.ended else completion.ids
+        text: str = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        return text
+
+    def _fault_notes(self, faults: Sequence[Fault]) -> tuple[str, ...]:
+        """The first faults of each reward in words; all are counted in `reward_faults`."""
+        notes = []
+        for fault in faults:
+            count = self._told[fault.reward] = self._told.get(fault.reward, 0) + 1
+            if count <= SHOWN_FAULTS:
+                more = "; later ones are only counted (reward_faults)" if count == SHOWN_FAULTS else ""
+                notes.append(
+                    f"reward {fault.reward} failed on a completion of {fault.origin}: {fault.what}; "
+                    f"that completion is left out{more}"
+                )
+        return tuple(notes)
+
+    # ── held-out prompts ──
+
+    @torch.no_grad()
+    def evaluate(self, engine: Engine, rows: Sequence[Prompt]) -> Evaluation:
+        """Mean reward of greedy completions, one a prompt; `loss` is minus that, so that lower is better as elsewhere.
+
+        Greedy, so that nothing but the weights tells two evaluations apart: they are paired by prompt.
+        """
+        self._remember_start(engine)
+        greedy = Sampling(
+            max_new_tokens=self.sampling.max_new_tokens,
+            temperature=0.0,
+            stop_ids=self.sampling.stop_ids,
+            tokens_at_once=self.sampling.tokens_at_once,
+        )
+        made = [group[0] for group in self._complete(engine, rows, [[0]] * len(rows), greedy)]
+        scores = self._score(list(zip(rows, made, strict=True)))
+        known = torch.tensor([value for value in scores.total if not math.isnan(value)], dtype=torch.float64)
+        mean = float(known.mean()) if len(known) else math.nan
+        error = float(known.std() / math.sqrt(len(known))) if len(known) > 1 else math.nan
+        measures = {"eval_reward": mean, "eval_reward_se": error}
+        measures |= {f"eval_{name}": value for name, value in _per_reward(scores).items()}
+        measures |= {f"eval_{name}": value for name, value in _lengths(made).items()}
+        return Evaluation(
+            loss=-mean,
+            standard_error=error,
+            supervised_tokens=sum(len(c.ids) for c in made),
+            loss_of_example=tuple(-value for value in scores.total),
+            measures=measures,
+            samples=tuple(self._shown(rows[i], made[i], scores, i) for i in range(min(KEPT_SAMPLES, len(rows)))),
+            notes=self._fault_notes(scores.faults),
+        )
+
+    def _shown(self, row: Prompt, completion: Completion, scores: Scores, index: int) -> dict[str, Any]:
+        return {
+            "row": row.origin,
+            "prompt": row.messages[-1].content,
+            "completion": self._text(completion),
+            "stopped": "by its end token" if completion.ended else "at max_completion_length",
+            "answer": row.answer,
+            "reward": scores.total[index],
+            "rewards": {name: values[index] for name, values in scores.each.items()},
+        }
+
+
+def _by_sequence(value_M: Tensor, batch: Sequence[Group]) -> dict[int, Tensor]:
+    """The tokens' values by completion."""
+    pairs = [(s, len(ids)) for group in batch for s, ids in zip(group.sequences, group.completions, strict=True)]
+    parts = value_M.split([n for _, n in pairs])
+    return {s: part for (s, _), part in zip(pairs, parts, strict=True)}
+
+
+def _measures(
+    every: Sequence[Completion], reward_PG: Tensor, std_P: Tensor, silent_P: Tensor, scores: Scores
+) -> dict[str, float]:
+    known = reward_PG[~reward_PG.isnan()]
+    tokens = sum(len(c.ids) for c in every)
+    return {
+        "reward": float(known.mean()) if len(known) else math.nan,
+        "reward_std": float(std_P.mean()),
+        **_per_reward(scores),
+        "reward_faults": float(len(scores.faults)),
+        "frac_reward_zero_std": float(silent_P.double().mean()),
+        "entropy": sum(c.entropy for c in every) / max(1, tokens),
+        **_lengths(every),
+    }
+
+
+def _per_reward(scores: Scores) -> dict[str, float]:
+    """Each reward's own mean, where it applies."""
+    found = {}
+    for name, values in scores.each.items():
+        known = [value for value in values if not math.isnan(value)]
+        found[f"rewards/{name}/mean"] = sum(known) / len(known) if known else math.nan
+    return found
+
+
+def _lengths(every: Sequence[Completion]) -> dict[str, float]:
+    return {
+        "completions/mean_length": sum(len(c.ids) for c in every) / max(1, len(every)),
+        "completions/clipped_ratio": sum(not c.ended for c in every) / max(1, len(every)),
+    }

@@ -1,0 +1,299 @@
+"""One update and one evaluation on pairs or judged answers: the sibling of `step`, with its one place that divides.
+
+The loss of an update is the sum over its pairs, divided by their number in the whole update, whichever way it was cut
+into micro-batches. A pair is never cut: both of its answers are in one micro-batch.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from welltuned.data.packing import pack
+from welltuned.data.pairs import mismatched
+from welltuned.data.render import Example
+from welltuned.errors import RunError
+from welltuned.models.packed import hidden_states
+from welltuned.objectives.answers import Laid, answer_logps, laid_length, lay, token_logps
+from welltuned.objectives.preference import (
+    Answers,
+    DpoSettings,
+    Judgement,
+    KtoSettings,
+    dpo_loss,
+    kto_loss,
+    orpo_loss,
+    reward_loss,
+)
+from welltuned.training.reference import Reference
+from welltuned.training.step import Engine, Evaluation, Gradient, origins_of
+
+Measures = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What a micro-batch gives: a loss for each pair [P], and the objective's own numbers, [P] each."""
+
+    loss_P: Tensor
+    measures: Measures
+
+
+class Judge(Protocol):
+    """The loss of pairs in a micro-batch.
+
+    Attributes:
+        whole_chosen: whether the loss has a term over the chosen sequence's own tokens, the prompt's included.
+    """
+
+    whole_chosen: bool
+
+    def __call__(self, engine: Engine, examples: Sequence[Example], laid: Laid, pairs_per_token: float) -> Judged:
+        """`pairs_per_token`: the update's pairs over the tokens of its chosen sequences (see `Orpo`)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Dpo:
+    """Direct preference optimisation and its variants; the reference is None for those that have none."""
+
+    settings: DpoSettings
+    reference: Reference | None
+    whole_chosen: bool = False
+
+    def __call__(self, engine: Engine, examples: Sequence[Example], laid: Laid, pairs_per_token: float) -> Judged:
+        logp_P2 = _logps(engine, laid, 2)
+        known_P2 = torch.zeros_like(logp_P2)
+        if self.reference is not None:
+            known_P2 = torch.tensor([self.reference.of(e) for e in examples]).to(logp_P2)
+        answers = [Answers(logp_P2[:, i], known_P2[:, i], laid.tokens_A[i::2]) for i in (0, 1)]
+        return _judged(dpo_loss(answers[0], answers[1], self.settings), logp_P2)
+
+
+@dataclass(frozen=True, slots=True)
+class Orpo:
+    """Odds-ratio preference optimisation.
+
+    Its likelihood term is the mean over all tokens of the update's chosen sequences, prompts included, as its authors
+    and TRL compute it (TRL over those of a micro-batch). A pair's share of it is its own sum times pairs over tokens,
+    so that the mean over pairs is that mean over tokens.
+    """
+
+    beta: float
+    whole_chosen: bool = True
+
+    def __call__(self, engine: Engine, examples: Sequence[Example], laid: Laid, pairs_per_token: float) -> Judged:
+        logp_P3 = _logps(engine, laid, 3)
+        nothing_P = torch.zeros_like(logp_P3[:, 0])
+        answers = [Answers(logp_P3[:, i], nothing_P, laid.tokens_A[i::3]) for i in (0, 1)]
+        nll_P = -(logp_P3[:, 0] + logp_P3[:, 2]) * pairs_per_token
+        found = orpo_loss(answers[0], answers[1], self.beta)
+        means_P2 = torch.stack([a.mean_P for a in answers], 1)
+        judged = _judged(Judgement(found.loss_P + nll_P, found.chosen_P, found.rejected_P), means_P2)
+        return Judged(judged.loss_P, {**judged.measures, "nll_loss": nll_P.detach()})
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """A reward model: the scalar head's value at the last token of each sequence."""
+
+    score: nn.Linear
+    center_rewards_coefficient: float = 0.0
+    whole_chosen: bool = False
+
+    def __call__(self, engine: Engine, examples: Sequence[Example], laid: Laid, pairs_per_token: float) -> Judged:
+        hidden_AH = hidden_states(engine.model, laid.packed)[laid.last_A]
+        reward_P2 = self.score(hidden_AH.to(self.score.weight.dtype)).view(-1, 2)
+        return _judged(reward_loss(reward_P2[:, 0], reward_P2[:, 1], self.center_rewards_coefficient), None)
+
+
+class Pairwise:
+    """An objective on preference pairs, whose rows are examples that fork."""
+
+    def __init__(self, judge: Judge, shared: bool):
+        self.judge, self.shared = judge, shared
+
+    def accumulate_gradient(self, engine: Engine, rows: Sequence[Example], keys: Sequence[int]) -> Gradient:
+        """Add the gradient of the mean loss of pairs; `keys` name each pair's dropout masks.
+
+        Raises:
+            RunError: a loss is not finite; the pairs are named.
+        """
+        losses, measures = [], []
+        ratio = pairs_per_token(rows)
+        for chosen, laid in self._laid(engine, rows, keys):
+            engine.trained.use_rows(None, laid.spans)
+            judged = self.judge(engine, [rows[i] for i in chosen], laid, ratio)
+            (judged.loss_P.sum() / len(rows)).backward()
+            losses.append((chosen, judged.loss_P.detach()))
+            measures.append(judged.measures)
+        loss_P = _in_order(losses, len(rows))
+        _require_finite(loss_P, rows, "loss")
+        return Gradient(
+            float(loss_P.mean()), _tokens(rows, self.shared), _supervised(rows), _means(measures, len(rows))
+        )
+
+    @torch.no_grad()
+    def evaluate(self, engine: Engine, rows: Sequence[Example]) -> Evaluation:
+        """The mean loss of pairs without dropout, and its standard error over pairs."""
+        engine.trained.no_dropout()
+        losses, measures = [], []
+        ratio = pairs_per_token(rows)
+        for chosen, laid in self._laid(engine, rows, None):
+            judged = self.judge(engine, [rows[i] for i in chosen], laid, ratio)
+            losses.append((chosen, judged.loss_P))
+            measures.append(judged.measures)
+        loss_P = _in_order(losses, len(rows))
+        _require_finite(loss_P, rows, "held-out loss")
+        return _evaluation(loss_P, rows, _means(measures, len(rows)))
+
+    def _laid(
+        self, engine: Engine, rows: Sequence[Example], keys: Sequence[int] | None
+    ) -> Iterator[tuple[list[int], Laid]]:
+        return laid_bins(engine, rows, keys, shared=self.shared, whole_chosen=self.judge.whole_chosen)
+
+
+class Kto:
+    """Kahneman-Tversky optimisation, whose rows are judged answers.
+
+    Its reference point is estimated on mismatched answers: each prompt of the update with the answer of the row before
+    it (the first with the last's), the mean over the whole update, not below 0, without gradient. TRL takes the rows of
+    one micro-batch of one process instead, so that its loss depends on the cut. A row alone has nothing to be
+    mismatched with: its reference point is 0.
+    """
+
+    def __init__(self, settings: KtoSettings, reference: Reference):
+        self.settings, self.reference = settings, reference
+
+    def accumulate_gradient(self, engine: Engine, rows: Sequence[Example], keys: Sequence[int]) -> Gradient:
+        """Add the gradient of the mean loss of judged answers; `keys` name each one's dropout masks."""
+        kl = self._reference_point(engine, rows)
+        found = []
+        for chosen, laid in laid_bins(engine, rows, keys):
+            engine.trained.use_rows(None, laid.spans)
+            loss_P, logp_P = self._judge(engine, [rows[i] for i in chosen], laid, kl)
+            (loss_P.sum() / len(rows)).backward()
+            found.append((chosen, loss_P.detach(), logp_P.detach()))
+        loss_P, logp_P = (_in_order([(f[0], f[i]) for f in found], len(rows)) for i in (1, 2))
+        _require_finite(loss_P, rows, "loss")
+        measures = self._measures(rows, logp_P, kl)
+        return Gradient(float(loss_P.mean()), _tokens(rows, False), _supervised(rows), measures)
+
+    @torch.no_grad()
+    def evaluate(self, engine: Engine, rows: Sequence[Example]) -> Evaluation:
+        """The mean loss without dropout; the reference point is that of all the held-out rows."""
+        engine.trained.no_dropout()
+        kl = self._reference_point(engine, rows)
+        found = []
+        for chosen, laid in laid_bins(engine, rows, None):
+            found.append((chosen, *self._judge(engine, [rows[i] for i in chosen], laid, kl)))
+        loss_P, logp_P = (_in_order([(f[0], f[i]) for f in found], len(rows)) for i in (1, 2))
+        _require_finite(loss_P, rows, "held-out loss")
+        return _evaluation(loss_P, rows, self._measures(rows, logp_P, kl))
+
+    def _judge(self, engine: Engine, rows: Sequence[Example], laid: Laid, kl: float) -> tuple[Tensor, Tensor]:
+        logp_P = _logps(engine, laid, 1)[:, 0]
+        known_P = torch.tensor([self.reference.of(e)[0] for e in rows]).to(logp_P)
+        desirable_P = torch.tensor([bool(e.desirable) for e in rows], device=logp_P.device)
+        return kto_loss(Answers(logp_P, known_P, laid.tokens_A), desirable_P, kl, self.settings), logp_P
+
+    @torch.no_grad()
+    def _reference_point(self, engine: Engine, rows: Sequence[Example]) -> float:
+        others = mismatches(rows)
+        engine.trained.no_dropout()
+        total = 0.0
+        for chosen, laid in laid_bins(engine, others, None):
+            known = sum(self.reference.of(others[i])[0] for i in chosen)
+            total += float(_logps(engine, laid, 1).double().sum()) - known
+        return max(0.0, total / len(others)) if others else 0.0
+
+    def _measures(self, rows: Sequence[Example], logp_P: Tensor, kl: float) -> Mapping[str, float]:
+        found = {"kl": kl}
+        known_P = torch.tensor([self.reference.of(e)[0] for e in rows], dtype=logp_P.dtype)
+        for name, wanted in (("chosen", True), ("rejected", False)):
+            at = [i for i, row in enumerate(rows) if row.desirable is wanted]
+            if at:
+                found[f"rewards/{name}"] = self.settings.beta * float((logp_P[at] - known_P[at]).mean())
+                found[f"logps/{name}"] = float(logp_P[at].mean())
+        if "rewards/chosen" in found and "rewards/rejected" in found:
+            found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+        return found
+
+
+def mismatches(rows: Sequence[Example]) -> list[Example]:
+    """The answers that KTO's reference point is estimated on: each prompt with the answer of the row before it."""
+    return [mismatched(rows[i], rows[i - 1]) for i in range(len(rows))] if len(rows) > 1 else []
+
+
+def laid_bins(
+    engine: Engine,
+    rows: Sequence[Example],
+    keys: Sequence[int] | None,
+    *,
+    shared: bool = False,
+    whole_chosen: bool = False,
+) -> Iterator[tuple[list[int], Laid]]:
+    """Micro-batches within the token budget: which rows, and how they lie."""
+    for chosen in pack([laid_length(row, shared) for row in rows], engine.token_budget):
+        named = None if keys is None else [keys[i] for i in chosen]
+        device = engine.model.device
+        yield (
+            chosen,
+            lay([rows[i] for i in chosen], named, shared=shared, whole_chosen=whole_chosen, device=device),
+        )
+
+
+def pairs_per_token(rows: Sequence[Example]) -> float:
+    """Pairs over the tokens of their chosen sequences, less the first of each, which nothing predicts."""
+    return len(rows) / sum(len(row.ids[: row.fork.second]) - 1 for row in rows if row.fork is not None)
+
+
+def _logps(engine: Engine, laid: Laid, answers: int) -> Tensor:
+    """[P, answers]"""
+    return answer_logps(token_logps(engine.model, engine.head, laid), laid).view(-1, answers)
+
+
+def _judged(found: Judgement, logp_P2: Tensor | None) -> Judged:
+    measures = {
+        "rewards/chosen": found.chosen_P,
+        "rewards/rejected": found.rejected_P,
+        "rewards/accuracies": (found.chosen_P > found.rejected_P).to(found.chosen_P.dtype),
+        "rewards/margins": found.chosen_P - found.rejected_P,
+    }
+    if logp_P2 is not None:
+        measures |= {"logps/chosen": logp_P2[:, 0].detach(), "logps/rejected": logp_P2[:, 1].detach()}
+    return Judged(found.loss_P, measures)
+
+
+def _in_order(parts: Iterable[tuple[list[int], Tensor]], count: int) -> Tensor:
+    """Values of rows that lay in several micro-batches, in the rows' order [count], on the CPU."""
+    out = torch.zeros(count, dtype=torch.float64)
+    for chosen, values in parts:
+        out[chosen] = values.double().cpu()
+    return out
+
+
+def _means(measures: Sequence[Measures], count: int) -> dict[str, float]:
+    return {name: float(sum(m[name].double().sum() for m in measures)) / count for name in measures[0]}
+
+
+def _require_finite(loss_P: Tensor, rows: Sequence[Example], what: str) -> None:
+    broken = [row for row, finite in zip(rows, torch.isfinite(loss_P).tolist(), strict=True) if not finite]
+    if broken:
+        raise RunError(f"the {what} is not finite in {origins_of(broken)}; lower the learning rate or look at the rows")
+
+
+def _evaluation(loss_P: Tensor, rows: Sequence[Example], measures: Mapping[str, float]) -> Evaluation:
+    error = float(loss_P.std()) / math.sqrt(len(rows)) if len(rows) > 1 else math.nan
+    return Evaluation(float(loss_P.mean()), error, _supervised(rows), tuple(loss_P.tolist()), measures)
+
+
+def _tokens(rows: Sequence[Example], shared: bool) -> int:
+    return sum(laid_length(row, shared) for row in rows)
+
+
+def _supervised(rows: Sequence[Example]) -> int:
+    return sum(int(row.mask.sum()) for row in rows)
