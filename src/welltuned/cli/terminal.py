@@ -1,5 +1,6 @@
 """How things look in a terminal: the plan, the progress of a run, its result. Everything goes to stderr."""
 
+import json
 import logging
 import os
 import sys
@@ -16,7 +17,7 @@ from rich.text import Text
 from welltuned.advice.plan import Plan, plan_lines
 from welltuned.choice import SetBy
 from welltuned.cli.safe import visible
-from welltuned.training.events import Evaluated, Event, Note, Updated
+from welltuned.training.events import Evaluated, Event, Finding, Note, Severity, Updated
 
 # In a file or a pipe rich would fold everything to 80 columns.
 console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
@@ -92,6 +93,8 @@ class Progress:
         match event:
             case Note():
                 self._line(Text("  " + visible(event.text), style="dim"))
+            case Finding():
+                self._finding(event)
             case Evaluated():
                 error = f" ± {event.eval_loss_se:.3f}" if event.eval_loss_se == event.eval_loss_se else ""
                 self._line(
@@ -106,6 +109,15 @@ class Progress:
                     console.print(_status(event))
                 if event.step == event.total_steps:
                     self.close()
+
+    def _finding(self, finding: Finding) -> None:
+        style = _STYLES[finding.severity]
+        self._line(Text(f"! {visible(finding.what)}", style=style))
+        self._line(Text(f"  {visible(finding.cause)}.", style=style))
+        for number, remedy in enumerate(finding.remedies, start=1):
+            keys = "  ".join(f"--set {key}={json.dumps(value)}" for key, value in remedy.changes.items())
+            line = Text(f"  {number}. {visible(remedy.text)}")
+            self._line(line.append(f"  {visible(keys)}" if keys else "", style="cyan"))
 
     def _line(self, text: Text) -> None:
         (self.live.console if self.live is not None else console).print(text)
@@ -122,6 +134,9 @@ class Progress:
         if self.live is not None:
             self.live.stop()
             self.live = None
+
+
+_STYLES = {Severity.HINT: "dim", Severity.WARNING: "yellow", Severity.ERROR: "bold red"}
 
 
 def _status(event: Updated) -> Text:

@@ -27,11 +27,13 @@ from welltuned.models.packed import packed_model, packs
 from welltuned.models.parts import idle_parts, within
 from welltuned.recipe import Tune, recipe_to_yaml
 from welltuned.training.events import Evaluated, Event, Note, Observer, Updated, silent
+from welltuned.training.monitor.movement import Movement
 from welltuned.training.optimizer import AdamWSettings, FlatAdamW, Schedule, Scheduler, clip_
 from welltuned.training.prepare import Prepared
 from welltuned.training.process import allocator_keeps_memory, memory_used
 from welltuned.training.rundir import ADAPTER, MODEL, PLAN, RECIPE, RUN, RunDir, require_free
 from welltuned.training.step import Engine, Evaluation, Objective, Supervised, Trained
+from welltuned.training.watch import Watch
 
 MOST_ORIGINS = 1_000  # held-out rows named in run.json
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -139,10 +141,12 @@ def train(
     with allocator_keeps_memory(plan.facts.machine.device):
         ready = make_ready(plan)  # what is wrong with the model shows here, before anything is written
         with closing(RunDir(out)) as directory:
+            watch = Watch(plan)
 
             def tell(event: Event) -> None:
-                directory.record(event)
-                observer(event)
+                for told in (event, *watch.see(event)):
+                    directory.record(told)
+                    observer(told)
 
             directory.write(RECIPE, recipe_to_yaml(plan.recipe))
             directory.write(PLAN, plan_to_yaml(plan))
@@ -153,11 +157,11 @@ def train(
                 before_training(ready)
             with packed_model(ready.model):
                 before = _evaluated(ready, prepared, 0, tell)
-                seconds, tokens, after = _loop(ready, prepared, tell)
+                seconds, tokens, after = _loop(ready, prepared, tell, watch)
             result = RunResult(
                 path=out,
                 engine=ready.engine,
-                updates=plan.updates,
+                updates=watch.history.step,
                 before=before,
                 after=after if after is not None else before,
                 checks=_verify_and_save(ready.engine, prepared, directory, start_hashes),
@@ -165,7 +169,7 @@ def train(
                 tokens_per_second=tokens / seconds,
                 peak_memory=memory_used(plan.facts.machine.device).peak,
             )
-            directory.write_json(RUN, _summary(prepared, ready, result))
+            directory.write_json(RUN, _summary(prepared, ready, result, watch))
     return result
 
 
@@ -173,12 +177,13 @@ def _evaluated(ready: Ready, prepared: Prepared, step: int, tell: Observer) -> E
     if not prepared.held_out:
         return None
     found = ready.objective.evaluate(ready.engine, prepared.held_out)
-    tell(Evaluated(step, found.loss, found.standard_error, found.measures))
+    rows = found.loss_of_example, found.tokens_of_example
+    tell(Evaluated(step, found.loss, found.standard_error, found.measures, *rows))
     return found
 
 
-def _loop(ready: Ready, prepared: Prepared, tell: Observer) -> tuple[float, int, Evaluation | None]:
-    """All updates; (seconds and tokens spent in updates, the last evaluation)."""
+def _loop(ready: Ready, prepared: Prepared, tell: Observer, watch: Watch) -> tuple[float, int, Evaluation | None]:
+    """All updates, or those until the watch stops the run; (seconds and tokens in updates, the last evaluation)."""
     engine, plan, rows, mixture = ready.engine, prepared.plan, prepared.train, prepared.mixture
     seed, batch, total = plan.value("seed"), plan.value("effective_batch_size"), plan.updates
     schedule = Schedule(
@@ -191,12 +196,14 @@ def _loop(ready: Ready, prepared: Prepared, tell: Observer) -> tuple[float, int,
     engine.trained.claim_gradients()
     per_epoch = mixture.steps_per_epoch(batch)
     seconds, tokens, last = 0.0, 0, None
+    movement = Movement(engine.trained)
     for step in range(total):
         started = time.perf_counter()
         chosen = mixture.update(batch, step)
+        examples = [rows[i] for i in chosen]
         optimizer.zero_grad()
         keys = [_dropout_key(seed, step, i) for i in chosen]
-        made = ready.objective.accumulate_gradient(engine, [rows[i] for i in chosen], keys)
+        made = ready.objective.accumulate_gradient(engine, examples, keys)
         norm = clip_(engine.trained.grad_KP, plan.value("max_grad_norm"))[0]
         if not norm < float("inf"):
             raise RunError(f"the gradient of update {step + 1} is not finite; lower the learning rate")
@@ -219,10 +226,15 @@ def _loop(ready: Ready, prepared: Prepared, tell: Observer) -> tuple[float, int,
                 seconds_left=seconds / (step + 1) * (total - step - 1),
                 evaluation_follows=due,
                 measures=made.measures,
+                weight_change=movement.relative(),
+                origins=tuple(example.origin for example in examples),
             )
         )
         if due:
             last = _evaluated(ready, prepared, step + 1, tell)
+        if watch.stop_reason is not None:
+            tell(Note(watch.stop_reason))
+            break
     return seconds, tokens, last
 
 
@@ -275,7 +287,7 @@ def reloaded(plan: Plan) -> Iterator[dict[str, torch.Tensor]]:
         gc.collect()
 
 
-def _summary(prepared: Prepared, ready: Ready, result: RunResult) -> dict[str, Any]:
+def _summary(prepared: Prepared, ready: Ready, result: RunResult, watch: Watch) -> dict[str, Any]:
     def loss(found: Evaluation | None) -> dict[str, float] | None:
         return None if found is None else {"loss": found.loss, "standard_error": found.standard_error}
 
@@ -292,6 +304,9 @@ def _summary(prepared: Prepared, ready: Ready, result: RunResult) -> dict[str, A
             "before": loss(result.before),
             "after": loss(result.after),
         },
+        "stop_reason": watch.stop_reason,
+        "best_step": watch.best_step,
+        "findings": [finding.to_json() for finding in watch.findings],
         "seconds": round(result.seconds, 1),
         "tokens_per_second": round(result.tokens_per_second, 1),
         "peak_memory_bytes": result.peak_memory,

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from welltuned.errors import InputError
-from welltuned.training.events import Evaluated, Event, Note, Updated
+from welltuned.training.events import Evaluated, Event, Finding, Note, Updated
 
 ADAPTER, MODEL, RUN, PLAN, RECIPE, METRICS = "adapter", "model", "run.json", "plan.yaml", "recipe.yaml", "metrics.jsonl"
-_FOR_WATCHERS = ("total_steps", "seconds_left", "evaluation_follows", "measures")
+_FOR_WATCHERS = frozenset(
+    ("total_steps", "seconds_left", "evaluation_follows", "measures", "origins", "loss_of_example", "tokens_of_example")
+)
 
 
 class RunDir:
@@ -60,6 +62,8 @@ class RunDir:
                 self._awaiting = None
             case Note():
                 line = {"event": "note", "text": event.text}
+            case Finding():
+                line = {"event": "finding", **event.to_json()}
         self._append(line)
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -75,7 +79,7 @@ class RunDir:
 def _flat(event: Updated | Evaluated) -> dict[str, Any]:
     """An event as a line of metrics.jsonl, without what only watchers need; its measures stand beside the rest."""
     line = {f.name: getattr(event, f.name) for f in fields(event) if f.name not in _FOR_WATCHERS}
-    return {**line, **event.measures}
+    return {**{name: value for name, value in line.items() if value is not None}, **event.measures}
 
 
 def require_free(path: Path) -> None:
