@@ -94,8 +94,8 @@ class Watch:
             return None
         last = self.history.evaluations[-1]
         return (
-            f"stopped after {self.history.step} updates: in {count} evaluations running the held-out loss lay above its "
-            f"best by more than two standard errors ({last.loss:.3f}, and {best.loss:.3f} after {best.step} updates)"
+            f"stopped after {self.history.step} updates: in {count} evaluations running the held-out loss lay above "
+            f"its best by more than two standard errors ({last.loss:.3f}, and {best.loss:.3f} after {best.step} updates)"
         )
 
     def state(self) -> dict[str, Any]:

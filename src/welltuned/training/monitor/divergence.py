@@ -13,8 +13,8 @@ ID = "divergence"
 
 
 def diverged(history: History, plan: Plan) -> Finding | None:
-    """A loss that is no number, a smoothed loss far above its lowest, or held-out rows worse than before training."""
-    what = _broken(history) or _risen(history, plan) or _worse_than_untrained(history)
+    """A loss that is no number or far above its lowest, held-out rows worse than before, weights out of all bounds."""
+    what = _broken(history) or _risen(history, plan) or _worse_than_untrained(history) or _outgrown(history)
     if what is None:
         return None
     return Finding(ID, Severity.ERROR, history.step, what, _cause(plan), _remedies(plan))
@@ -51,6 +51,13 @@ def _worse_than_untrained(history: History) -> str | None:
         f"the held-out loss is {last.loss:.3f}, and was {first.loss:.3f} before the first update "
         f"(± {last.fall_error:.3f}); the training loss is above its start too"
     )
+
+
+def _outgrown(history: History) -> str | None:
+    moved = history.updates[-1].weight_change if history.updates else None
+    if moved is None or not moved > limit("divergence_change"):
+        return None
+    return f"what training added is {moved:,.0f} times as large as the weights that it was added to"
 
 
 def _cause(plan: Plan) -> str:

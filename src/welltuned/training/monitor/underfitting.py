@@ -60,7 +60,8 @@ def still_falling(history: History, plan: Plan) -> Finding | None:
         return None
     half = _between(points, points[-1].rates / 2)
     first, second = points[0].loss - half, half - points[-1].loss
-    if second <= max(limit("standard_errors") * fallen.error, limit("still_falling") * first):
+    noise = max(limit("standard_errors") * fallen.error, limit("learned_share") * abs(points[0].loss))
+    if second <= max(noise, limit("still_falling") * first):
         return None
     what = (
         f"the {whose} loss was still falling when the run ended: by {first:.3f} in its first half, by {second:.3f} in "
@@ -129,7 +130,7 @@ def _slow(history: History, plan: Plan) -> bool:
 
 def _why_not(history: History, plan: Plan) -> tuple[str, tuple[Remedy, ...]]:
     if _slow(history, plan):
-        return f"The learning rate of {shown(plan.value('learning_rate'))} is too low to tell", _remedies(plan, True)
+        return f"A learning rate of {shown(plan.value('learning_rate'))} moves too little", _remedies(plan, True)
     start = history.blocks[0].loss
     smooth = history.smooth or start
     if start - smooth > limit("heldout_effect") * abs(start):
