@@ -45,7 +45,22 @@ NAMES = [
     "seed",
     "eval_steps",
     "token_budget",
+    "save_steps",
+    "save_total_limit",
+    "load_best_model_at_end",
+    "early_stopping_patience",
 ]
+OBJECTIVE = {
+    Method.DPO: {"loss_type", "beta", "label_smoothing"},
+    Method.ORPO: {"beta"},
+    Method.KTO: {"beta", "desirable_weight", "undesirable_weight"},
+    Method.REWARD: {"center_rewards_coefficient"},
+    Method.GRPO: {
+        *("loss_type", "beta", "num_generations", "max_completion_length", "temperature", "top_p", "epsilon"),
+        *("epsilon_high", "scale_rewards", "mask_truncated_completions", "num_iterations"),
+    },
+}
+LORA = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights", "bias"}
 
 
 @pytest.fixture
@@ -59,24 +74,29 @@ def plan_for(model_of, data_of, machine_of):
     return build
 
 
-def test_every_choice_has_value_reason_and_evidence(plan_for):
-    for tune in Tune:
-        plan = plan_for(tune=str(tune))
-        lora = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights", "bias"}
-        assert set(plan.choices) == set(NAMES) - (lora if tune is Tune.FULL else set())
-        for name, choice in plan.choices.items():
-            assert choice.value is not None and choice.set_by is SetBy.ADVICE, name
-            assert len(choice.reason) > 30 and choice.evidence, name
-            assert all(row(id) for id in choice.evidence)
-            if choice.low is not None:
-                assert choice.low <= choice.value <= choice.high, name
+GENERAL = {"bias", "init_lora_weights", "seed", "use_rslora", "lora_alpha", "target_modules"}
+
+
+@pytest.mark.parametrize("tune", Tune)
+@pytest.mark.parametrize("method", Method)
+def test_every_choice_has_value_reason_and_evidence(plan_for, method, tune):
+    """And a range, where one can be had, and this run's numbers in its reason."""
+    plan = plan_for(method=str(method), tune=str(tune))
+    names = set(NAMES) - (LORA if tune is Tune.FULL else set()) | OBJECTIVE.get(method, set())
+    assert set(plan.choices) == (names if method is Method.SFT else names - {"assistant_only_loss"})
+    for name, choice in plan.choices.items():
+        assert choice.value is not None and choice.set_by is SetBy.ADVICE, name
+        assert len(choice.reason) > 30 and choice.evidence, name
+        assert all(row(id) for id in choice.evidence)
+        assert name in GENERAL or any(digit.isdigit() for digit in choice.reason), name
+        number = isinstance(choice.value, int | float) and not isinstance(choice.value, bool)
+        assert (choice.low is not None) == (number and name != "seed"), name
+        if choice.low is not None:
+            assert choice.low <= choice.value <= choice.high, name
 
 
 def test_reasons_speak_of_this_users_numbers(plan_for):
     plan = plan_for()
-    general = {"bias", "init_lora_weights", "seed", "use_rslora", "lora_alpha", "target_modules"}
-    for name, choice in plan.choices.items():
-        assert name in general or any(digit.isdigit() for digit in choice.reason), name
     assert "your 340 rows make 129 updates of 8" in plan.choices["learning_rate"].reason
     assert plan.updates == 129 and plan.value("effective_batch_size") == 8
 
@@ -121,7 +141,8 @@ USER = {
     "weight_decay": 3.0, "adam_beta1": 0.1, "adam_beta2": 0.2, "optim": "adamw_torch", "max_grad_norm": 77.0,
     "max_length": 90, "packing": False, "assistant_only_loss": False, "gradient_checkpointing": True,
     "dtype": "bfloat16", "seed": 1, "eval_steps": 5, "token_budget": 333, "effective_batch_size": 7,
-    "target_modules": ["q_proj", "down_proj"], "max_steps": 12,
+    "target_modules": ["q_proj", "down_proj"], "max_steps": 12, "save_steps": 13, "save_total_limit": 9,
+    "load_best_model_at_end": False, "early_stopping_patience": 8,
 }  # fmt: skip
 
 
@@ -292,7 +313,10 @@ def test_arithmetic_of_8b_lora(model_of):
 def test_time_forecast(plan_for):
     plan = plan_for(speed=100.0)
     assert plan.time.tokens == pytest.approx(3 * 340 * 150, rel=0.01)
-    assert plan.time.seconds == pytest.approx(plan.time.tokens / 100, rel=1e-3) and plan_for().time.seconds is None
+    assert plan.time.seconds == pytest.approx(plan.time.tokens / 100, rel=1e-3) and plan.time.measured
+    by_arithmetic = plan_for().time
+    assert not by_arithmetic.measured and 20 < by_arithmetic.tokens_per_second < 1000
+    assert plan_for(method="grpo").time.seconds is None
 
 
 @pytest.mark.parametrize(("sets", "updates"), [(("max_steps=50",), 50), (("max_steps=50", "num_train_epochs=1"), 43),
@@ -307,15 +331,6 @@ def test_warnings_about_the_data(plan_for, data_of):
     texts = "\n".join(plan_for(data=data).warnings)
     assert "no held-out rows" in texts and "1 row without a trained token" in texts
     assert "3 training rows duplicated" in texts
-
-
-@pytest.mark.parametrize("method", [m for m in Method if m is not Method.SFT])
-def test_other_methods_have_their_own_choices(plan_for, method):
-    plan = plan_for(method=str(method))
-    assert plan.choices["beta"].evidence and plan.value("learning_rate") < 1e-4
-    assert ("num_generations" in plan.choices) == (method is Method.GRPO)
-    assert "assistant_only_loss" not in plan.choices
-    assert plan_from_yaml(plan_to_yaml(plan)) == plan
 
 
 def test_planning_imports_no_torch(write_config, shapes):

@@ -11,7 +11,7 @@ from welltuned.advice.settle import counted, settle, shown
 from welltuned.choice import Choice
 from welltuned.data.stream import steps_per_run
 from welltuned.errors import InputError
-from welltuned.recipe import Recipe
+from welltuned.recipe import Method, Recipe
 
 EFFECTIVE, PER_DEVICE, ACCUMULATION = (
     "effective_batch_size",
@@ -27,10 +27,11 @@ class BatchChoices:
     accumulation: Choice
 
 
-def advised_batch(rows: int, epochs: float, max_steps: int | None) -> Choice:
+def advised_batch(rows: int, epochs: float, max_steps: int | None, method: Method = Method.SFT) -> Choice:
     """By the number of rows, then halved until the run has enough updates to learn from."""
-    start = int(by_threshold("batch_by_rows", rows))
-    least, wanted = int(number("batch_floor")), number("updates_wanted")
+    table = "batch_by_rows" if method is Method.SFT else f"{method}_batch_by_rows"
+    start = int(by_threshold(table, rows))
+    least, wanted = int(number("kto_batch_floor" if method is Method.KTO else "batch_floor")), number("updates_wanted")
     value = start
     while value > least and max_steps is None and steps_per_run(rows, value, epochs) < wanted:
         value //= 2
@@ -40,10 +41,12 @@ def advised_batch(rows: int, epochs: float, max_steps: int | None) -> Choice:
     if value < start:
         wish = f"batches of {start} would leave only {steps_per_run(rows, start, epochs):,}"
         why = f"{run}; {wish}, and below about {wanted:.0f} updates a run cannot settle"
-    else:
+    elif method is Method.SFT:
         why = f"{run}; small batches learn most per token with LoRA, and this is the usual size for as many rows"
+    else:
+        why = f"{run}; the size with which the {method} rates in use were found, as far as your rows allow"
     spread = int(number("batch_range"))
-    evidence = cited("batch_by_rows", "updates_wanted")
+    evidence = cited(table, "updates_wanted")
     return Choice(value=value, low=max(1, value // spread), high=value * spread, reason=why, evidence=evidence)
 
 

@@ -7,15 +7,21 @@ full 6N + 6f·V·h + 7·L·S·d; checkpointing repeats the forward pass: 2N + 2�
 
 from dataclasses import dataclass
 
+from welltuned.advice.epoch import Epoch
+from welltuned.advice.rules import number, rule
 from welltuned.data.stream import steps_per_epoch
-from welltuned.facts.data import DatasetFacts
+from welltuned.facts.machine import Device, MachineFacts
 from welltuned.facts.model import ModelFacts
-from welltuned.recipe import Tune
+from welltuned.recipe import Method, Tune
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeForecast:
-    """`tokens` are all that pass through the model in training; `seconds` is None where no speed was measured."""
+    """`tokens` are all that pass through the model in training.
+
+    `tokens_per_second` is a measured speed where `measured`, else one of arithmetic, good to a factor of about two.
+    Both it and `seconds` are None for grpo before a run was measured: how long sampling takes does not follow from it.
+    """
 
     updates: int
     tokens: int
@@ -23,13 +29,17 @@ class TimeForecast:
     flops_per_token: int
     tokens_per_second: float | None
     seconds: float | None
+    measured: bool = False
 
 
 def forecast_time(
     model: ModelFacts,
-    data: DatasetFacts,
+    epoch: Epoch,
+    machine: MachineFacts,
+    method: Method,
     tune: Tune,
     *,
+    dtype: str,
     trained: int,
     checkpointing: bool,
     updates: int,
@@ -37,20 +47,36 @@ def forecast_time(
     max_length: int,
     tokens_per_second: float | None,
 ) -> TimeForecast:
-    """The run's effort; evaluation is not counted."""
-    whole_epochs, rest = divmod(updates, steps_per_epoch(data.rows, batch))
-    passes = whole_epochs + min(1.0, rest * batch / data.rows)  # an epoch's last update may be smaller
-    lengths = [min(length, max_length) for length in data.length_percentiles]
-    tokens = passes * data.tokens * (sum(lengths) / sum(data.length_percentiles))
-    flops = flops_per_token(model, tune, trained, _attended(lengths), data.supervised_share, checkpointing)
+    """The run's effort; evaluation is not counted. `tokens_per_second` is a measured speed, where one is known."""
+    whole_epochs, rest = divmod(updates, steps_per_epoch(epoch.examples, batch))
+    passes = whole_epochs + min(1.0, rest * batch / epoch.examples)  # an epoch's last update may be smaller
+    lengths = [min(length, max_length) for length in epoch.lengths]
+    tokens = passes * epoch.tokens * (sum(lengths) / sum(epoch.lengths))
+    attended = _attended(lengths)
+    flops = flops_per_token(model, tune, trained, attended, epoch.supervised_share, checkpointing)
+    flops += rule("extra_passes").value.get(str(method), 0) * _forward(model, attended, epoch.supervised_share)
+    measured = tokens_per_second is not None
+    if tokens_per_second is None and method is not Method.GRPO:
+        tokens_per_second = round(machine_flops(machine, dtype) / flops, 1)
     return TimeForecast(
         updates=updates,
         tokens=round(tokens),
-        supervised_tokens=round(tokens * data.supervised_share),
+        supervised_tokens=round(tokens * epoch.supervised_share),
         flops_per_token=round(flops),
         tokens_per_second=tokens_per_second,
         seconds=None if tokens_per_second is None else round(tokens / tokens_per_second, 1),
+        measured=measured,
     )
+
+
+def machine_flops(machine: MachineFacts, dtype: str) -> float:
+    """Operations a second that training may reach, by the processor's kind alone."""
+    if machine.device is Device.CUDA:
+        name, peaks = machine.gpu_name or "", rule("flops_gpu").value
+        known = [peak for kind, peak in peaks.items() if kind in name]
+        return number("flops_gpu_share") * (max(known) if known else number("flops_gpu_unknown"))
+    factor = number("flops_amx_factor") if dtype == "bfloat16" and machine.amx_bf16 else 1.0
+    return machine.cores * number("flops_cpu_core") * factor
 
 
 def _attended(lengths: list[int]) -> float:
@@ -68,3 +94,9 @@ def flops_per_token(
     else:
         flops, adapters = 4 * trunk + 4 * head + 7 * attention + 6 * trained, trained
     return flops + (2 * trunk + 2 * attention + 2 * adapters if checkpointing else 0)
+
+
+def _forward(model: ModelFacts, length: float, labelled_share: float) -> float:
+    """Operations of one forward pass, for one token."""
+    trunk, head = model.active_trunk_linear_parameters, labelled_share * model.head_parameters
+    return 2 * trunk + 2 * head + 2 * model.layers * length * model.attention_width

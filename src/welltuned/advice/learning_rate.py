@@ -244,10 +244,7 @@ def _recipe_choice(method: Method, name: str, value: float, setting: RateSetting
         below = above = number("preference_range")
         ranges = "preference_range"
     where = unit or f"{size_words(setting.parameters)} parameters, all of them trained"
-    reason = (
-        f"{method} has no measured law for the rate; released recipes centre here ({where}), and "
-        f"{setting.updates:,} updates of {setting.batch} do not move that"
-    )
+    reason = f"{method} has no measured law for the rate; released recipes centre here ({where})"
     return _choice(value, value / below, value * above, reason, cited(name, ranges))
 
 

@@ -38,6 +38,17 @@ def choose_rank(model: ModelFacts, targets: tuple[str, ...] | None, supervised_t
     return Choice(value=value, low=span["low"], high=span["high"], reason=why, evidence=evidence)
 
 
+def choose_rank_by_reward(model: ModelFacts, targets: tuple[str, ...] | None, prompts: int) -> Choice:
+    """For reinforcement learning, which tells about a bit an answer: any rank can hold that."""
+    spec = rule("lora_rank_reward")
+    parameters = model.lora_parameters(spec.value, targets)
+    why = (
+        f"an answer brings about one bit, and r {spec.value} has {parameters:,} parameters for those to your "
+        f"{prompts:,} prompts: capacity is no matter, and sources disagree on whether r 1 would do"
+    )
+    return from_rule(spec, why)
+
+
 def choose_alpha(r: int) -> Choice:
     """The sweep's own alpha, so that its rates need no conversion; never below r, so that alpha/r stays at least 1."""
     value = float(max(number("lora_alpha"), r))

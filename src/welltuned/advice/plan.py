@@ -13,18 +13,23 @@ from typing import Any, NamedTuple
 import yaml
 
 from welltuned.advice import batch as batches
-from welltuned.advice import learning_rate, lora, schedule
+from welltuned.advice import lora, preference, reinforcement, schedule
 from welltuned.advice.codec import from_plain, to_plain
 from welltuned.advice.effort import TimeForecast, forecast_time
+from welltuned.advice.epoch import Epoch, epoch_of
+from welltuned.advice.length import choose_max_length
 from welltuned.advice.memory import Fitted, MemoryForecast, MemorySetting, fit_memory, trained_parameters
+from welltuned.advice.precision import choose_dtype
+from welltuned.advice.rate import choose_rate, rate_setting
 from welltuned.advice.rules import cited, number, rule
-from welltuned.advice.settle import from_rule, settle, shown
+from welltuned.advice.safekeeping import Course, safekeeping_choices
+from welltuned.advice.settle import settle, shown
 from welltuned.advice.warn import all_warnings, ways_to_fit
 from welltuned.choice import Choice
 from welltuned.data.stream import steps_per_run
 from welltuned.errors import InputError
 from welltuned.facts.data import DatasetFacts
-from welltuned.facts.machine import Device, MachineFacts
+from welltuned.facts.machine import MachineFacts
 from welltuned.facts.model import ModelFacts
 from welltuned.recipe import Method, Recipe, Tune, YamlLoader
 
@@ -143,23 +148,25 @@ def make_plan(
     tokens_per_second: float | None = None,
 ) -> Plan:
     """Choose everything that the recipe leaves open. `tokens_per_second` comes from a probe, where one was run."""
-    choices: dict[str, Choice] = {}
-    choices["dtype"] = settle(recipe, "dtype", _dtype(recipe.tune, machine))
+    choices: dict[str, Choice] = {"dtype": settle(recipe, "dtype", choose_dtype(recipe.tune, machine))}
     targets = _adapter(choices, recipe, model, data)
-    choices["num_train_epochs"] = settle(recipe, "num_train_epochs", schedule.choose_epochs(data.rows))
+    epoch = _objective(choices, recipe, model, data)
     max_steps: int | None = recipe.hyperparameters.get("max_steps")
-    advised = batches.advised_batch(data.rows, choices["num_train_epochs"].value, max_steps)
-    size = batches.choose_batch(recipe, advised, data.length_p95, 1).effective.value  # the budget cuts, never sizes
-    fitted = _fitted(choices, recipe, model, data, machine, size, targets)
-    cut = batches.choose_batch(recipe, advised, min(data.length_p95, choices["max_length"].value), fitted.token_budget)
+    advised = _advised_batch(choices, recipe, epoch, data.rows, max_steps)
+    pair = epoch.typical * epoch.sequences
+    size = batches.choose_batch(recipe, advised, pair, 1).effective.value  # the budget cuts, never sizes
+    fitted = _fitted(choices, recipe, model, data, epoch, machine, size, targets)
+    pair = min(epoch.typical, choices["max_length"].value) * epoch.sequences
+    cut = batches.choose_batch(recipe, advised, pair, fitted.token_budget)
     choices["effective_batch_size"] = cut.effective
     choices["per_device_train_batch_size"], choices["gradient_accumulation_steps"] = cut.per_device, cut.accumulation
-    updates = _updates(choices, recipe, data.rows, size, max_steps)
+    if recipe.method is Method.GRPO:
+        reinforcement.require_whole_groups(size, choices["num_generations"].value)
+    updates = _updates(choices, recipe, epoch.examples, size, max_steps)
     trained = trained_parameters(model, _memory_setting(choices, recipe, machine, targets))
     time = forecast_time(
-        model,
-        data,
-        recipe.tune,
+        *(model, epoch, machine, recipe.method, recipe.tune),
+        dtype=choices["dtype"].value,
         trained=trained,
         checkpointing=fitted.checkpointing,
         updates=updates,
@@ -167,7 +174,7 @@ def make_plan(
         max_length=choices["max_length"].value,
         tokens_per_second=tokens_per_second,
     )
-    _rate_and_schedule(choices, recipe, model, data, size, time, trained)
+    _rate_and_schedule(choices, recipe, model, data, epoch, size, time, trained)
     ordered = {name: choices[name] for name in _ORDER if name in choices}
     assert len(ordered) == len(choices), set(choices) - set(ordered)
     return Plan(
@@ -183,26 +190,13 @@ def make_plan(
 _ORDER = (
     *("learning_rate", "num_train_epochs", "max_steps", "effective_batch_size", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora"),
-    *("init_lora_weights", "bias", "beta", "num_generations", "max_completion_length", "temperature"),
+    *("init_lora_weights", "bias", "loss_type", "beta", "label_smoothing", "simpo_gamma", "desirable_weight"),
+    *("undesirable_weight", "center_rewards_coefficient", "num_generations", "max_completion_length", "temperature"),
+    *("top_p", "epsilon", "epsilon_high", "scale_rewards", "mask_truncated_completions", "num_iterations"),
     *("warmup_steps", "lr_scheduler_type", "weight_decay", "optim", "adam_beta1", "adam_beta2", "max_grad_norm"),
     *("max_length", "packing", "assistant_only_loss", "token_budget", "gradient_checkpointing", "dtype"),
-    *("eval_steps", "seed"),
+    *("eval_steps", "load_best_model_at_end", "early_stopping_patience", "save_steps", "save_total_limit", "seed"),
 )
-
-
-def _dtype(tune: Tune, machine: MachineFacts) -> Choice:
-    if tune is Tune.FULL:
-        why = "every weight is trained, and bfloat16 would round small updates away"
-        return Choice(value="float32", reason=why, evidence=cited("dtype_cpu_native_needs"))
-    if machine.device is Device.CUDA:
-        value = "bfloat16" if machine.native_bf16 else "float32"
-        why = f"{machine.gpu_name} computes in bfloat16" if machine.native_bf16 else "the GPU has no native bfloat16"
-    else:
-        value = "bfloat16" if machine.amx_bf16 else "float32"
-        has = "has AMX for bfloat16" if machine.amx_bf16 else "has no AMX, without which bfloat16 is no faster"
-        why = f"your processor with {machine.cores} cores {has}"
-    base = ", and the 4-bit weights are expanded to it" if tune is Tune.QLORA else ""
-    return Choice(value=value, reason=why + base, evidence=cited("dtype_cpu_native_needs"))
 
 
 def _adapter(
@@ -213,13 +207,43 @@ def _adapter(
         return None
     choices["target_modules"] = settle(recipe, "target_modules", lora.choose_targets(model))
     targets = lora.target_names(choices["target_modules"].value, model)
-    choices["r"] = settle(recipe, "r", lora.choose_rank(model, targets, data.supervised_tokens))
+    by_reward = recipe.method is Method.GRPO
+    rank = (
+        lora.choose_rank_by_reward(model, targets, data.rows)
+        if by_reward
+        else lora.choose_rank(model, targets, data.supervised_tokens)
+    )
+    choices["r"] = settle(recipe, "r", rank)
     r = choices["r"].value
     choices["lora_alpha"] = settle(recipe, "lora_alpha", lora.choose_alpha(r))
     choices["use_rslora"] = settle(recipe, "use_rslora", lora.choose_rslora(r))
     choices["init_lora_weights"] = settle(recipe, "init_lora_weights", lora.choose_init())
     choices["bias"] = settle(recipe, "bias", lora.choose_bias())
     return targets
+
+
+def _objective(choices: dict[str, Choice], recipe: Recipe, model: ModelFacts, data: DatasetFacts) -> Epoch:
+    """What only this method chooses, its epochs, and what an epoch passes through the model."""
+    if recipe.method is Method.GRPO:
+        choices |= reinforcement.group_choices(recipe, model, data)
+        epochs = reinforcement.choose_epochs(data.rows)
+        choices["num_train_epochs"] = settle(recipe, "num_train_epochs", epochs)
+        return epoch_of(recipe.method, data, choices["num_generations"].value, choices["max_completion_length"].value)
+    if recipe.method is Method.SFT:
+        epochs = schedule.choose_epochs(data.rows)
+    else:
+        choices |= preference.preference_choices(recipe, data)
+        epochs = preference.choose_epochs(recipe.method, data.rows)
+    choices["num_train_epochs"] = settle(recipe, "num_train_epochs", epochs)
+    return epoch_of(recipe.method, data)
+
+
+def _advised_batch(
+    choices: Mapping[str, Choice], recipe: Recipe, epoch: Epoch, rows: int, max_steps: int | None
+) -> Choice:
+    if recipe.method is Method.GRPO:
+        return reinforcement.advised_answers(rows, choices["num_generations"].value)
+    return batches.advised_batch(epoch.examples, choices["num_train_epochs"].value, max_steps, recipe.method)
 
 
 def _memory_setting(
@@ -241,29 +265,30 @@ def _fitted(
     recipe: Recipe,
     model: ModelFacts,
     data: DatasetFacts,
+    epoch: Epoch,
     machine: MachineFacts,
     batch: int,
     targets: tuple[str, ...] | None,
 ) -> Fitted:
     """The longest example that memory allows, the micro-batch, and whether activations are recomputed."""
     user, limit = recipe.hyperparameters, recipe.memory or machine.training_memory
-    step, context = int(number("length_step")), model.context_length or data.length_max
-    whole = min(-(-data.length_max // step) * step, max(context, step))
+    step, context = int(number("length_step")), model.context_length or epoch.longest
+    whole = min(-(-epoch.longest // step) * step, max(context, step))
     lengths = [user["max_length"]] if "max_length" in user else [whole]
-    if "max_length" not in user:
+    if "max_length" not in user and recipe.method is not Method.GRPO:
         lengths += [n for n in (data.length_p99, data.length_p95) if n < whole]
     tried: list[tuple[int, Fitted]] = []
     for length in lengths:
-        longest = min(length, data.length_max)
+        longest = min(length, epoch.longest)
         budget = user.get("token_budget")
         if budget is None and "per_device_train_batch_size" in user:
-            budget = user["per_device_train_batch_size"] * longest
+            budget = user["per_device_train_batch_size"] * epoch.sequences * longest
         fitted = fit_memory(
             model,
             _memory_setting(choices, recipe, machine, targets),
             limit=limit,
             longest=longest,
-            update_tokens=min(batch * longest, max(longest, round(batch * data.length_p95))),
+            update_tokens=epoch.sequences * min(batch * longest, max(longest, round(batch * epoch.typical))),
             token_budget=budget,
             checkpointing=user.get("gradient_checkpointing"),
         )
@@ -271,7 +296,7 @@ def _fitted(
         if fitted.forecast.fits:
             break
     length, fitted = tried[-1] if tried[-1][1].forecast.fits else tried[0]
-    _memory_choices(choices, recipe, data, machine, length, whole, fitted, limit)
+    _memory_choices(choices, recipe, data, epoch, machine, length, whole, fitted, limit)
     return fitted
 
 
@@ -279,20 +304,15 @@ def _memory_choices(
     choices: dict[str, Choice],
     recipe: Recipe,
     data: DatasetFacts,
+    epoch: Epoch,
     machine: MachineFacts,
     length: int,
     whole: int,
     fitted: Fitted,
     limit: int,
 ) -> None:
-    share, advised = data.share_longer_than(length), length if "max_length" not in recipe.hyperparameters else whole
-    room = (
-        f"your longest of {data.rows:,} rows has {data.length_max:,} tokens, half of them up to {data.length_median:,}"
-    )
-    why = f"{room}: nothing is cut" if advised >= data.length_max else f"{room}; about {share:.0%} of the rows are cut"
-    evidence = cited("packing", "length_step")
-    high = max(advised, whole)
-    span = Choice(value=advised, low=min(data.length_p95, advised), high=high, reason=why, evidence=evidence)
+    advised = length if "max_length" not in recipe.hyperparameters else whole
+    span = choose_max_length(recipe.method, data, epoch, advised, whole, length)
     choices["max_length"] = settle(recipe, "max_length", span)
     spec, total = rule(f"token_budget_{machine.device}"), fitted.forecast.total_bytes
     need = f"the run is forecast to take {total / 1e9:.1f} of {limit / 1e9:.1f} GB"
@@ -318,17 +338,21 @@ def _memory_choices(
 
 def _updates(choices: dict[str, Choice], recipe: Recipe, rows: int, batch: int, max_steps: int | None) -> int:
     """The run ends with its last epoch or at max_steps, whichever comes first."""
-    by_epochs = steps_per_run(rows, batch, choices["num_train_epochs"].value)
+    again = choices["num_iterations"].value if "num_iterations" in choices else 1
+    by_epochs = again * steps_per_run(rows, batch, choices["num_train_epochs"].value)
+    noun = "answers" if recipe.method is Method.GRPO else "rows"
+    share = max_steps * batch / (rows * again) if max_steps else 0
     if max_steps is None:
         return by_epochs
     evidence = cited("epochs_by_rows")
-    why = f"{max_steps:,} updates of {batch} are {max_steps * batch / rows:.2g} epochs of your {rows:,} rows"
+    why = f"{max_steps:,} updates of {batch} are {share:.2g} epochs of your {rows:,} {noun}"
     choices["max_steps"] = settle(recipe, "max_steps", Choice(value=max_steps, reason=why, evidence=evidence))
     if "num_train_epochs" in recipe.hyperparameters:
         return min(by_epochs, max_steps)
     span = choices["num_train_epochs"]
-    value = round(max_steps * batch / rows, 2)
-    choices["num_train_epochs"] = Choice(value=value, low=span.low, high=span.high, reason=why, evidence=evidence)
+    choices["num_train_epochs"] = Choice(
+        value=round(share, 2), low=span.low, high=span.high, reason=why, evidence=evidence
+    )
     return max_steps
 
 
@@ -337,22 +361,14 @@ def _rate_and_schedule(
     recipe: Recipe,
     model: ModelFacts,
     data: DatasetFacts,
+    epoch: Epoch,
     batch: int,
     time: TimeForecast,
     trained: int,
 ) -> None:
     updates = time.updates
-    setting = learning_rate.RateSetting(
-        family=model.family,
-        parameters=model.parameters,
-        batch=batch,
-        updates=updates,
-        r=choices["r"].value if "r" in choices else 1,
-        alpha=choices["lora_alpha"].value if "lora_alpha" in choices else 1.0,
-        use_rslora=choices["use_rslora"].value if "use_rslora" in choices else False,
-        mixture=model.experts > 0,
-    )
-    advised = learning_rate.choose_learning_rate(recipe.method, recipe.tune, setting, data.rows)
+    setting = rate_setting(model, choices, batch, updates)
+    advised = choose_rate(recipe.method, recipe.tune, setting, data.rows)
     choices["learning_rate"] = settle(recipe, "learning_rate", advised)
     rate = choices["learning_rate"].value
     if recipe.tune is not Tune.FULL:
@@ -360,7 +376,7 @@ def _rate_and_schedule(
         choices["lora_dropout"] = settle(recipe, "lora_dropout", dropout)
     shape = settle(recipe, "lr_scheduler_type", schedule.choose_schedule(updates))
     beta1, beta2 = schedule.choose_betas(updates)
-    evals = schedule.choose_eval_steps(updates, float(time.tokens), data.heldout_tokens, data.heldout_rows)
+    evals = schedule.choose_eval_steps(updates, float(time.tokens), epoch.heldout_tokens, data.heldout_rows)
     for name, choice in {
         "lr_scheduler_type": shape,
         "warmup_steps": schedule.choose_warmup(updates, shape.value),
@@ -373,15 +389,11 @@ def _rate_and_schedule(
         "seed": schedule.choose_seed(),
     }.items():
         choices[name] = choice if name == "lr_scheduler_type" else settle(recipe, name, choice)
-    _method_choices(choices, recipe, data)
-
-
-def _method_choices(choices: dict[str, Choice], recipe: Recipe, data: DatasetFacts) -> None:
-    """What only preference and reinforcement learning have."""
-    if recipe.method is Method.SFT:
-        return
-    why = f"{recipe.method} on your {data.rows:,} rows: the usual strength in released recipes; no sweep settles it"
-    choices["beta"] = settle(recipe, "beta", from_rule(rule(f"{recipe.method}_beta"), why))
-    if recipe.method is Method.GRPO:
-        why = f"answers to each of your {data.rows:,} prompts: fewer than 4 give a poor average to compare with"
-        choices["num_generations"] = settle(recipe, "num_generations", from_rule(rule("grpo_num_generations"), why))
+    course = Course(
+        updates=updates,
+        eval_steps=choices["eval_steps"].value,
+        heldout_rows=data.heldout_rows,
+        seconds=time.seconds,
+        trained=trained,
+    )
+    choices |= safekeeping_choices(recipe, course)

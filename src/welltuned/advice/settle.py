@@ -64,3 +64,18 @@ def size_words(parameters: int) -> str:
     """135M, 8.0B."""
     billions = parameters / 1e9
     return f"{billions:.1f}B" if billions >= 1 else f"{parameters / 1e6:.0f}M"
+
+
+def bytes_words(count: float) -> str:
+    """96.2 GB, 59 MB (powers of ten)."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(1.0, count / 1e6):.0f} MB"
+
+
+def span_words(seconds: float) -> str:
+    """0.3 s, 12 s, 4 min, 2 h, 3 days: how long something takes, to be read and not to be computed with."""
+    if seconds < 9.5:
+        return f"{max(seconds, 0.1):.1f} s"
+    for unit, size in (("s", 1), ("min", 60), ("h", 3600)):
+        if seconds < 90 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 3600:.0f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.0f} days"

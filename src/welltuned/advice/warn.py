@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from welltuned.advice.learning_rate import family_of
 from welltuned.advice.memory import MemoryForecast, MemorySetting, forecast_memory
+from welltuned.advice.rate import moves_nothing, rate_setting
 from welltuned.advice.rules import number, rule
 from welltuned.advice.settle import counted, shown
 from welltuned.choice import Choice, SetBy
@@ -120,6 +121,11 @@ def _of_run(
         yield 45, f"an update of {batch} takes every one of the {counted(data.rows, 'row')} more than once"
     if updates < number("updates_wanted"):
         yield 35, f"only {counted(updates, 'update')}: below about {number('updates_wanted'):.0f} a run rarely settles"
+    setting = rate_setting(model, choices, batch, updates)
+    beta = choices["beta"].value if "beta" in choices else 0.0
+    calm = moves_nothing(recipe.method, recipe.tune, setting, choices["learning_rate"].value, beta)
+    if calm is not None:
+        yield 55, calm
     if recipe.tune is Tune.FULL and model.quantized:
         yield 90, f"the model's weights are stored quantised ({model.quantized}) and cannot be trained in full"
     if recipe.tune is Tune.QLORA and machine.device is Device.CPU:

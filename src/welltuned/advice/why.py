@@ -20,8 +20,9 @@ import yaml
 
 from welltuned.advice.codec import to_plain
 from welltuned.advice.evidence import Row, row, unique
-from welltuned.advice.learning_rate import Rate, RateSetting, choose_learning_rate, full_rate, lora_rate, two_digits
+from welltuned.advice.learning_rate import Rate, RateSetting, full_rate, lora_rate, two_digits
 from welltuned.advice.plan import Plan
+from welltuned.advice.rate import choose_rate, rate_setting
 from welltuned.advice.rules import cited, number, rule
 from welltuned.advice.settle import shown, size_words
 from welltuned.choice import Choice
@@ -242,7 +243,7 @@ def converted(entry: Entry, against: Against) -> Converted | None:
     if at is None:
         return None
     method = entry.methods[0]
-    ours = choose_learning_rate(method, at.tune, at.run, rows=0)
+    ours = choose_rate(method, at.tune, at.run, rows=0)
     theirs = math.sqrt(at.rates[0] * at.rates[-1])
     off = theirs / ours.low if theirs < ours.low else theirs / ours.high if theirs > ours.high else 1.0
     return Converted(at, ours.value, ours.low, ours.high, off)
@@ -281,19 +282,7 @@ def rate_table(setting: RateSetting = TABLE, sizes: Mapping[str, int] = SIZES) -
 
 def setting_of(plan: Plan) -> RateSetting:
     """What the plan's learning rate depends on."""
-    model = plan.facts.model
-    adapter = {}
-    if plan.recipe.tune is not Tune.FULL:
-        adapter = {name: plan.value(key) for name, key in (("r", "r"), ("alpha", "lora_alpha"))}
-        adapter["use_rslora"] = plan.value("use_rslora")
-    return RateSetting(
-        family=model.family,
-        parameters=model.parameters,
-        batch=plan.value("effective_batch_size"),
-        updates=plan.updates,
-        mixture=model.experts > 0,
-        **adapter,
-    )
+    return rate_setting(plan.facts.model, plan.choices, plan.value("effective_batch_size"), plan.updates)
 
 
 def factors(plan: Plan) -> list[tuple[str, float]]:

@@ -25,10 +25,24 @@ class MixtureFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """Tokens of one part of the rows: prompts, or answers."""
+
+    mean: float
+    median: int
+    p95: int
+    p99: int
+    max: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetFacts:
     """Rows and tokens are those of an epoch: every training row once, unless the recipe takes more or fewer of some.
 
-    `length_percentiles` holds the 0th to the 100th percentile.
+    `length_percentiles` holds the 0th to the 100th percentile. A pair is one row with two sequences: its `tokens` are
+    those of both, its length is that of the longer. A prompt to be answered by sampling is a row without a trained
+    token. `prompts`, `chosen` and `rejected` are known of pairs; of prompts `prompts` and, where the rows have them,
+    `answers`; `desirable_share` of rows that are marked good or bad.
     """
 
     format_name: str
@@ -48,6 +62,12 @@ class DatasetFacts:
     duplicates: int = 0
     heldout_overlap: int = 0
     mixture: tuple[MixtureFacts, ...] = ()
+    sequences_per_row: int = 1
+    prompts: Lengths | None = None
+    chosen: Lengths | None = None
+    rejected: Lengths | None = None
+    answers: Lengths | None = None
+    desirable_share: float | None = None
 
     @property
     def supervised_share(self) -> float:
@@ -55,7 +75,8 @@ class DatasetFacts:
 
     @property
     def length_mean(self) -> float:
-        return self.tokens / self.rows
+        """Of a sequence; a pair has two."""
+        return self.tokens / self.rows / self.sequences_per_row
 
     def share_longer_than(self, length: int) -> float:
         """Share of the training rows that `length` would cut, to a percent."""
@@ -71,10 +92,12 @@ def dataset_facts(
     duplicates: int = 0,
     heldout_overlap: int = 0,
     passes: npt.ArrayLike | None = None,
+    desirable: npt.ArrayLike | None = None,
 ) -> DatasetFacts:
     """Tokens and trained tokens of every example, training and held out, in; facts out.
 
-    `passes` says how often an epoch takes each training row, on average; None is once.
+    `passes` says how often an epoch takes each training row, on average; None is once. `desirable` says which training
+    rows are marked good, where rows are marked.
     """
     lengths, supervised = _counts(train_lengths), _counts(train_supervised)
     held, held_supervised = _counts(heldout_lengths), _counts(heldout_supervised)
@@ -86,7 +109,7 @@ def dataset_facts(
         mend = "the rows need answers; see `welltuned data FILE --model M --show 1`"
         raise InputError("no token of the training rows is trained on", where="data", mend=mend)
     times = None if passes is None else np.asarray(passes, dtype=np.float64)
-    percentiles = _percentiles(lengths, times)
+    marked = None if desirable is None else np.asarray(desirable, dtype=bool)
     return DatasetFacts(
         format_name=format_name,
         rows=int(lengths.size) if times is None else round(float(times.sum())),
@@ -95,16 +118,71 @@ def dataset_facts(
         supervised_tokens=int(supervised.sum()) if times is None else round(float(supervised @ times)),
         heldout_tokens=int(held.sum()),
         heldout_supervised_tokens=int(held_supervised.sum()),
-        length_min=int(percentiles[0]),
-        length_median=int(percentiles[50]),
-        length_p95=int(percentiles[95]),
-        length_p99=int(percentiles[99]),
-        length_max=int(percentiles[100]),
-        length_percentiles=tuple(int(value) for value in percentiles),
+        **_quantiles(lengths, times),
         unsupervised_rows=int((supervised == 0).sum()),
         duplicates=duplicates,
         heldout_overlap=heldout_overlap,
+        desirable_share=None if marked is None else round(float(np.average(marked, weights=times)), 4),
     )
+
+
+def pair_facts(
+    prompts: npt.ArrayLike,
+    chosen: npt.ArrayLike,
+    rejected: npt.ArrayLike,
+    heldout_prompts: npt.ArrayLike,
+    heldout_chosen: npt.ArrayLike,
+    heldout_rejected: npt.ArrayLike,
+    format_name: str,
+    duplicates: int = 0,
+    heldout_overlap: int = 0,
+) -> DatasetFacts:
+    """Tokens of every pair's prompt and of both its answers, training and held out, in; facts out."""
+    prompt, good, bad = _counts(prompts), _counts(chosen), _counts(rejected)
+    held, held_good, held_bad = _counts(heldout_prompts), _counts(heldout_chosen), _counts(heldout_rejected)
+    facts = dataset_facts(
+        *(2 * prompt + good + bad, good + bad, 2 * held + held_good + held_bad, held_good + held_bad),
+        format_name=format_name,
+        duplicates=duplicates,
+        heldout_overlap=heldout_overlap,
+    )
+    return replace(
+        facts,
+        **_quantiles(prompt + np.maximum(good, bad), None),
+        sequences_per_row=2,
+        prompts=lengths_of(prompt),
+        chosen=lengths_of(good),
+        rejected=lengths_of(bad),
+    )
+
+
+def prompt_facts(
+    prompts: npt.ArrayLike,
+    heldout_prompts: npt.ArrayLike,
+    format_name: str,
+    answers: npt.ArrayLike | None = None,
+    duplicates: int = 0,
+    heldout_overlap: int = 0,
+) -> DatasetFacts:
+    """Tokens of every prompt to be answered by sampling, and of the rows' own answers where they have some."""
+    prompt, held = _counts(prompts), _counts(heldout_prompts)
+    known = _counts(()) if answers is None else _counts(answers)
+    facts = dataset_facts(
+        *(prompt, np.ones_like(prompt), held, np.zeros_like(held)),
+        format_name=format_name,
+        duplicates=duplicates,
+        heldout_overlap=heldout_overlap,
+    )
+    return replace(
+        facts, supervised_tokens=0, prompts=lengths_of(prompt), answers=lengths_of(known) if known.size else None
+    )
+
+
+def lengths_of(values: npt.ArrayLike) -> Lengths:
+    """The quantiles of at least one length, each that of a real row."""
+    lengths = _counts(values)
+    median, p95, p99, longest = (int(v) for v in np.percentile(lengths, [50, 95, 99, 100], method="higher"))
+    return Lengths(mean=round(float(lengths.mean()), 1), median=median, p95=p95, p99=p99, max=longest)
 
 
 def facts_of(dataset: Dataset) -> DatasetFacts:
@@ -142,6 +220,12 @@ def facts_of(dataset: Dataset) -> DatasetFacts:
             )
         ),
     )
+
+
+def _quantiles(lengths: Counts, times: npt.NDArray[np.float64] | None) -> dict[str, Any]:
+    percentiles = tuple(int(value) for value in _percentiles(lengths, times))
+    names = {"length_min": 0, "length_median": 50, "length_p95": 95, "length_p99": 99, "length_max": 100}
+    return {name: percentiles[at] for name, at in names.items()} | {"length_percentiles": percentiles}
 
 
 def _percentiles(lengths: Counts, times: npt.NDArray[np.float64] | None) -> Counts:

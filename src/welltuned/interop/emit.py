@@ -16,8 +16,8 @@ class Target(StrEnum):
 
 
 METHODS = {
-    Target.TRL: frozenset(Method),
-    Target.UNSLOTH: frozenset(Method),
+    Target.TRL: frozenset(Method) - {Method.REWARD},
+    Target.UNSLOTH: frozenset(Method) - {Method.REWARD},
     Target.LLAMAFACTORY: frozenset({Method.SFT, Method.DPO, Method.ORPO, Method.KTO}),
     Target.AXOLOTL: frozenset({Method.SFT, Method.DPO}),
 }

@@ -13,15 +13,19 @@ from welltuned.recipe.keys import (
     ALL_LINEAR,
     AUTO,
     BIASES,
+    DPO_LOSSES,
     DTYPES,
+    GRPO_LOSSES,
     HYPERPARAMETERS,
     KEYS,
     LORA_KEYS,
+    LOSS_KEYS,
     LOSS_ON,
     METHOD_KEYS,
     NEVER_KEPT,
     OPTIMIZERS,
     POLICIES,
+    REWARD_SCALES,
     SCHEDULERS,
     Method,
     Tune,
@@ -160,14 +164,27 @@ _WITHIN = _Rule(lambda value: 0 < value < 1, "above 0 and below 1")
 _NAMED = _Rule(lambda value: bool(value.strip()), "a name")
 _RULES: Mapping[str, _Rule] = MappingProxyType(
     {key: _POSITIVE for key, spec in HYPERPARAMETERS.items() if spec.type in (int, float)}
-    | {key: _NOT_NEGATIVE for key in ("warmup_steps", "weight_decay", "beta")}
+    | {
+        key: _NOT_NEGATIVE
+        for key in (
+            *("warmup_steps", "weight_decay", "beta", "early_stopping_patience", "simpo_gamma"),
+            *("desirable_weight", "undesirable_weight", "center_rewards_coefficient"),
+        )
+    }
     | {"seed": _Rule(lambda value: 0 <= value < 2**32, "between 0 and 4294967295")}
     | {"max_length": _Rule(lambda value: value >= 2, "2 or more, since a token is learned from the one before it")}
     | {key: _SHARE for key in ("lora_dropout", "adam_beta1", "adam_beta2")}
-    | {key: _NAMED for key in ("model", "data", "eval_data", "group_by", "format")}
+    | {key: _NAMED for key in ("model", "data", "eval_data", "group_by", "format", "adapter", "rewards")}
     | {key: _one_of(("error", "drop") if key in NEVER_KEPT else ("error", "drop", "keep")) for key in POLICIES}
     | {
         "data_weights": _POSITIVE,
+        "reward_weights": _Rule(math.isfinite, "a finite number"),
+        "label_smoothing": _Rule(lambda value: 0 <= value < 0.5, "at least 0 and below 0.5"),
+        "num_generations": _Rule(lambda value: value >= 2, "2 or more: an answer is judged beside others"),
+        "top_p": _Rule(lambda value: 0 < value <= 1, "above 0 and at most 1"),
+        "epsilon": _Rule(lambda value: 0 < value < 1, "above 0 and below 1"),
+        "loss_type": _one_of((*DPO_LOSSES, *GRPO_LOSSES)),
+        "scale_rewards": _one_of(REWARD_SCALES),
         "data_rows": _POSITIVE,
         "eval_fraction": _WITHIN,
         "lr_scheduler_type": _one_of(SCHEDULERS),
@@ -196,8 +213,13 @@ def refuse_ignored_keys(given: Mapping[str, Setting]) -> None:
     for key, why in (("eval_fraction", "names held-out rows"), ("group_by", "names held-out rows, so none are split")):
         if "eval_data" in given and key in given:
             raise InputError(f"{key} is set although eval_data {why}", where=given[key].where, mend="keep one")
+    if "adapter" in given and tune is Tune.FULL:
+        raise InputError(
+            "adapter has no meaning with tune: full", where=given["adapter"].where, mend="remove one of the two"
+        )
     _check_mixture(given)
     _check_loss(given)
+    _check_objective(given, method)
 
 
 def _check_mixture(given: Mapping[str, Setting]) -> None:
@@ -221,6 +243,26 @@ def _check_loss(given: Mapping[str, Setting]) -> None:
     if answers_only != (loss_on != "everything"):
         what = f"loss_on {loss_on} contradicts assistant_only_loss {str(answers_only).lower()}"
         raise InputError(what, where=given["loss_on"].where, mend="remove one of the two")
+
+
+def _check_objective(given: Mapping[str, Setting], method: Method) -> None:
+    """The form of the loss, what only some forms read, and one weight for each reward."""
+    if "loss_type" in given:
+        name, where = given["loss_type"].value, given["loss_type"].where
+        forms = DPO_LOSSES if method is Method.DPO else GRPO_LOSSES
+        if name not in forms:
+            raise InputError(f"loss_type {name} is none of {method}'s", where=where, mend=f"one of {', '.join(forms)}")
+    form = given["loss_type"].value if "loss_type" in given else DPO_LOSSES[0]
+    for key, forms_of_key in LOSS_KEYS.items():
+        if key in given and form not in forms_of_key:
+            mend = f"only by: {', '.join(sorted(forms_of_key))}"
+            raise InputError(f"{key} is not read by loss_type {form}", where=given[key].where, mend=mend)
+    if "reward_weights" in given:
+        weights, where = given["reward_weights"].value, given["reward_weights"].where
+        rewards = given["rewards"].value if "rewards" in given else ()
+        if len(weights) != len(rewards):
+            numbers = f"{_counted(len(weights), 'number')} for {_counted(len(rewards), 'reward')}"
+            raise InputError(f"reward_weights has {numbers}", where=where, mend="give one for each")
 
 
 def _counted(number: int, noun: str) -> str:

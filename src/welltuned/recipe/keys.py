@@ -11,6 +11,7 @@ class Method(StrEnum):
     DPO = "dpo"
     ORPO = "orpo"
     KTO = "kto"
+    REWARD = "reward"
     GRPO = "grpo"
 
 
@@ -27,18 +28,31 @@ OPTIMIZERS = ("adamw", "adamw_torch", "adamw_torch_fused")
 DTYPES = ("float32", "bfloat16")
 BIASES = ("none", "all", "lora_only")
 LOSS_ON = ("assistant", "last", "everything")
+DPO_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "simpo")
+GRPO_LOSSES = ("grpo", "dapo", "dr_grpo", "gspo")
+REWARD_SCALES = ("group", "batch", "none")
 LORA_KEYS = frozenset(["r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights", "bias"])
 METHOD_KEYS = MappingProxyType(
     {
         "beta": frozenset({Method.DPO, Method.ORPO, Method.KTO, Method.GRPO}),
-        "num_generations": frozenset({Method.GRPO}),
-        "max_completion_length": frozenset({Method.GRPO}),
-        "temperature": frozenset({Method.GRPO}),
+        "loss_type": frozenset({Method.DPO, Method.GRPO}),
         "assistant_only_loss": frozenset({Method.SFT}),
         "loss_on": frozenset({Method.SFT}),
+        **dict.fromkeys(("label_smoothing", "simpo_gamma"), frozenset({Method.DPO})),
+        **dict.fromkeys(("desirable_weight", "undesirable_weight"), frozenset({Method.KTO})),
+        "center_rewards_coefficient": frozenset({Method.REWARD}),
+        **dict.fromkeys(
+            (
+                *("rewards", "reward_weights", "num_generations", "max_completion_length", "temperature", "top_p"),
+                *("epsilon", "epsilon_high", "scale_rewards", "mask_truncated_completions", "num_iterations"),
+            ),
+            frozenset({Method.GRPO}),
+        ),
     }
 )
 """Keys that only some methods read. Setting one where it would be ignored is an error."""
+LOSS_KEYS = MappingProxyType({"label_smoothing": frozenset({"sigmoid", "robust"}), "simpo_gamma": frozenset({"simpo"})})
+"""Keys that only some of DPO's losses read."""
 
 
 class Key(NamedTuple):
@@ -61,8 +75,16 @@ FIELDS: Mapping[str, Key] = MappingProxyType(
             "('*.jsonl'), - for stdin, or a hub dataset id; several are mixed.",
             many=True,
         ),
-        "method": Key(Method, "What is optimised: sft (default), dpo, orpo, kto or grpo."),
+        "method": Key(Method, "What is optimised: sft (default), dpo, orpo, kto, reward (a reward model) or grpo."),
         "tune": Key(Tune, "What is trained: lora (default), qlora (LoRA on a 4-bit base) or full."),
+        "adapter": Key(str, "An adapter that training goes on from: a Run, or a folder in PEFT's format."),
+        "rewards": Key(
+            str,
+            "What rewards an answer (grpo): file.py:function, exact_match, numeric, regex:PATTERN or json_schema:FILE; "
+            "several are added.",
+            many=True,
+        ),
+        "reward_weights": Key(float, "Weights of the rewards in their sum, one for each (grpo); unset: 1.", many=True),
         "data_weights": Key(float, "Shares of an epoch, one for each of several datasets; no row repeats.", many=True),
         "data_rows": Key(int, "Rows of each dataset in an epoch; where it has fewer, they repeat evenly.", many=True),
         "eval_data": Key(str, "Held-out data of your own; without it a share of `data` is held out.", many=True),
@@ -114,7 +136,9 @@ HYPERPARAMETERS: Mapping[str, Key] = MappingProxyType(
         "bias": Key(str, "Which biases are trained: none, all or lora_only."),
         "per_device_train_batch_size": Key(int, "Examples of one micro-batch on one device."),
         "gradient_accumulation_steps": Key(int, "Micro-batches that are summed before one update."),
-        "effective_batch_size": Key(int, "Examples of one update: micro-batch size times accumulation."),
+        "effective_batch_size": Key(
+            int, "Examples of one update: micro-batch size times accumulation. Pairs count once; grpo counts answers."
+        ),
         "num_train_epochs": Key(float, "Passes over the training data."),
         "max_steps": Key(int, "Upper limit on the number of updates; the run ends at this or at the last epoch."),
         "warmup_steps": Key(int, "Updates over which the learning rate climbs from 0 to its peak."),
@@ -132,10 +156,30 @@ HYPERPARAMETERS: Mapping[str, Key] = MappingProxyType(
         "seed": Key(int, "Seed of everything random."),
         "eval_steps": Key(int, "Updates between two evaluations on the held-out rows."),
         "token_budget": Key(int, "Most tokens of one micro-batch; a memory matter only, never changes the result."),
+        "save_steps": Key(int, "Updates between two checkpoints, from which an interrupted run goes on."),
+        "save_total_limit": Key(int, "Checkpoints that are kept, the newest; the best is kept besides."),
+        "load_best_model_at_end": Key(bool, "Keep the state of the best evaluation instead of the last update's."),
+        "early_stopping_patience": Key(int, "Evaluations without a better one after which the run stops; 0: never."),
         "beta": Key(float, "Pull towards the reference model (dpo, kto, grpo), or weight of the odds term (orpo)."),
-        "num_generations": Key(int, "Answers sampled for each prompt (grpo)."),
+        "loss_type": Key(str, f"Form of the loss: {', '.join(DPO_LOSSES)} (dpo), or {', '.join(GRPO_LOSSES)} (grpo)."),
+        "label_smoothing": Key(float, "Share of the pairs whose preference is taken to be wrong (dpo)."),
+        "simpo_gamma": Key(float, "Margin that a chosen answer must win by (dpo, loss_type simpo)."),
+        "desirable_weight": Key(float, "Weight of the losses of desirable answers (kto)."),
+        "undesirable_weight": Key(float, "Weight of the losses of undesirable answers (kto)."),
+        "center_rewards_coefficient": Key(float, "Pull of a pair's two rewards towards a sum of 0 (reward)."),
+        "num_generations": Key(int, "Answers sampled for each prompt: a group, compared with its own mean (grpo)."),
         "max_completion_length": Key(int, "Longest sampled answer in tokens (grpo)."),
         "temperature": Key(float, "Sampling temperature (grpo)."),
+        "top_p": Key(float, "Share of the probability that is sampled from, the likeliest tokens first (grpo)."),
+        "epsilon": Key(float, "How far a token's probability may fall before its gradient is cut off (grpo)."),
+        "epsilon_high": Key(float, "How far a token's probability may rise before its gradient is cut off (grpo)."),
+        "scale_rewards": Key(
+            str, "What rewards are divided by: the spread of their group, of the batch, or none (grpo)."
+        ),
+        "mask_truncated_completions": Key(
+            bool, "Leave answers that were cut at the length limit out of the loss (grpo)."
+        ),
+        "num_iterations": Key(int, "Updates made of each set of sampled answers (grpo)."),
     }
 )
 

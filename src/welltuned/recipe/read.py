@@ -24,6 +24,9 @@ class Recipe:
     data: str | tuple[str, ...]
     method: Method = Method.SFT
     tune: Tune = Tune.LORA
+    adapter: str | None = None
+    rewards: tuple[str, ...] | None = None
+    reward_weights: tuple[float, ...] | None = None
     data_weights: tuple[float, ...] | None = None
     data_rows: tuple[int, ...] | None = None
     eval_data: str | tuple[str, ...] | None = None
@@ -89,6 +92,9 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
         "data": recipe.data,
         "method": str(recipe.method),
         "tune": str(recipe.tune),
+        "adapter": recipe.adapter,
+        "rewards": recipe.rewards,
+        "reward_weights": recipe.reward_weights,
         "data_weights": recipe.data_weights,
         "data_rows": recipe.data_rows,
         "eval_data": recipe.eval_data,
@@ -203,5 +209,8 @@ def _number_or_switch(text: str, tag: str) -> Any:
         return text
 
 
+_WORDS = {"optim", "bias", "dtype", "lr_scheduler_type", "loss_type", "scale_rewards"}  # one of a few, so typed
+
+
 def _takes_text(key: str) -> bool:
-    return KEYS[key].type is str and key not in {"optim", "bias", "dtype", "lr_scheduler_type"}
+    return KEYS[key].type is str and key not in _WORDS

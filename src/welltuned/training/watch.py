@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from welltuned.advice.plan import Plan
+from welltuned.choice import SetBy
 from welltuned.recipe import Method
 from welltuned.training.events import Evaluated, Event, Finding, Updated
 from welltuned.training.monitor import divergence, overfitting, preference, rollouts, spikes, throughput, underfitting
 from welltuned.training.monitor.history import History
-from welltuned.training.monitor.thresholds import limit
 from welltuned.training.monitor.warmup import never_warm
 
 Detector = Callable[[History, Plan], Finding | None]
@@ -83,19 +83,18 @@ class Watch:
         return event.eval_loss
 
     def _reason_to_stop(self, new: tuple[Finding, ...]) -> str | None:
-        patience = _patience(self.plan)
-        if not patience:
-            return None
+        """Divergence, unless the user's patience is 0, or a held-out loss that has turned for as long as the patience."""
+        patience = self.plan.choices["early_stopping_patience"]
+        never = patience.set_by is SetBy.USER and not patience.value
         diverged = next((finding for finding in new if finding.id == divergence.ID), None)
-        if diverged is not None:
+        if diverged is not None and not never:
             return f"stopped after {diverged.step} updates: {diverged.what}"
         best, count = self.history.best_evaluation, overfitting.rising_evaluations(self.history)
-        if best is None or count < patience or not overfitting.can_tell(self.history, self.plan):
+        if not patience.value or best is None or count < patience.value or self.best_step is None:
             return None
-        last = self.history.evaluations[-1]
         return (
-            f"stopped after {self.history.step} updates: in {count} evaluations running the held-out loss lay above "
-            f"its best by more than two standard errors ({last.loss:.3f}, and {best.loss:.3f} after {best.step} updates)"
+            f"stopped after {self.history.step} updates: the held-out loss is {self.history.evaluations[-1].loss:.3f} and "
+            f"was {best.loss:.3f} after {best.step}; by more than two standard errors in {count} evaluations running"
         )
 
     def state(self) -> dict[str, Any]:
@@ -115,8 +114,3 @@ class Watch:
         watch.findings = [Finding.from_json(finding) for finding in state["findings"]]
         watch.stop_reason = state["stop_reason"]
         return watch
-
-
-def _patience(plan: Plan) -> int:
-    choice = plan.choices.get("early_stopping_patience")
-    return int(limit("patience") if choice is None else choice.value)

@@ -75,8 +75,7 @@ def _cause(history: History, plan: Plan, best: Held) -> str:
 def ranked(plan: Plan, best: int) -> tuple[Remedy, ...]:
     """All that would act in this run, the most promising first."""
     kept = Remedy(f"use the weights of update {best}, where the held-out loss was lowest")
-    keeps = plan.choices.get("load_best_model_at_end")
-    if best and keeps is not None and not keeps.value:
+    if best and not plan.value("load_best_model_at_end"):
         kept = r.change(kept.text, load_best_model_at_end=True)
     rate = r.lower_rate(plan, limit("overfit_rate"))
     few = r.fewer_epochs(plan, best)
