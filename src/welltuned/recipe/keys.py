@@ -98,6 +98,8 @@ FIELDS: Mapping[str, Key] = MappingProxyType(
         "instruction_part": Key(str, "Marker that opens a user turn, for chat templates that defeat the structure."),
         "response_part": Key(str, "Marker that opens an assistant turn; only what follows it is trained."),
         "chat_template": Key(str, "A chat template, as a path or inline, instead of the tokenizer's own."),
+        "trust_remote_code": Key(bool, "Run Python code of the model's repository: it can do all that you can do."),
+        "allow_pickle": Key(bool, "Read .bin weights, which are pickles; unset: safetensors and GGUF only."),
         "loss_on": Key(str, "What is trained: assistant (every answer, the default), last (answer) or everything."),
     }
 )

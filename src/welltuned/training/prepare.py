@@ -19,6 +19,7 @@ from welltuned.recipe import Method, Recipe, Tune
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TRUSTED = 95  # weight among the plan's warnings of what the user trusts others with
 PLAIN_PARTS = 12  # weight among the plan's warnings of a part that runs on the model's own code: it costs time only
 
 
@@ -56,16 +57,18 @@ def prepare(recipe: Recipe, machine: MachineFacts | None = None) -> Prepared:
 
     if recipe.method is not Method.SFT:
         raise InputError(f"training by {recipe.method} is not built yet", where="method", mend="use sft")
-    model_facts = read_model_facts(recipe.model)
+    model_facts = read_model_facts(recipe.model, trust=recipe.trust)
     sources = open_sources(recipe)
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model, recipe.trust)
     dataset = read_dataset(recipe, tokenizer, sources=sources, embedding=model_facts.vocabulary)
     plan, dataset = _planned(recipe, dataset, model_facts, machine or read_machine_facts(ask_gpu=True))
     report = dataset.audit(model_facts.context_length)
     problems = report.problems()
     weighed = [(problem.weight, problem.sentence) for problem in problems]
-    left = foresee(recipe.model, _targets(plan), nf4=recipe.tune is Tune.QLORA)
-    weighed += [(PLAIN_PARTS, sentence) for sentence in left]
+    if not recipe.trust.code:  # code of others is not run for a forecast
+        left = foresee(recipe.model, _targets(plan), nf4=recipe.tune is Tune.QLORA)
+        weighed += [(PLAIN_PARTS, sentence) for sentence in left]
+    weighed += [(TRUSTED, sentence) for sentence in _trusted(recipe)]
     return Prepared(
         recipe=recipe,
         plan=with_problems(plan, weighed),
@@ -76,8 +79,18 @@ def prepare(recipe: Recipe, machine: MachineFacts | None = None) -> Prepared:
         held_out_conversations=dataset.held_out_conversations(),
         mixture=replace(dataset.mixture, seed=plan.value("seed")),
         audit=report,
-        notes=(*dataset.notes, *(problem.sentence for problem in problems)),
+        notes=(*_trusted(recipe), *dataset.notes, *(problem.sentence for problem in problems)),
     )
+
+
+def _trusted(recipe: Recipe) -> list[str]:
+    """What the user allowed, said every time."""
+    found = []
+    if recipe.trust.code:
+        found.append(f"trust_remote_code: Python code of {recipe.model} runs with all of your rights")
+    if recipe.trust.pickle:
+        found.append(f"allow_pickle: {recipe.model} may be read from .bin files, which are pickles")
+    return found
 
 
 def _targets(plan: Plan) -> str | tuple[str, ...] | None:

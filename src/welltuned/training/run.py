@@ -75,7 +75,7 @@ def make_ready(plan: Plan) -> Ready:
         raise InputError("full fine-tuning trains float32 weights", where="dtype", mend="remove it, or use tune: lora")
     device = "cuda" if plan.facts.machine.device is Device.CUDA else "cpu"
     dtype = torch.float32 if recipe.tune is Tune.FULL else DTYPES[plan.value("dtype")]
-    model = load_model(recipe.model, dtype=dtype, device=device, nf4=recipe.tune is Tune.QLORA)
+    model = load_model(recipe.model, dtype=dtype, device=device, nf4=recipe.tune is Tune.QLORA, trust=recipe.trust)
     idle = idle_parts(model)
     trained: Trained = (
         FullParameters(model, frozen=idle) if recipe.tune is Tune.FULL else attach(model, _reached(model, plan, idle))
@@ -279,7 +279,7 @@ def _verify_and_save(
 @contextmanager
 def reloaded(plan: Plan) -> Iterator[dict[str, torch.Tensor]]:
     """The base model's parameters once more from disk, to compare with; freed afterwards."""
-    base = load_model(plan.recipe.model, dtype=torch.float32)
+    base = load_model(plan.recipe.model, dtype=torch.float32, trust=plan.recipe.trust)
     try:
         yield {name: p.detach() for name, p in base.named_parameters()}
     finally:

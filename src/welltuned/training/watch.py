@@ -83,7 +83,7 @@ class Watch:
         return event.eval_loss
 
     def _reason_to_stop(self, new: tuple[Finding, ...]) -> str | None:
-        """Divergence, unless the user's patience is 0, or a held-out loss that has turned for as long as the patience."""
+        """Divergence, unless the user has set a patience of 0; or a held-out loss that has turned for that long."""
         patience = self.plan.choices["early_stopping_patience"]
         never = patience.set_by is SetBy.USER and not patience.value
         diverged = next((finding for finding in new if finding.id == divergence.ID), None)
@@ -92,8 +92,9 @@ class Watch:
         best, count = self.history.best_evaluation, overfitting.rising_evaluations(self.history)
         if not patience.value or best is None or count < patience.value or self.best_step is None:
             return None
+        last = self.history.evaluations[-1]
         return (
-            f"stopped after {self.history.step} updates: the held-out loss is {self.history.evaluations[-1].loss:.3f} and "
+            f"stopped after {self.history.step} updates: the held-out loss is {last.loss:.3f} and "
             f"was {best.loss:.3f} after {best.step}; by more than two standard errors in {count} evaluations running"
         )
 

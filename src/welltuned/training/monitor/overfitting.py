@@ -100,16 +100,11 @@ def memorising(history: History, plan: Plan) -> Finding | None:
         return None
     what = f"the training loss is {smooth:.3f}, below {shown(limit('overfit_hint'))}"
     cause = "That can be memorising, and it can be a task with short, certain answers: "
-    if last is None:
-        cause += "without held-out rows nothing here can tell"
-    elif not told:
-        cause += f"{counted(plan.facts.dataset.heldout_rows, 'held-out row')} cannot tell"
+    if told and last is not None:
+        cause += f"the held-out loss is {last.rise:.3f} ± {last.rise_error or 0:.3f} above its best, no verdict yet"
     else:
-        cause += (
-            f"the held-out loss is {last.rise:.3f} ± {last.rise_error or 0:.3f} above its best, which is no verdict yet"
-        )
-    rows = r.change("hold out rows (eval_fraction: 0.1)", eval_fraction=0.1) if last is None else None
-    return Finding("memorising", Severity.HINT, history.step, what, cause, r.present(rows, r.more_data(plan)))
+        cause += f"{counted(plan.facts.dataset.heldout_rows, 'held-out row')} cannot tell"
+    return Finding("memorising", Severity.HINT, history.step, what, cause, (r.more_data(plan),))
 
 
 def too_small_to_tell(history: History, plan: Plan) -> Finding | None:
