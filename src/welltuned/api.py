@@ -22,7 +22,8 @@ from welltuned.models.adapter_file import load_adapter
 from welltuned.models.generate import Decoding, replies
 from welltuned.models.load import load_model, load_tokenizer
 from welltuned.models.lora import AdapterBank
-from welltuned.recipe import KEYS, load_recipe
+from welltuned.models.resolve import NO_TRUST
+from welltuned.recipe import KEYS, Trust, load_recipe
 from welltuned.training.events import Observer, silent
 from welltuned.training.inspection import SHOWN, Inspection
 from welltuned.training.inspection import inspect as inspect_recipe
@@ -112,15 +113,18 @@ class Tuned:
         return replies(self.model, self.tokenizer, [self.prompt([*messages, Message("user", text)])], decoding)[0]
 
 
-def load(run: str | Path, *, device: str | None = None) -> Tuned:
-    """The tuned model of a finished run: its base with the adapter, or the model after full fine-tuning."""
+def load(run: str | Path, *, device: str | None = None, trust: Trust = NO_TRUST) -> Tuned:
+    """The tuned model of a finished run: its base with the adapter, or the model after full fine-tuning.
+
+    `trust` must be given again: a Run's own files, which may come from a stranger, cannot grant it.
+    """
     path = Path(run)
     facts = read_run(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if (path / MODEL).is_dir():
-        model = load_model(str(path / MODEL), dtype=dtype, device=device)
-        return Tuned(model, load_tokenizer(str(path / MODEL)), None, facts["chat_template"])
-    model = load_model(facts["model"], dtype=dtype, device=device, nf4=facts["tune"] == "qlora")
+        model = load_model(str(path / MODEL), dtype=dtype, device=device, trust=trust)
+        return Tuned(model, load_tokenizer(str(path / MODEL), trust), None, facts["chat_template"])
+    model = load_model(facts["model"], dtype=dtype, device=device, nf4=facts["tune"] == "qlora", trust=trust)
     bank = load_adapter(model, path / ADAPTER)
-    return Tuned(model, load_tokenizer(facts["model"]), bank, facts["chat_template"])
+    return Tuned(model, load_tokenizer(facts["model"], trust), bank, facts["chat_template"])

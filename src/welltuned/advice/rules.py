@@ -25,7 +25,12 @@ class Rule:
 
 @cache
 def rules() -> MappingProxyType[str, Rule]:
-    text = files("welltuned.advice").joinpath("rules.yaml").read_text(encoding="utf-8")
+    return read_rules("welltuned.advice", "rules.yaml")
+
+
+def read_rules(package: str, name: str) -> MappingProxyType[str, Rule]:
+    """Numbers with their evidence from a file of a package; an id that no row has is a KeyError."""
+    text = files(package).joinpath(name).read_text(encoding="utf-8")
     entries: dict[str, dict[str, Any]] = yaml.load(text, Loader=YamlLoader)
     return MappingProxyType(
         {name: Rule(**{**entry, "evidence": unique(entry["evidence"])}) for name, entry in entries.items()}

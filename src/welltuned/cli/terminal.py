@@ -1,5 +1,6 @@
 """How things look in a terminal: the plan, the progress of a run, its result. Everything goes to stderr."""
 
+import json
 import logging
 import os
 import sys
@@ -16,7 +17,7 @@ from rich.text import Text
 from welltuned.advice.plan import Plan, plan_lines
 from welltuned.choice import SetBy
 from welltuned.cli.safe import visible
-from welltuned.training.events import Evaluated, Event, Note, Skipped, Updated
+from welltuned.training.events import Evaluated, Event, Finding, Note, Severity, Skipped, Updated
 
 # In a file or a pipe rich would fold everything to 80 columns.
 console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
@@ -111,6 +112,8 @@ class Progress:
                 rows = visible(", ".join(event.rows[:5]))
                 text = f"! update {event.step} was left out, {visible(event.what)}: {rows}"
                 self._line(Text(text, style="bold yellow"))
+            case Finding():
+                self._finding(event)
             case Evaluated():
                 error = f" ± {event.eval_loss_se:.3f}" if event.eval_loss_se == event.eval_loss_se else ""
                 self._line(
@@ -125,6 +128,15 @@ class Progress:
                     console.print(_status(event))
                 if event.step == event.total_steps:
                     self.close()
+
+    def _finding(self, finding: Finding) -> None:
+        style = _STYLES[finding.severity]
+        self._line(Text(f"! {visible(finding.what)}", style=style))
+        self._line(Text(f"  {visible(finding.cause)}.", style=style))
+        for number, remedy in enumerate(finding.remedies, start=1):
+            keys = "  ".join(f"--set {key}={json.dumps(value)}" for key, value in remedy.changes.items())
+            line = Text(f"  {number}. {visible(remedy.text)}")
+            self._line(line.append(f"  {visible(keys)}" if keys else "", style="cyan"))
 
     def _line(self, text: Text) -> None:
         (self.live.console if self.live is not None else console).print(text)
@@ -141,6 +153,9 @@ class Progress:
         if self.live is not None:
             self.live.stop()
             self.live = None
+
+
+_STYLES = {Severity.HINT: "dim", Severity.WARNING: "yellow", Severity.ERROR: "bold red"}
 
 
 def _status(event: Updated) -> Text:

@@ -19,7 +19,8 @@ from welltuned.facts.architecture import (
     stored_parameters,
 )
 from welltuned.facts.weights import StoredTensor, gguf_config, gguf_header, safetensors_headers
-from welltuned.models.resolve import ModelSource, SourceKind, resolve
+from welltuned.models.resolve import NO_TRUST, ModelSource, SourceKind, resolve
+from welltuned.recipe import Trust
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,9 +78,9 @@ class ModelFacts:
         return total
 
 
-def read_model_facts(model: str, *, weights_needed: bool = True) -> ModelFacts:
+def read_model_facts(model: str, *, weights_needed: bool = True, trust: Trust = NO_TRUST) -> ModelFacts:
     """Resolve a model and read what its configuration and headers say. Never loads a weight, never imports torch."""
-    source = resolve(model, weights_needed=weights_needed)
+    source = resolve(model, weights_needed=weights_needed, trust=trust)
     if source.kind is SourceKind.GGUF:
         return _gguf_facts(source)
     if source.kind is SourceKind.FOLDER:
@@ -158,7 +159,7 @@ def _facts(
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"not readable as JSON: {error}", where=str(path), mend="download the model again") from error
     if not isinstance(value, dict):
         raise InputError("not a JSON object", where=str(path), mend="download the model again")

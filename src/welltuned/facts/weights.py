@@ -4,8 +4,8 @@ The GGUF header is read here and not by the `gguf` package, whose reader also pa
 (1.8 s for SmolLM2's 49,152); a plan needs shapes and a handful of fields.
 """
 
-import json
 import math
+import os
 import re
 import struct
 from dataclasses import dataclass
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from welltuned.errors import InputError
+from welltuned.models.resolve import WEIGHTS_INDEX, weight_files
+from welltuned.models.safetensors_header import read_header
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -43,13 +45,8 @@ class GgufHeader:
 
 def safetensors_headers(folder: Path) -> tuple[StoredTensor, ...]:
     """Every tensor of the folder's safetensors files; () where there are none."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InputError("the index of the weights is not readable", where=str(index)) from error
-        files = [folder / name for name in names]
+    if (folder / WEIGHTS_INDEX).is_file():
+        files = sorted(weight_files(folder))
     else:
         single = folder / "model.safetensors"
         files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
@@ -59,22 +56,7 @@ def safetensors_headers(folder: Path) -> tuple[StoredTensor, ...]:
 def _safetensors_header(path: Path) -> list[StoredTensor]:
     if not path.is_file():
         raise InputError("a weight file is missing", where=str(path), mend="download the model folder again")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if 8 + length > size:
-            raise InputError("the weight file is cut short", where=str(path), mend="download it again")
-        try:
-            header = json.loads(file.read(length))
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            ends = [entry["data_offsets"][1] for entry in entries.values()]
-            tensors = [StoredTensor(name, tuple(e["shape"]), e["dtype"].lower()) for name, e in entries.items()]
-        except (ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-            raise InputError("not a safetensors file", where=str(path), mend="download it again") from error
-    if 8 + length + max(ends, default=0) > size:
-        raise InputError("the weight file is cut short", where=str(path), mend="download it again")
-    return tensors
+    return [StoredTensor(name, shape, dtype) for name, (dtype, shape) in read_header(path).items()]
 
 
 def gguf_header(path: Path) -> GgufHeader:
@@ -93,15 +75,14 @@ def gguf_header(path: Path) -> GgufHeader:
             if file.tell() + max((offset for _, offset in entries), default=0) >= path.stat().st_size:
                 raise corrupt
             return GgufHeader(fields, tuple(tensor for tensor, _ in entries))
-    except (struct.error, UnicodeDecodeError, EOFError, KeyError, OverflowError, MemoryError) as error:
+    except (struct.error, UnicodeDecodeError, EOFError, KeyError, OverflowError, RecursionError) as error:
         raise corrupt from error
 
 
 def _exactly(file: BinaryIO, count: int) -> bytes:
-    data = file.read(count)
-    if len(data) != count:
+    if count > os.fstat(file.fileno()).st_size - file.tell():  # before so much memory is asked for
         raise EOFError(count)
-    return data
+    return file.read(count)
 
 
 def _string(file: BinaryIO) -> str:

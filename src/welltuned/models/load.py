@@ -26,53 +26,77 @@ from welltuned.kernels.grouped import NF4Stack
 from welltuned.kernels.nf4 import NF4Weight
 from welltuned.models.experts import expert_stacks, layout_of, quantize_experts, quantize_stack
 from welltuned.models.frozen import quantisable, quantize_linears
-from welltuned.models.resolve import ModelSource, SourceKind, resolve
+from welltuned.models.resolve import NO_TRUST, ModelSource, SourceKind, resolve
+from welltuned.recipe import Trust
 
 # Whatever transformers raises while it reads a model's files (nearly every type of exception, by which field of
 # config.json is wrong) is about those files: hence the two `except Exception` below. --debug shows the traceback.
 _MEND_HUB = "check the id and the network, or give a local folder or GGUF file"
 
 
-def _arguments(source: ModelSource) -> dict[str, Any]:
+def _arguments(source: ModelSource, trust: Trust) -> dict[str, Any]:
+    code = {"trust_remote_code": trust.code}  # unset, transformers asks on stdin
     if source.kind is SourceKind.GGUF:
         assert source.path is not None
-        return {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": source.path.name}
-    name = source.name if source.path is None else str(source.path)
-    return {"pretrained_model_name_or_path": name, "trust_remote_code": False}  # unset, transformers asks on stdin
+        return {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": source.path.name, **code}
+    return {"pretrained_model_name_or_path": source.name if source.path is None else str(source.path), **code}
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str, trust: Trust = NO_TRUST) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a model: a hub id, a folder, a GGUF file or the demo's alias."""
-    source = resolve(model)
+    source = resolve(model, trust=trust)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**_arguments(source))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**_arguments(source, trust))
     except Exception as error:
+        _refuse_code(error, model)
         raise InputError(f"no tokenizer could be loaded ({_in_short(error)})", where=model, mend=_MEND_HUB) from error
     return tokenizer
 
 
-def load_config(model: str) -> PretrainedConfig:
+def load_config(model: str, trust: Trust = NO_TRUST) -> PretrainedConfig:
     """The model's configuration, without its weights (which need not be there)."""
-    source = resolve(model, weights_needed=False)
+    source = resolve(model, weights_needed=False, trust=trust)
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(**_arguments(source))
+        config: PretrainedConfig = AutoConfig.from_pretrained(**_arguments(source, trust))
     except Exception as error:
+        _refuse_code(error, model)
         what = f"the model's configuration could not be read ({_in_short(error)})"
         raise InputError(what, where=model, mend=_MEND_HUB) from error
+    _refuse_kernels(config, model)
     return config
 
 
-def load_model(model: str, *, dtype: torch.dtype, device: str = "cpu", nf4: bool = False) -> PreTrainedModel:
+def _refuse_code(error: Exception, model: str) -> None:
+    """Say in one sentence what transformers says in five, where a repository wants its own code to be run."""
+    if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+        what = "the model needs Python code of its own repository, which could do all that you can do"
+        mend = "use a model that transformers knows, or set `trust_remote_code: true` once you have read that code"
+        raise InputError(what, where=model, mend=mend) from error
+
+
+def _refuse_kernels(config: PretrainedConfig, model: str) -> None:
+    """A configuration may name a hub repository as its attention, whose code transformers would fetch and run."""
+    for part in (config, config.get_text_config()):
+        name = part._attn_implementation
+        if isinstance(name, str) and "/" in name:
+            what = f"config.json names {name!r} as its attention, which is code from the hub"
+            raise InputError(what, where=model, mend="remove attn_implementation from config.json")
+
+
+def load_model(
+    model: str, *, dtype: torch.dtype, device: str = "cpu", nf4: bool = False, trust: Trust = NO_TRUST
+) -> PreTrainedModel:
     """The model in `dtype` on `device`; with `nf4` linear layers (not the head) and experts are stored in 4 bits.
 
-    No code from a model's repository is run and no pickle is read: weights are safetensors or GGUF.
+    Without trust no code from a model's repository is run and no pickle is read: weights are safetensors or GGUF.
     """
-    source = resolve(model)
-    arguments = _arguments(source)
+    source = resolve(model, trust=trust)
+    arguments = _arguments(source, trust)
     if nf4:
         _require_bitsandbytes()
     if source.kind is not SourceKind.GGUF:
-        arguments["use_safetensors"] = True
+        load_config(model, trust)  # refuses what it could make transformers run
+        arguments["use_safetensors"] = None if trust.pickle else True  # None: a pickle where there is nothing else
     try:
         by_weight = nf4 and source.kind is not SourceKind.GGUF and not _is_quantized(arguments)
         if by_weight:
@@ -84,6 +108,7 @@ def load_model(model: str, *, dtype: torch.dtype, device: str = "cpu", nf4: bool
             output_loading_info=True,
         )
     except Exception as error:
+        _refuse_code(error, model)
         raise InputError(f"the model could not be loaded ({_in_short(error)})", where=model, mend=_MEND_HUB) from error
     assert isinstance(loaded, PreTrainedModel)
     _refuse_random_weights(report, model)

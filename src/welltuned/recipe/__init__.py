@@ -18,7 +18,7 @@ from welltuned.recipe.keys import (
     Method,
     Tune,
 )
-from welltuned.recipe.read import Recipe, YamlLoader, load_recipe, recipe_to_dict, recipe_to_yaml
+from welltuned.recipe.read import Recipe, Trust, YamlLoader, load_recipe, recipe_to_dict, recipe_to_yaml
 
 __all__ = [
     "ALL_LINEAR",
@@ -31,6 +31,7 @@ __all__ = [
     "Key",
     "Method",
     "Recipe",
+    "Trust",
     "Tune",
     "YamlLoader",
     "load_recipe",

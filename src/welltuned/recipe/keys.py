@@ -104,6 +104,8 @@ FIELDS: Mapping[str, Key] = MappingProxyType(
             "After 3 updates in a row that are not finite: back (to the last checkpoint, with half the rate) or stop; "
             "unset: back, but stop where learning_rate is yours.",
         ),
+        "trust_remote_code": Key(bool, "Run Python code of the model's repository: it can do all that you can do."),
+        "allow_pickle": Key(bool, "Read .bin weights, which are pickles; unset: safetensors and GGUF only."),
         "loss_on": Key(str, "What is trained: assistant (every answer, the default), last (answer) or everything."),
     }
 )

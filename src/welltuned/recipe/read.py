@@ -17,6 +17,14 @@ _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Trust:
+    """What a model's files may do beyond being read; only the user's own recipe grants it."""
+
+    code: bool = False
+    pickle: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """One request. `hyperparameters` and `policies` hold only what the user set, by the keys' names."""
 
@@ -40,10 +48,16 @@ class Recipe:
     instruction_part: str | None = None
     response_part: str | None = None
     chat_template: str | None = None
+    trust_remote_code: bool | None = None
+    allow_pickle: bool | None = None
     loss_on: str | None = None
     on_nonfinite: str | None = None
     policies: Mapping[str, str] = field(default_factory=lambda: _EMPTY)
     hyperparameters: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
+
+    @property
+    def trust(self) -> Trust:
+        return Trust(code=bool(self.trust_remote_code), pickle=bool(self.allow_pickle))
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -109,6 +123,8 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
         "instruction_part": recipe.instruction_part,
         "response_part": recipe.response_part,
         "chat_template": recipe.chat_template,
+        "trust_remote_code": recipe.trust_remote_code,
+        "allow_pickle": recipe.allow_pickle,
         "loss_on": recipe.loss_on,
         "on_nonfinite": recipe.on_nonfinite,
         **recipe.policies,

@@ -101,9 +101,7 @@ class Grpo:
             notes=notes,
         )
 
-    def _sample(
-        self, engine: Engine, rows: Sequence[Prompt], keys: Sequence[int]
-    ) -> tuple[Sampled, dict[str, float]]:
+    def _sample(self, engine: Engine, rows: Sequence[Prompt], keys: Sequence[int]) -> tuple[Sampled, dict[str, float]]:
         started = time.perf_counter()
         names = [[mixed(key * 0x9E3779B97F4A7C15 + g) for g in range(self.generations)] for key in keys]
         made = self._complete(engine, rows, names, self.sampling)

@@ -209,7 +209,7 @@ def _read_untrained(recipe: Recipe, policies: Policies) -> _Read | None:
 
     kept = {**recipe.policies, f"on_{Kind.UNTRAINED}": str(Policy.KEEP)}
     try:
-        tokenizer = load_tokenizer(recipe.model)
+        tokenizer = load_tokenizer(recipe.model, recipe.trust)
         dataset = read_dataset(replace(recipe, policies=MappingProxyType(kept)), tokenizer)
     except InputError:
         return None

@@ -34,6 +34,7 @@ from welltuned.training.healing import (
 from welltuned.training.interrupt import Asked, Interrupted
 from welltuned.training.keeper import Keeper
 from welltuned.training.memory_guard import MemoryGuard
+from welltuned.training.monitor.movement import Movement
 from welltuned.training.optimizer import FlatAdamW, clip_
 from welltuned.training.prepare import Prepared
 from welltuned.training.process import memory_used
@@ -77,6 +78,7 @@ class Loop:
             self.trained.flat_KP, self.trained.grad_KP, self.trained.decayed, adamw_settings(plan)
         )
         self.trained.claim_gradients()
+        self._movement = Movement(self.trained)  # before a checkpoint is restored: it remembers the start
         self.schedule = schedule_of(plan)
         self.batch = plan.value("effective_batch_size")
         self._guard = MemoryGuard(plan)
@@ -132,6 +134,7 @@ class Loop:
                 self.save()
         if self.watch.stop_reason is not None and self.at.ended is None:
             self.at = replace(self.at, ended=self.watch.stop_reason)
+            self.tell(Note(self.watch.stop_reason))
         self.save(wait=True)
 
     def _over(self) -> bool:
@@ -181,10 +184,10 @@ class Loop:
         self.at = replace(
             self.at, step=step + 1, in_a_row=0, seconds=self.at.seconds + spent, tokens=self.at.tokens + made.tokens
         )
-        self._tell_update(made, norm, rate, spent)
+        self._tell_update(made, rows, norm, rate, spent)
         return True
 
-    def _tell_update(self, made: Gradient, norm: float, rate: float, spent: float) -> None:
+    def _tell_update(self, made: Gradient, rows: Sequence[Any], norm: float, rate: float, spent: float) -> None:
         step, total, prepared = self.at.step, self.plan.updates, self.setting.prepared
         self.tell(
             Updated(
@@ -201,6 +204,8 @@ class Loop:
                 seconds_left=self.at.seconds / step * (total - step),
                 evaluation_follows=bool(prepared.held_out) and self._due(step),
                 measures=made.measures,
+                weight_change=self._movement.relative(),
+                origins=tuple(row.origin for row in rows),
             )
         )
 
@@ -248,7 +253,8 @@ class Loop:
         found = self._with_memory(
             lambda: self.setting.objective.evaluate(self.engine, prepared.held_out), "the evaluation"
         )
-        self.tell(Evaluated(self.at.step, found.loss, found.standard_error, found.measures))
+        rows = found.loss_of_example, found.tokens_of_example
+        self.tell(Evaluated(self.at.step, found.loss, found.standard_error, found.measures, *rows))
         return found
 
     def _evaluate(self) -> bool:

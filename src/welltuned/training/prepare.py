@@ -21,6 +21,7 @@ from welltuned.training.starting import start_adapter, with_start_reasons, with_
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TRUSTED = 95  # weight among the plan's warnings of what the user trusts others with
 PLAIN_PARTS = 12  # weight among the plan's warnings of a part that runs on the model's own code: it costs time only
 
 
@@ -69,9 +70,9 @@ def prepare(
     if recipe.method is Method.GRPO:
         raise InputError(f"training by {recipe.method} is not built yet", where="method", mend="use sft")
     start = start_adapter(recipe)
-    model_facts = read_model_facts(recipe.model)
+    model_facts = read_model_facts(recipe.model, trust=recipe.trust)
     sources = open_sources(recipe)
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model, recipe.trust)
     dataset = read_dataset(recipe, tokenizer, sources=sources, embedding=model_facts.vocabulary, progress=progress)
     machine = machine or (planned.facts.machine if planned is not None else read_machine_facts(ask_gpu=True))
     plan, dataset = _planned(with_start_values(recipe, start), dataset, model_facts, machine)
@@ -80,8 +81,10 @@ def prepare(
     report = dataset.audit(model_facts.context_length)
     problems = report.problems()
     weighed = [(problem.weight, problem.sentence) for problem in problems]
-    left = foresee(recipe.model, _targets(plan), nf4=recipe.tune is Tune.QLORA)
-    weighed += [(PLAIN_PARTS, sentence) for sentence in left]
+    if not recipe.trust.code:  # code of others is not run for a forecast
+        left = foresee(recipe.model, _targets(plan), nf4=recipe.tune is Tune.QLORA)
+        weighed += [(PLAIN_PARTS, sentence) for sentence in left]
+    weighed += [(TRUSTED, sentence) for sentence in _trusted(recipe)]
     started = (start.note,) if start is not None and start.note is not None else ()
     plan = planned or with_problems(plan, weighed)
     every = (*sources.train, *sources.held_out)
@@ -95,7 +98,7 @@ def prepare(
         held_out_conversations=dataset.held_out_conversations(),
         mixture=replace(dataset.mixture, seed=plan.value("seed")),
         audit=report,
-        notes=(*dataset.notes, *started, *(problem.sentence for problem in problems)),
+        notes=(*_trusted(recipe), *dataset.notes, *started, *(problem.sentence for problem in problems)),
         data_digests={source.name: source.fingerprint() for source in every},
     )
 
@@ -107,6 +110,16 @@ def require_sound(recipe: Recipe, chosen: Callable[[str], Any]) -> None:
     if recipe.method is Method.KTO and chosen("effective_batch_size") < 2:
         what = "kto compares with answers to the update's other prompts, and an update of one row has none"
         raise InputError(what, where="effective_batch_size", mend="give 2 or more")
+
+
+def _trusted(recipe: Recipe) -> list[str]:
+    """What the user allowed, said every time."""
+    found = []
+    if recipe.trust.code:
+        found.append(f"trust_remote_code: Python code of {recipe.model} runs with all of your rights")
+    if recipe.trust.pickle:
+        found.append(f"allow_pickle: {recipe.model} may be read from .bin files, which are pickles")
+    return found
 
 
 def _targets(plan: Plan) -> str | tuple[str, ...] | None:

@@ -29,7 +29,8 @@ from welltuned.training.rundir import (
 )
 from welltuned.training.snapshot import same_tensors
 from welltuned.training.step import Trained
-from welltuned.training.watcher import MakeWatch, unwatched
+from welltuned.training.watch import monitor
+from welltuned.training.watcher import MakeWatch
 
 
 def resume(
@@ -37,7 +38,7 @@ def resume(
     observer: Observer = silent,
     *,
     accept_changes: bool = False,
-    make_watch: MakeWatch = unwatched,
+    make_watch: MakeWatch | None = None,
 ) -> RunResult:
     """Finish an unfinished run. On a CPU with the same libraries the result is that of an undisturbed run, bit for bit.
 
@@ -69,7 +70,9 @@ def resume(
                 if left.found is not None:
                     require_same_tensors(left.found, ready.engine.trained, path)
                 notes = (*left.notes, *_sentences(left.found, changed, prepared.plan))
-                return Course(prepared, ready, directory, observer, make_watch, notes, left.found).run()
+                return Course(
+                    prepared, ready, directory, observer, make_watch or monitor(prepared.plan), notes, left.found
+                ).run()
 
 
 def require_unfinished(path: Path) -> None:

@@ -54,7 +54,8 @@ from welltuned.training.settings import save_total_limit
 from welltuned.training.snapshot import Origin
 from welltuned.training.starting import save_model, score_at_start, trained_parts
 from welltuned.training.step import Engine, Evaluation, Objective, Supervised, Trained
-from welltuned.training.watcher import MakeWatch, unwatched
+from welltuned.training.watch import monitor
+from welltuned.training.watcher import MakeWatch
 
 MOST_ORIGINS = 1_000  # held-out rows named in run.json
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -96,7 +97,7 @@ def make_ready(plan: Plan) -> Ready:
         raise InputError("full fine-tuning trains float32 weights", where="dtype", mend="remove it, or use tune: lora")
     device = "cuda" if plan.facts.machine.device is Device.CUDA else "cpu"
     dtype = torch.float32 if recipe.tune is Tune.FULL else DTYPES[plan.value("dtype")]
-    model = load_model(recipe.model, dtype=dtype, device=device, nf4=recipe.tune is Tune.QLORA)
+    model = load_model(recipe.model, dtype=dtype, device=device, nf4=recipe.tune is Tune.QLORA, trust=recipe.trust)
     idle = idle_parts(model)
     trained: Trained = trained_parts(model, plan, idle, lambda: _reached(model, plan, idle))
     fused = fuse(model, trained if isinstance(trained, AdapterBank) else None)
@@ -144,13 +145,14 @@ def train(
     out: Path,
     observer: Observer = silent,
     before_training: Callable[[Ready], None] | None = None,
-    make_watch: MakeWatch = unwatched,
+    make_watch: MakeWatch | None = None,
 ) -> RunResult:
     """Train as planned and write a Run to `out`.
 
     Args:
         before_training: called with the loaded model before the first update (the demo asks it for replies there).
-        make_watch: makes who watches the run from the state that a checkpoint holds of it (empty at the start).
+        make_watch: makes who watches the run from the state that a checkpoint holds of it (empty at the start); None for
+            the monitor.
 
     Raises:
         InputError: the plan does not fit into memory or the Run onto the disk, or `out` is not empty.
@@ -165,7 +167,7 @@ def train(
         disk = _require_disk(prepared.plan, ready, out)
         with closing(RunDir(out)) as directory:
             begin(directory, prepared, identity_of(prepared))
-            course = Course(prepared, ready, directory, observer, make_watch, notes=disk)
+            course = Course(prepared, ready, directory, observer, make_watch or monitor(prepared.plan), notes=disk)
             return course.run(before_training)
 
 
@@ -247,20 +249,24 @@ class Course:
         )
         summary = _summary(self.prepared, self.ready, result)
         self.directory.write_json(
-            RUN, {**summary, "healed": _healed(at, loop), "saving": asdict(loop.setting.keeper.cost)}
+            RUN, {**summary, **_watched(at, loop), "healed": _healed(at), "saving": asdict(loop.setting.keeper.cost)}
         )
         return result
 
 
-def _healed(at: Position, loop: Loop) -> dict[str, Any]:
+def _watched(at: Position, loop: Loop) -> dict[str, Any]:
+    """What the monitor said, and decided."""
+    findings = [finding.to_json() for finding in loop.watch.findings]
+    return {"stop_reason": at.ended, "best_step": loop.watch.best_step, "findings": findings}
+
+
+def _healed(at: Position) -> dict[str, Any]:
     """What the run did about its own faults."""
     return {
         "updates_left_out": at.skipped,
         "returns_to_a_checkpoint": at.returns,
         "rate_factor": at.rate_factor,
         "token_budget": at.token_budget,
-        "ended_early": at.ended,
-        "best_update": loop.watch.best_step,
     }
 
 
@@ -337,7 +343,7 @@ def _beside(target: Path) -> Iterator[Path]:
 @contextmanager
 def reloaded(plan: Plan) -> Iterator[dict[str, torch.Tensor]]:
     """The base model's parameters once more from disk, to compare with; freed afterwards."""
-    base = load_model(plan.recipe.model, dtype=torch.float32)
+    base = load_model(plan.recipe.model, dtype=torch.float32, trust=plan.recipe.trust)
     try:
         yield {name: p.detach() for name, p in base.named_parameters()} | dict(score_at_start(plan, base))
     finally:

@@ -13,12 +13,14 @@ from typing import Any
 
 from welltuned.errors import InputError, RunError
 from welltuned.training import durable
-from welltuned.training.events import Evaluated, Event, Note, Skipped, Updated
+from welltuned.training.events import Evaluated, Event, Finding, Note, Skipped, Updated
 from welltuned.training.lock import LOCK, Lock
 
 ADAPTER, MODEL, RUN, PLAN, RECIPE, METRICS = "adapter", "model", "run.json", "plan.yaml", "recipe.yaml", "metrics.jsonl"
 STARTED = "started.json"
-_FOR_WATCHERS = ("total_steps", "seconds_left", "evaluation_follows", "measures")
+_FOR_WATCHERS = frozenset(
+    ("total_steps", "seconds_left", "evaluation_follows", "measures", "origins", "loss_of_example", "tokens_of_example")
+)
 
 
 class RunDir:
@@ -82,6 +84,8 @@ class RunDir:
                 line = {"event": "skipped", "step": event.step, "what": event.what, "rows": list(event.rows)}
             case Note():
                 line = {"event": "note", "text": event.text}
+            case Finding():
+                line = {"event": "finding", **event.to_json()}
         self._append(line)
 
     @property
@@ -133,7 +137,7 @@ class RunDir:
 def _flat(event: Updated | Evaluated) -> dict[str, Any]:
     """An event as a line of metrics.jsonl, without what only watchers need; its measures stand beside the rest."""
     line = {f.name: getattr(event, f.name) for f in fields(event) if f.name not in _FOR_WATCHERS}
-    return {**line, **event.measures}
+    return {**{name: value for name, value in line.items() if value is not None}, **event.measures}
 
 
 def require_free(path: Path) -> None:

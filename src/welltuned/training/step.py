@@ -67,6 +67,7 @@ class Evaluation:
     supervised_tokens: int
     loss_of_example: tuple[float, ...]
     measures: Mapping[str, float] = field(default_factory=lambda: NOTHING)
+    tokens_of_example: tuple[int, ...] = ()  # what each example weighs in the mean; empty where all weigh the same
 
 
 class NotFinite(RunError):
@@ -170,7 +171,10 @@ def _summary(sums: torch.Tensor, counts: torch.Tensor) -> Evaluation:
     mean = float(sums.sum() / counts.sum())
     spread = float(((sums - mean * counts) ** 2).sum())
     error = math.sqrt(spread * n / (n - 1)) / float(counts.sum()) if n > 1 else math.nan
-    return Evaluation(mean, error, int(counts.sum()), tuple((sums / counts.clamp_min(1)).tolist()))
+    tokens = tuple(counts.long().tolist())
+    return Evaluation(
+        mean, error, int(counts.sum()), tuple((sums / counts.clamp_min(1)).tolist()), tokens_of_example=tokens
+    )
 
 
 def origins_of(examples: Sequence[Example]) -> str:

@@ -1,9 +1,9 @@
 """The place of whoever watches a run: it is shown every event, and may say something or end the run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from welltuned.training.events import Event
+from welltuned.training.events import Event, Finding
 
 
 class Watch(Protocol):
@@ -11,6 +11,7 @@ class Watch(Protocol):
 
     Attributes:
         stop_reason: why the run should end here; None to go on.
+        findings: what it said, for run.json.
         best_step: the update whose weights are the best so far, which must have been evaluated; None if none is.
     """
 
@@ -18,6 +19,8 @@ class Watch(Protocol):
     def stop_reason(self) -> str | None: ...
     @property
     def best_step(self) -> int | None: ...
+    @property
+    def findings(self) -> Sequence[Finding]: ...
     def see(self, event: Event) -> tuple[Event, ...]: ...
     def state(self) -> Mapping[str, Any]:
         """Plain values from which it can go on."""
@@ -32,6 +35,7 @@ class Unwatched:
 
     stop_reason: str | None = None
     best_step: int | None = None
+    findings: Sequence[Finding] = ()
 
     def see(self, event: Event) -> tuple[Event, ...]:
         return ()

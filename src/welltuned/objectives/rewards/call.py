@@ -17,7 +17,7 @@ import re
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
@@ -277,9 +277,7 @@ def _asked(function: Callable[..., Any], name: str, path: Path) -> _Asked:
         mend = f"def {name}(completion, answer) or def {name}(completions, prompts, **columns)"
         raise InputError(f"`{name}` takes neither `completion` nor `completions`", where=str(path), mend=mend)
     needed = tuple(p.name for p in named if p.default is Parameter.empty and not p.name.startswith("completion"))
-    return _Asked(
-        tuple(p.name for p in named), needed, lists, any(p.kind is Parameter.VAR_KEYWORD for p in parameters)
-    )
+    return _Asked(tuple(p.name for p in named), needed, lists, any(p.kind is Parameter.VAR_KEYWORD for p in parameters))
 
 
 def _call_own(function: Callable[..., Any], asked: _Asked, samples: Sequence[Judged]) -> Sequence[Any]:
