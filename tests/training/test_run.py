@@ -411,7 +411,7 @@ def test_what_was_saved_is_read_back(into, tmp_path, monkeypatch):
     """Planted: the disk changes one number."""
     from welltuned.models import adapter_file
 
-    real = adapter_file._read
+    real = adapter_file.read_tensors
 
     def failing_disk(path):
         tensors = real(path)

@@ -62,6 +62,18 @@ def load_config(model: str) -> PretrainedConfig:
     return config
 
 
+def load_skeleton(model: str) -> PreTrainedModel:
+    """The model without its numbers ("meta"): names and shapes of a model of any size, in a second."""
+    config = load_config(model)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):  # the caller must not notice what modules draw
+        try:
+            skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        except Exception as error:  # nearly every type, by which field of config.json is wrong
+            what = f"no model can be built from the configuration ({error!r})"
+            raise InputError(what, where=model, mend="mend config.json, or give another model") from error
+    return skeleton.eval()
+
+
 def load_model(model: str, *, dtype: torch.dtype, device: str = "cpu", nf4: bool = False) -> PreTrainedModel:
     """The model in `dtype` on `device`; with `nf4` linear layers (not the head) and experts are stored in 4 bits.
 

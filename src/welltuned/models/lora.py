@@ -141,7 +141,9 @@ class AdapterBank:
         rows: which rows of the current micro-batch belong to which adapter and example.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: Sequence[LoraSettings]):
+    def __init__(
+        self, model: PreTrainedModel, settings: Sequence[LoraSettings], device: torch.device | str | None = None
+    ):
         self.model, self.settings = model, tuple(settings)
         first = self.settings[0]
         if len({(s.r, s.expert_rank, s.target_modules, s.bias, s.lora_dropout) for s in self.settings}) > 1:
@@ -163,7 +165,7 @@ class AdapterBank:
                 what = f"{name} is {str(parameter.dtype).removeprefix('torch.')}: too coarse to be trained"
                 raise InputError(what, where="bias", mend="use lora_only, or a float32 model")
         self.slots = _layout(model, self.targets, first, biases)
-        device = next(model.parameters()).device
+        device = device or next(model.parameters()).device
         total = sum(slot.size for slot in self.slots)
         self.flat_KP = torch.zeros(len(self.settings), total, dtype=torch.float32, device=device)
         self.grad_KP = torch.zeros_like(self.flat_KP)
@@ -280,9 +282,18 @@ class AdapterBank:
         return {s.name: self.start_KP[k, s.start : s.start + s.size].view(s.shape) for s in self.slots}
 
 
-def attach(model: PreTrainedModel, settings: LoraSettings | Sequence[LoraSettings]) -> AdapterBank:
-    """Freeze the model and put adapters on it, in place of the modules that `target_modules` names."""
-    return AdapterBank(model, [settings] if isinstance(settings, LoraSettings) else settings)
+def attach(
+    model: PreTrainedModel,
+    settings: LoraSettings | Sequence[LoraSettings],
+    device: torch.device | str | None = None,
+) -> AdapterBank:
+    """Freeze the model and put adapters on it, in place of the modules that `target_modules` names.
+
+    Args:
+        device: where the adapters' numbers lie; unset: where the model's do. A model without numbers ("meta") can so
+            say what its adapters are.
+    """
+    return AdapterBank(model, [settings] if isinstance(settings, LoraSettings) else settings, device)
 
 
 def init_a(a_RI: Tensor, settings: LoraSettings, index: int) -> None:
