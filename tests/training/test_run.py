@@ -412,14 +412,14 @@ def test_what_was_saved_is_read_back(into, tmp_path, monkeypatch):
     """Planted: the disk changes one number."""
     from welltuned.models import adapter_file
 
-    real = adapter_file._read
+    real = adapter_file.read_tensors
 
     def failing_disk(path):
         tensors = real(path)
         next(iter(tensors.values()))[0, 0] += 1e-7
         return tensors
 
-    monkeypatch.setattr(adapter_file, "_read", failing_disk)
+    monkeypatch.setattr(adapter_file, "read_tensors", failing_disk)
     with pytest.raises(RunError, match="what was read back is not what was saved"):
         into(tmp_path / "out", max_steps=2)
 

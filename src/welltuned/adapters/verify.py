@@ -1,6 +1,7 @@
 """Did training change what it should have? Exact comparisons, tensor by tensor, with no tolerance."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -15,9 +16,10 @@ class TensorCheck:
     """One trained tensor against its start.
 
     Attributes:
-        sha256: of the tensor's bytes now (little-endian fp32, row-major).
-        change: sum of absolute changes, in float64.
-        moved: whether any byte differs.
+        sha256: of the tensor's bytes now (little-endian, row-major, in its own number format).
+        change: sum of absolute changes, in float64; NaN where the start is not known.
+        moved: whether any byte differs; where the start is not known, whether any number is not 0.
+        mean, variance: of its numbers now, in float64.
     """
 
     name: str
@@ -25,44 +27,62 @@ class TensorCheck:
     change: float
     moved: bool
     finite: bool
+    mean: float
+    variance: float
 
 
 def sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def check_tensors(now: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> tuple[TensorCheck, ...]:
-    """Compare every tensor with its start; both hold the same names."""
-    return tuple(_check(name, tensor, start[name]) for name, tensor in now.items())
+def check_tensors(now: Mapping[str, Tensor], start: Mapping[str, Tensor | None]) -> tuple[TensorCheck, ...]:
+    """Compare every tensor with its start; both hold the same names. None: a start that is not known."""
+    return tuple(check_tensor(name, tensor, start[name]) for name, tensor in now.items())
 
 
-def _check(name: str, now: Tensor, start: Tensor) -> TensorCheck:
-    now, start = now.detach().cpu(), start.detach().cpu()
+def check_tensor(name: str, now: Tensor, start: Tensor | None) -> TensorCheck:
+    now = now.detach().cpu()
+    wide = now.double()
+    if start is None:
+        change, moved = math.nan, bool(now.any())
+    else:
+        start = start.detach().cpu()
+        change, moved = float((wide - start.double()).abs().sum()), not torch.equal(now, start)
     return TensorCheck(
         name=name,
         sha256=sha256(now),
-        change=float((now.double() - start.double()).abs().sum()),
-        moved=not torch.equal(now, start),
+        change=change,
+        moved=moved,
         finite=bool(torch.isfinite(now).all()),
+        mean=float(wide.mean()),
+        variance=float(wide.var(correction=0)),
     )
 
 
 def require_learned(checks: Iterable[TensorCheck], updates: int) -> None:
-    """Raise if a trained tensor is not finite or did not move.
+    """Raise if a trained tensor is not finite or did not move."""
+    for problem in not_learned(checks, updates):
+        raise RunError(problem)
+
+
+def not_learned(checks: Iterable[TensorCheck], updates: int | None) -> list[str]:
+    """Sentences on tensors that are not finite or did not move; `updates` None: their number is not known.
 
     LoRA's A cannot move in the first update, because B starts at zero and with it A's gradient.
     """
-    checks = tuple(checks)
+    checks, found = tuple(checks), []
     broken = [c.name for c in checks if not c.finite]
     if broken:
-        raise RunError(f"{_some(broken)} hold numbers that are not finite; lower the learning rate")
-    still = [c.name for c in checks if not c.moved and not (updates < 2 and c.name.endswith("lora_A"))]
+        found.append(f"{some(broken)} hold numbers that are not finite; lower the learning rate")
+    first = updates is not None and updates < 2
+    still = [c.name for c in checks if not c.moved and not (first and c.name.endswith("lora_A"))]
     if still:
-        raise RunError(
-            f"{_some(still)} did not move in {updates} updates: they are not connected to the loss, or the rate is 0"
-        )
+        when = "" if updates is None else f" in {updates} updates"
+        found.append(f"{some(still)} did not move{when}: they are not connected to the loss, or the rate is 0")
+    return found
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first three names, and how many more there are."""
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more tensors"

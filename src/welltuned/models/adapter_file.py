@@ -49,33 +49,47 @@ def save_adapter(bank: AdapterBank, folder: Path, base: str, k: int = 0) -> None
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {_to_file(name, bank): _as_file(name, t).cpu().clone() for name, t in bank.tensors(k).items()}
+    write_adapter(folder, _config(bank, base, k), tensors)
+
+
+def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter by PEFT's names, then read it back and compare every byte.
+
+    Raises:
+        RunError: what was read back differs from what is in memory.
+    """
     weights = folder / WEIGHTS
-    save_file(tensors, folder / (WEIGHTS + ".tmp"), metadata={"format": "pt"})
+    save_file(dict(tensors), folder / (WEIGHTS + ".tmp"), metadata={"format": "pt"})
     os.replace(folder / (WEIGHTS + ".tmp"), weights)
-    text = json.dumps(_config(bank, base, k), indent=2)
-    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-    again = _read(weights)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    again = read_tensors(weights)
     if again.keys() != tensors.keys() or any(not torch.equal(again[name], tensors[name]) for name in tensors):
         raise RunError(f"{weights}: what was read back is not what was saved; the disk may be full or failing")
 
 
 def load_adapter(
-    model: PreTrainedModel, folder: Path, *, dropout: float | None = None, saved: tuple[str, ...] = ()
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    dropout: float | None = None,
+    saved: tuple[str, ...] = (),
+    device: torch.device | str | None = None,
 ) -> AdapterBank:
     """Put a PEFT LoRA adapter on a model. Everything in the file must be used, and everything needed be in it.
 
     Args:
         dropout: to train on with; None for the file's.
         saved: modules that are trained beside the adapters; what the file does not have of them stays as it is.
+        device: as in `attach`.
     """
-    config, stored = read_config(folder), _read(folder / WEIGHTS)
+    config, stored = read_config(folder), read_tensors(folder / WEIGHTS)
     if config.get("modules_to_save") and not saved:
         add_score(model, seed=0)
         saved = (SCORE,)
     names = _stack_names(model, config.get("target_parameters") or ())
     tensors = {_from_file(name, names): tensor for name, tensor in stored.items()}
     settings = _settings(config, tensors, set(names.values()), str(folder))
-    bank = attach(model, settings if dropout is None else replace(settings, lora_dropout=dropout), saved)
+    bank = attach(model, settings if dropout is None else replace(settings, lora_dropout=dropout), saved, device)
     expected = bank.tensors()
     if not config.get("modules_to_save"):
         expected = {name: tensor for name, tensor in expected.items() if name.rpartition(".")[0] not in saved}
@@ -95,8 +109,8 @@ def load_adapter(
     return bank
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json, refused where it asks for more than LoRA."""
+def read_config(folder: Path, accept: Iterable[str] = ()) -> dict[str, Any]:
+    """adapter_config.json, refused where it asks for more than LoRA and what `accept` names."""
     path = folder / CONFIG
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -107,7 +121,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         raise InputError(f"adapters of type {config.get('peft_type')} are not understood", where=str(path))
     for key in _REFUSED:
-        if config.get(key) and not (key == "modules_to_save" and list(config[key]) == [SCORE]):
+        if config.get(key) and key not in accept and not (key == "modules_to_save" and list(config[key]) == [SCORE]):
             raise InputError(f"{key} is not understood", where=str(path), mend="merge the adapter with PEFT first")
     start = config.get("init_lora_weights")
     if start not in _STARTS:
@@ -123,11 +137,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def adapted_leaves(folder: Path) -> tuple[str, ...]:
     """The last parts of the names of the modules that an adapter in PEFT's format stands on: q_proj, up_proj, ..."""
-    names = (_from_file(name, {}) for name in _read(folder / WEIGHTS))
+    names = (_from_file(name, {}) for name in read_tensors(folder / WEIGHTS))
     return tuple(sorted({name.split(".")[-2] for name in names if name.endswith("lora_A")}))
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, by the names in it."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

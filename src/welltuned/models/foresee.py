@@ -9,9 +9,8 @@ from copy import deepcopy
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from welltuned.errors import InputError
 from welltuned.kernels.gated_mlp import FORWARD
 from welltuned.models.experts import has_stacks
 from welltuned.models.frozen import is_projection
@@ -30,7 +29,7 @@ from welltuned.models.fuse import (
     same,
     takes_one_argument,
 )
-from welltuned.models.load import load_config
+from welltuned.models.load import load_skeleton
 from welltuned.models.lora import ALL_LINEAR, find_targets
 from welltuned.models.packed import refuses_packing
 
@@ -47,14 +46,8 @@ def foresee(
         target_modules: what will get adapters; None for full fine-tuning.
         nf4: whether the base will be stored in 4 bits, experts included.
     """
-    config = load_config(model)
-    with torch.random.fork_rng(devices=[]):  # modules draw their first numbers, which the caller must not notice
-        try:
-            skeleton = _skeleton(config)
-        except Exception as error:  # nearly every type, by which field of config.json is wrong
-            what = f"no model can be built from the configuration ({error!r})"
-            raise InputError(what, where=model, mend="mend config.json, or give another model") from error
-        return tuple(_foreseen(skeleton, target_modules, nf4))
+    with torch.random.fork_rng(devices=[]):  # what is tried draws numbers, which the caller must not notice
+        return tuple(_foreseen(load_skeleton(model), target_modules, nf4))
 
 
 def _foreseen(skeleton: PreTrainedModel, target_modules: str | tuple[str, ...] | None, nf4: bool) -> list[str]:
@@ -77,12 +70,6 @@ def _foreseen(skeleton: PreTrainedModel, target_modules: str | tuple[str, ...] |
     if adapted and not found.done.keys() & {"gated MLP", "experts"} and not found.plain.keys() - {OTHER_NORMS}:
         found.plain[UNGATED_MLPS] = 1
     return [*found.sentences(), ONE_BY_ONE] if refuses_packing(skeleton) else found.sentences()
-
-
-def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model.eval()
 
 
 def _count(found: Fused, left: str | None, fused: str) -> None:

@@ -83,6 +83,18 @@ def _refuse_kernels(config: PretrainedConfig, model: str) -> None:
             raise InputError(what, where=model, mend="remove attn_implementation from config.json")
 
 
+def load_skeleton(model: str) -> PreTrainedModel:
+    """The model without its numbers ("meta"): names and shapes of a model of any size, in a second."""
+    config = load_config(model)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):  # the caller must not notice what modules draw
+        try:
+            skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        except Exception as error:  # nearly every type, by which field of config.json is wrong
+            what = f"no model can be built from the configuration ({error!r})"
+            raise InputError(what, where=model, mend="mend config.json, or give another model") from error
+    return skeleton.eval()
+
+
 def load_model(
     model: str, *, dtype: torch.dtype, device: str = "cpu", nf4: bool = False, trust: Trust = NO_TRUST
 ) -> PreTrainedModel:

@@ -142,7 +142,13 @@ class AdapterBank:
         rows: which rows of the current micro-batch belong to which adapter and example.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: Sequence[LoraSettings], saved: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: Sequence[LoraSettings],
+        saved: tuple[str, ...] = (),
+        device: torch.device | str | None = None,
+    ):
         self.model, self.settings, self.saved = model, tuple(settings), saved
         first = self.settings[0]
         if len({(s.r, s.expert_rank, s.target_modules, s.bias, s.lora_dropout) for s in self.settings}) > 1:
@@ -167,7 +173,7 @@ class AdapterBank:
                 raise InputError(what, where="bias", mend="use lora_only, or a float32 model")
         biases |= {f"{name}.{leaf}": p for name in saved for leaf, p in model.get_submodule(name).named_parameters()}
         self.slots = _layout(model, self.targets, first, biases)
-        device = next(model.parameters()).device
+        device = device or next(model.parameters()).device
         total = sum(slot.size for slot in self.slots)
         self.flat_KP = torch.zeros(len(self.settings), total, dtype=torch.float32, device=device)
         self.grad_KP = torch.zeros_like(self.flat_KP)
@@ -285,13 +291,19 @@ class AdapterBank:
 
 
 def attach(
-    model: PreTrainedModel, settings: LoraSettings | Sequence[LoraSettings], saved: tuple[str, ...] = ()
+    model: PreTrainedModel,
+    settings: LoraSettings | Sequence[LoraSettings],
+    saved: tuple[str, ...] = (),
+    device: torch.device | str | None = None,
 ) -> AdapterBank:
     """Freeze the model and put adapters on it, in place of the modules that `target_modules` names.
 
-    `saved` names modules that are trained beside them.
+    Args:
+        saved: modules that are trained beside them.
+        device: where the adapters' numbers lie; unset: where the model's do. A model without numbers ("meta") can so
+            say what its adapters are.
     """
-    return AdapterBank(model, [settings] if isinstance(settings, LoraSettings) else settings, saved)
+    return AdapterBank(model, [settings] if isinstance(settings, LoraSettings) else settings, saved, device)
 
 
 def init_a(a_RI: Tensor, settings: LoraSettings, index: int) -> None:

@@ -20,6 +20,7 @@ from welltuned.advice.plan import Plan, plan_to_yaml, require_memory
 from welltuned.errors import InputError, RunError
 from welltuned.facts.machine import Device
 from welltuned.models.adapter_file import save_adapter
+from welltuned.models.fingerprint import fingerprint
 from welltuned.models.fuse import Fused, checkpoint_layers, find_head, fuse
 from welltuned.models.load import load_model
 from welltuned.models.lora import AdapterBank, Bias, Init, LoraSettings, find_targets
@@ -351,6 +352,13 @@ def reloaded(plan: Plan) -> Iterator[dict[str, torch.Tensor]]:
         gc.collect()
 
 
+def _base_weights(engine: Engine) -> dict[str, str]:
+    """What the adapter stands on, so that it is not put on another base later."""
+    if not isinstance(engine.trained, AdapterBank):
+        return {}
+    return fingerprint(engine.model, [slot.name for slot in engine.trained.slots])
+
+
 def _summary(prepared: Prepared, ready: Ready, result: RunResult) -> dict[str, Any]:
     def loss(found: Evaluation | None) -> dict[str, float] | None:
         if found is None:
@@ -374,6 +382,7 @@ def _summary(prepared: Prepared, ready: Ready, result: RunResult) -> dict[str, A
         "tokens_per_second": round(result.tokens_per_second, 1),
         "peak_memory_bytes": result.peak_memory,
         "memory_forecast_bytes": prepared.plan.memory.total_bytes,
+        "base_weights": _base_weights(ready.engine),
         "fused": dict(ready.fused.done),
         "notes": [*prepared.notes, *ready.notes],
         "mixture": asdict(prepared.mixture),
