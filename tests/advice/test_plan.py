@@ -299,6 +299,8 @@ def test_plenty_of_memory_means_no_recomputation(plan_for, model_of, data_of, ma
 def test_dtype_on_cpu(plan_for, machine_of):
     assert plan_for().value("dtype") == "float32"
     assert plan_for(machine=machine_of(amx=True)).value("dtype") == "bfloat16"
+    assert plan_for(machine=replace(machine_of(), native_bf16=True)).value("dtype") == "bfloat16"  # AVX512-BF16
+    assert plan_for(machine=machine_of(amx=True), tune="full").value("dtype") == "float32"
 
 
 def test_arithmetic_of_8b_lora(model_of):

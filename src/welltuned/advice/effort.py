@@ -75,8 +75,10 @@ def machine_flops(machine: MachineFacts, dtype: str) -> float:
         name, peaks = machine.gpu_name or "", rule("flops_gpu").value
         known = [peak for kind, peak in peaks.items() if kind in name]
         return number("flops_gpu_share") * (max(known) if known else number("flops_gpu_unknown"))
-    factor = number("flops_amx_factor") if dtype == "bfloat16" and machine.amx_bf16 else 1.0
-    return machine.cores * number("flops_cpu_core") * factor
+    if dtype != "bfloat16" or not machine.native_bf16:
+        return machine.cores * number("flops_cpu_core")
+    faster = number("flops_amx_factor" if machine.amx_bf16 else "flops_avx512_bf16_factor")
+    return machine.cores * number("flops_cpu_core") * faster
 
 
 def _attended(lengths: list[int]) -> float:

@@ -14,8 +14,9 @@ def choose_dtype(tune: Tune, machine: MachineFacts) -> Choice:
         value = "bfloat16" if machine.native_bf16 else "float32"
         why = f"{machine.gpu_name} computes in bfloat16" if machine.native_bf16 else "the GPU has no native bfloat16"
     else:
-        value = "bfloat16" if machine.amx_bf16 else "float32"
-        has = "has AMX for bfloat16" if machine.amx_bf16 else "has no AMX, without which bfloat16 is no faster"
+        value = "bfloat16" if machine.native_bf16 else "float32"
+        unit = "AMX" if machine.amx_bf16 else "AVX512-BF16"
+        has = f"multiplies bfloat16 itself ({unit})" if machine.native_bf16 else "would have to emulate bfloat16"
         why = f"your processor with {machine.cores} cores {has}"
     base = ", and the 4-bit weights are expanded to it" if tune is Tune.QLORA else ""
     return Choice(value=value, reason=why + base, evidence=cited("dtype_cpu_native_needs"))
