@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
     from welltuned.training.prepare import prepare
 
     quiet_libraries()
-    prepared = prepare(recipe)
+    prepared = prepare(recipe, weights_needed=False)
     if arguments.emit is not None:
         return _emit(prepared.plan, arguments.emit)
     if arguments.json:

@@ -1,7 +1,6 @@
 """How things look in a terminal: the plan, the progress of a run, its result. Everything goes to stderr."""
 
 import logging
-import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -24,7 +23,6 @@ console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty(
 
 def quiet_libraries() -> None:
     """Keep the libraries' own progress bars and notices out of this command's output."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; the GGUF reader has no other switch
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -4,10 +4,12 @@ In a container the machine's own figures are not the process's: cores come from 
 quota, memory from the tightest cgroup limit on the way up. A run that trusts /proc/meminfo alone is killed, not slowed.
 """
 
+import ctypes
 import math
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -44,7 +46,7 @@ class MachineFacts:
 
 
 def read_machine_facts(*, ask_gpu: bool = False, root: Path = Path("/")) -> MachineFacts:
-    """Read /proc and the cgroup. `ask_gpu` imports torch to look for a GPU; without it the plan is for the CPU."""
+    """Read /proc and the cgroup. `ask_gpu` looks for a GPU, with torch where there is a driver; else it is the CPU."""
     flags = _processor_flags(root)
     avx, amx = "avx512_bf16" in flags, "amx_bf16" in flags
     total, available = _memory(root)
@@ -72,6 +74,8 @@ class _Gpu:
 
 
 def _gpu() -> _Gpu | None:
+    if not _has_driver():
+        return None
     import torch
 
     if not torch.cuda.is_available():
@@ -79,6 +83,15 @@ def _gpu() -> _Gpu | None:
     available, total = torch.cuda.mem_get_info()
     bf16 = torch.cuda.get_device_capability()[0] >= 8  # Ampere and later
     return _Gpu(torch.cuda.get_device_name(), total, available, bf16)
+
+
+def _has_driver() -> bool:
+    """Whether NVIDIA's or AMD's driver can be loaded; without one there is no need to import torch and ask."""
+    for name in ("libcuda.so.1", "nvcuda.dll", "libamdhip64.so"):
+        with suppress(OSError):
+            ctypes.CDLL(name)
+            return True
+    return False
 
 
 def _text(path: Path) -> str | None:

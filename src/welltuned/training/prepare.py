@@ -45,18 +45,18 @@ class Prepared:
     notes: tuple[str, ...]
 
 
-def prepare(recipe: Recipe, machine: MachineFacts | None = None) -> Prepared:
-    """Read, render, audit and plan.
+def prepare(recipe: Recipe, machine: MachineFacts | None = None, *, weights_needed: bool = True) -> Prepared:
+    """Read, render, audit and plan. Without `weights_needed` a folder with a configuration and a tokenizer will do.
 
     Raises:
         InputError: anything in the recipe, the model's folder or the data that training could not use.
     """
     from welltuned.models.foresee import foresee
-    from welltuned.models.load import load_tokenizer
+    from welltuned.models.tokenizer import load_tokenizer
 
     if recipe.method is not Method.SFT:
         raise InputError(f"training by {recipe.method} is not built yet", where="method", mend="use sft")
-    model_facts = read_model_facts(recipe.model)
+    model_facts = read_model_facts(recipe.model, weights_needed=weights_needed)
     sources = open_sources(recipe)
     tokenizer = load_tokenizer(recipe.model)
     dataset = read_dataset(recipe, tokenizer, sources=sources, embedding=model_facts.vocabulary)
