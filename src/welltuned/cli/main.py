@@ -72,6 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show a traceback where an error ends the command")
     _data_options(made["data"])
     _recipe_options(made["plan"])
+    made["plan"].add_argument(
+        "--probe", action="store_true", help="load the weights and measure the speed over a few updates, for the time"
+    )
     printed = made["plan"].add_mutually_exclusive_group()
     printed.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     printed.add_argument(

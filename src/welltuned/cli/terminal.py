@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from welltuned.advice.describe import data_line, machine_line, model_line, time_line
 from welltuned.advice.plan import Plan, plan_lines
 from welltuned.choice import SetBy
 from welltuned.cli.safe import visible
@@ -43,22 +43,13 @@ def duration(seconds: float) -> str:
 
 def print_plan(plan: Plan, out: Console = console) -> None:
     """The plan on one screen: facts, choices with reasons, memory, warnings."""
-    model, data, machine = plan.facts.model, plan.facts.dataset, plan.facts.machine
-    out.print(
-        f"\n[bold]Model[/]    {escape(model.id)} · {escape(model.family)} · {model.parameters / 1e6:,.0f} M parameters"
-    )
-    out.print(
-        f"[bold]Data[/]     {data.rows:,} training rows, {data.heldout_rows:,} held out · {data.tokens:,} tokens, "
-        f"{data.supervised_share:.0%} of them trained · lengths {data.length_min}–{data.length_max}, "
-        f"median {data.length_median}"
-    )
-    for part in data.mixture:
-        out.print(
-            f"         an epoch: {part.rows_of_epoch:,} of {part.rows:,} rows, {part.share:.0%} of the tokens, "
-            f"from {escape(part.name)}"
-        )
-    name = machine.gpu_name or f"{machine.cores} CPU cores"
-    out.print(f"[bold]Machine[/]  {escape(name)} · {size(machine.training_memory)} memory free")
+    out.print()
+    _field(out, "Model", model_line(plan.facts.model))
+    _field(out, "Data", data_line(plan.facts.dataset))
+    for part in plan.facts.dataset.mixture:
+        share = f"{part.rows_of_epoch:,} of {part.rows:,} rows, {part.share:.0%} of the tokens, from {part.name}"
+        _field(out, "", f"an epoch: {share}")
+    _field(out, "Machine", machine_line(plan.facts.machine))
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in ("choice", "value", "range"):
         table.add_column(column, no_wrap=True)
@@ -71,11 +62,20 @@ def print_plan(plan: Plan, out: Console = console) -> None:
     out.print()
     out.print(table)
     parts = ", ".join(f"{name} {size(part)}" for name, part in plan.memory.parts.items() if part >= 1e6)
-    out.print(f"\n[bold]Memory[/]   about {size(plan.memory.total_bytes)} ({parts})")
-    out.print(f"[bold]Updates[/]  {plan.updates:,} of {plan.value('effective_batch_size')} examples")
+    out.print()
+    _field(out, "Memory", f"about {size(plan.memory.total_bytes)} ({parts})")
+    _field(out, "Time", time_line(plan.time))
     for warning in plan.warnings:
         out.print(Text("! " + visible(warning), style="yellow"))
     out.print()
+
+
+def _field(out: Console, name: str, text: str) -> None:
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(width=8, style="bold", no_wrap=True)
+    grid.add_column(ratio=1)
+    grid.add_row(name, Text(visible(text)))
+    out.print(grid)
 
 
 @dataclass(slots=True)

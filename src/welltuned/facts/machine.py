@@ -7,11 +7,13 @@ quota, memory from the tightest cgroup limit on the way up. A run that trusts /p
 import ctypes
 import math
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 
 from welltuned.errors import InputError
@@ -26,7 +28,10 @@ class Device(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineFacts:
-    """`memory_*` are the host's; `gpu_memory_*` the first GPU's, where one was asked for. All in bytes."""
+    """`memory_*` are the host's; `gpu_memory_*` the first GPU's, where one was asked for. All in bytes.
+
+    `four_bit` is whether 4-bit weights can be used: whether bitsandbytes is installed.
+    """
 
     device: Device
     cores: int
@@ -35,6 +40,8 @@ class MachineFacts:
     native_bf16: bool
     avx512_bf16: bool = False
     amx_bf16: bool = False
+    processor: str = ""
+    four_bit: bool = False
     gpu_name: str | None = None
     gpu_memory_total: int | None = None
     gpu_memory_available: int | None = None
@@ -59,6 +66,8 @@ def read_machine_facts(*, ask_gpu: bool = False, root: Path = Path("/")) -> Mach
         native_bf16=gpu.native_bf16 if gpu else avx or amx,
         avx512_bf16=avx,
         amx_bf16=amx,
+        processor=_processor(root),
+        four_bit=find_spec("bitsandbytes") is not None,
         gpu_name=gpu.name if gpu else None,
         gpu_memory_total=gpu.total if gpu else None,
         gpu_memory_available=gpu.available if gpu else None,
@@ -107,6 +116,15 @@ def _processor_flags(root: Path) -> frozenset[str]:
         if name.strip() in ("flags", "Features"):  # x86; Arm
             return frozenset(value.split())
     return frozenset()
+
+
+def _processor(root: Path) -> str:
+    """Its name; empty where the system does not say."""
+    for line in (_text(root / "proc/cpuinfo") or "").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return " ".join(value.split())
+    return platform.processor() if root == Path("/") else ""
 
 
 def _cores(root: Path) -> int:

@@ -15,6 +15,7 @@ from welltuned.facts.data import facts_of
 from welltuned.facts.machine import MachineFacts, read_machine_facts
 from welltuned.facts.model import ModelFacts, read_model_facts
 from welltuned.recipe import Method, Recipe, Tune
+from welltuned.training.speed import known_speed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,6 +94,8 @@ def _planned(recipe: Recipe, dataset: Dataset, model: ModelFacts, machine: Machi
     while True:
         facts = facts_of(dataset)
         plan = make_plan(recipe, model, facts, machine)
+        speed = known_speed(plan)
+        plan = plan if speed is None else make_plan(recipe, model, facts, machine, speed)
         longest = plan.value("max_length")
         within = dataset.within(longest)
         if len(within.train) == len(dataset.train):
