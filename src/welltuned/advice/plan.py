@@ -23,7 +23,7 @@ from welltuned.advice.precision import choose_dtype
 from welltuned.advice.rate import choose_rate, rate_setting
 from welltuned.advice.rules import cited, number, rule
 from welltuned.advice.safekeeping import Course, safekeeping_choices
-from welltuned.advice.settle import settle, shown
+from welltuned.advice.settle import counted, settle, shown
 from welltuned.advice.warn import all_warnings, ways_to_fit
 from welltuned.choice import Choice
 from welltuned.data.stream import steps_per_run
@@ -237,7 +237,7 @@ def _objective(choices: dict[str, Choice], recipe: Recipe, model: ModelFacts, da
         choices["num_train_epochs"] = settle(recipe, "num_train_epochs", epochs)
         return epoch_of(recipe.method, data, choices["num_generations"].value, choices["max_completion_length"].value)
     if recipe.method is Method.SFT:
-        epochs = schedule.choose_epochs(data.rows)
+        epochs = schedule.choose_epochs(data.rows, text=data.is_text)
     else:
         choices |= preference.preference_choices(recipe, data)
         epochs = preference.choose_epochs(recipe.method, data.rows)
@@ -331,15 +331,17 @@ def _memory_choices(
         evidence=spec.evidence,
     )
     choices["token_budget"] = settle(recipe, "token_budget", budget)
-    cost = f"recomputing costs about {number('checkpointing_cost'):.0%} more arithmetic"
-    again = f"{need}; {cost}, " + (
-        "but without it the run does not fit" if fitted.checkpointing else "and is not needed"
+    cost = f"about {number('checkpointing_cost'):.0%} more arithmetic"
+    again = (
+        f"only so does the run fit into {limit / 1e9:.1f} GB, for {cost}"
+        if fitted.checkpointing
+        else f"all activations fit into your {limit / 1e9:.1f} GB: computing them twice would waste {cost}"
     )
     recompute = Choice(value=fitted.checkpointing, reason=again, evidence=cited("checkpointing_cost"))
     choices["gradient_checkpointing"] = settle(recipe, "gradient_checkpointing", recompute)
     choices["packing"] = settle(recipe, "packing", batches.choose_packing(data.rows, data.length_mean, data.length_max))
     if recipe.method is Method.SFT:
-        loss = batches.choose_assistant_only_loss(data.supervised_tokens, data.tokens)
+        loss = batches.choose_assistant_only_loss(data.supervised_tokens, data.tokens, text=data.is_text)
         choices["assistant_only_loss"] = settle(recipe, "assistant_only_loss", loss)
 
 
@@ -352,7 +354,7 @@ def _updates(choices: dict[str, Choice], recipe: Recipe, rows: int, batch: int, 
     if max_steps is None:
         return by_epochs
     evidence = cited("epochs_by_rows")
-    why = f"{max_steps:,} updates of {batch} are {share:.2g} epochs of your {rows:,} {noun}"
+    why = f"{counted(max_steps, 'update')} of {batch} come to {share:.2g} epochs of your {rows:,} {noun}"
     choices["max_steps"] = settle(recipe, "max_steps", Choice(value=max_steps, reason=why, evidence=evidence))
     if "num_train_epochs" in recipe.hyperparameters:
         return min(by_epochs, max_steps)
@@ -375,7 +377,7 @@ def _rate_and_schedule(
 ) -> None:
     updates = time.updates
     setting = rate_setting(model, choices, batch, updates)
-    advised = choose_rate(recipe.method, recipe.tune, setting, data.rows)
+    advised = choose_rate(recipe.method, recipe.tune, setting, data.rows, data.is_text)
     choices["learning_rate"] = settle(recipe, "learning_rate", advised)
     rate = choices["learning_rate"].value
     if recipe.tune is not Tune.FULL:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from welltuned.data.conversation import Kind
+from welltuned.data.conversation import Format, Kind
 from welltuned.data.dataset import Dataset
 from welltuned.errors import InputError
 
@@ -73,6 +73,11 @@ class DatasetFacts:
     rejected: Lengths | None = None
     answers: Lengths | None = None
     desirable_share: float | None = None
+
+    @property
+    def is_text(self) -> bool:
+        """Whether every row is plain text to go on with: continued pretraining, not instruction tuning."""
+        return self.format_name == str(Format.TEXT)
 
     @property
     def supervised_share(self) -> float:
