@@ -7,7 +7,7 @@ parameters number at least half of the supervised tokens, within the band in whi
 from difflib import get_close_matches
 
 from welltuned.advice.rules import cited, number, rule
-from welltuned.advice.settle import from_rule, shown
+from welltuned.advice.settle import counted, from_rule, passes_words, shown
 from welltuned.choice import Choice
 from welltuned.errors import InputError
 from welltuned.facts.architecture import EXPERTS, is_meant
@@ -53,15 +53,15 @@ def choose_alpha(r: int) -> Choice:
     """The sweep's own alpha, so that its rates need no conversion; never below r, so that alpha/r stays at least 1."""
     value = float(max(number("lora_alpha"), r))
     why = (
-        f"with r {r} this scales the update by {shown(value / r)}; rates were measured at alpha "
-        f"{shown(number('lora_alpha'))}, and since alpha times rate is what acts, the rate is chosen to match"
+        f"scales the update by {shown(value / r)} at r {r}; rates were measured at alpha {shown(number('lora_alpha'))}, "
+        "and alpha · rate is what acts"
     )
     return Choice(value=value, low=float(r), high=float(max(2 * r, value)), reason=why, evidence=cited("lora_alpha"))
 
 
 def choose_dropout(epochs: float, rows: int) -> Choice:
     many = epochs > number("lora_dropout_epochs")
-    why = f"{shown(epochs)} epochs over your {rows:,} rows: no dropout, which is exact and fastest"
+    why = f"{passes_words(epochs)} over your {counted(rows, 'row')}: no dropout, which is exact and fastest"
     if many:
         why += f"; should the held-out loss turn up before the end, {shown(number('lora_dropout_try'))} is worth a try"
     return from_rule(rule("lora_dropout"), why)
@@ -76,16 +76,16 @@ def choose_targets(model: ModelFacts) -> Choice:
 
 
 def choose_bias() -> Choice:
-    return from_rule(rule("lora_bias"), "training biases adds files that not every server loads, and no measured gain")
+    return from_rule(rule("lora_bias"), "trained biases are files that not every server loads, for no measured gain")
 
 
 def choose_init() -> Choice:
-    why = "A random, B zero: the run starts at exactly your model; other starts gain 1-2 % at most once rates are tuned"
+    why = "A random, B zero: starts at exactly your model; other starts gain 1-2 % at most once rates are tuned"
     return from_rule(rule("lora_init"), why)
 
 
 def choose_rslora(r: int) -> Choice:
-    why = f"alpha/r scaling, for which the rates were measured; at r {r} alpha/sqrt(r) would only be a larger alpha"
+    why = f"alpha/r, for which the rates were measured; at r {r} alpha/sqrt(r) would only be a larger alpha"
     return from_rule(rule("lora_rslora"), why)
 
 

@@ -23,7 +23,7 @@ from welltuned.advice.precision import choose_dtype
 from welltuned.advice.rate import choose_rate, rate_setting
 from welltuned.advice.rules import cited, number, rule
 from welltuned.advice.safekeeping import Course, safekeeping_choices
-from welltuned.advice.settle import settle, shown
+from welltuned.advice.settle import counted, settle, shown
 from welltuned.advice.warn import all_warnings, ways_to_fit
 from welltuned.choice import Choice
 from welltuned.data.stream import steps_per_run
@@ -65,7 +65,7 @@ class Plan:
         """The document that `plan --json` prints."""
         return {
             "choices": {name: to_plain(choice) for name, choice in self.choices.items()},
-            "facts": {**to_plain(self.facts), "run": to_plain(self.time)},
+            "facts": self._facts_json(),
             "memory": {
                 "total_bytes": self.memory.total_bytes,
                 "parts": dict(self.memory.parts),
@@ -73,6 +73,13 @@ class Plan:
             },
             "warnings": list(self.warnings),
         }
+
+    def _facts_json(self) -> dict[str, Any]:
+        """The facts, with the shares that follow from them, and the run's size."""
+        facts, data = to_plain(self.facts), self.facts.dataset
+        shares = {"supervised_share": data.supervised_share, "masked_share": 1 - data.supervised_share}
+        facts["dataset"] |= {name: round(share, 4) for name, share in shares.items()}
+        return {**facts, "run": to_plain(self.time)}
 
 
 class PlanLine(NamedTuple):
@@ -145,9 +152,9 @@ def make_plan(
     model: ModelFacts,
     data: DatasetFacts,
     machine: MachineFacts,
-    tokens_per_second: float | None = None,
+    flops_per_second: float | None = None,
 ) -> Plan:
-    """Choose everything that the recipe leaves open. `tokens_per_second` comes from a probe, where one was run."""
+    """Choose everything that the recipe leaves open. `flops_per_second` is what a run like it has reached here."""
     choices: dict[str, Choice] = {"dtype": settle(recipe, "dtype", choose_dtype(recipe.tune, machine))}
     targets = _adapter(choices, recipe, model, data)
     epoch = _objective(choices, recipe, model, data)
@@ -172,7 +179,7 @@ def make_plan(
         updates=updates,
         batch=size,
         max_length=choices["max_length"].value,
-        tokens_per_second=tokens_per_second,
+        flops_per_second=flops_per_second,
     )
     _rate_and_schedule(choices, recipe, model, data, epoch, size, time, trained)
     ordered = {name: choices[name] for name in _ORDER if name in choices}
@@ -230,7 +237,7 @@ def _objective(choices: dict[str, Choice], recipe: Recipe, model: ModelFacts, da
         choices["num_train_epochs"] = settle(recipe, "num_train_epochs", epochs)
         return epoch_of(recipe.method, data, choices["num_generations"].value, choices["max_completion_length"].value)
     if recipe.method is Method.SFT:
-        epochs = schedule.choose_epochs(data.rows)
+        epochs = schedule.choose_epochs(data.rows, text=data.is_text)
     else:
         choices |= preference.preference_choices(recipe, data)
         epochs = preference.choose_epochs(recipe.method, data.rows)
@@ -324,15 +331,17 @@ def _memory_choices(
         evidence=spec.evidence,
     )
     choices["token_budget"] = settle(recipe, "token_budget", budget)
-    cost = f"recomputing costs about {number('checkpointing_cost'):.0%} more arithmetic"
-    again = f"{need}; {cost}, " + (
-        "but without it the run does not fit" if fitted.checkpointing else "and is not needed"
+    cost = f"about {number('checkpointing_cost'):.0%} more arithmetic"
+    again = (
+        f"only so does the run fit into {limit / 1e9:.1f} GB, for {cost}"
+        if fitted.checkpointing
+        else f"all activations fit into your {limit / 1e9:.1f} GB: computing them twice would waste {cost}"
     )
     recompute = Choice(value=fitted.checkpointing, reason=again, evidence=cited("checkpointing_cost"))
     choices["gradient_checkpointing"] = settle(recipe, "gradient_checkpointing", recompute)
     choices["packing"] = settle(recipe, "packing", batches.choose_packing(data.rows, data.length_mean, data.length_max))
     if recipe.method is Method.SFT:
-        loss = batches.choose_assistant_only_loss(data.supervised_tokens, data.tokens)
+        loss = batches.choose_assistant_only_loss(data.supervised_tokens, data.tokens, text=data.is_text)
         choices["assistant_only_loss"] = settle(recipe, "assistant_only_loss", loss)
 
 
@@ -345,7 +354,7 @@ def _updates(choices: dict[str, Choice], recipe: Recipe, rows: int, batch: int, 
     if max_steps is None:
         return by_epochs
     evidence = cited("epochs_by_rows")
-    why = f"{max_steps:,} updates of {batch} are {share:.2g} epochs of your {rows:,} {noun}"
+    why = f"{counted(max_steps, 'update')} of {batch} come to {share:.2g} epochs of your {rows:,} {noun}"
     choices["max_steps"] = settle(recipe, "max_steps", Choice(value=max_steps, reason=why, evidence=evidence))
     if "num_train_epochs" in recipe.hyperparameters:
         return min(by_epochs, max_steps)
@@ -368,7 +377,7 @@ def _rate_and_schedule(
 ) -> None:
     updates = time.updates
     setting = rate_setting(model, choices, batch, updates)
-    advised = choose_rate(recipe.method, recipe.tune, setting, data.rows)
+    advised = choose_rate(recipe.method, recipe.tune, setting, data.rows, data.is_text)
     choices["learning_rate"] = settle(recipe, "learning_rate", advised)
     rate = choices["learning_rate"].value
     if recipe.tune is not Tune.FULL:

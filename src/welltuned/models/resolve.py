@@ -89,14 +89,15 @@ def _check_folder(path: Path, model: str, weights_needed: bool, trust: Trust) ->
         raise InputError("the folder holds a model and an adapter, which would be mixed", where=model, mend=mend)
     if (path / WEIGHTS_INDEX).is_file():
         weight_files(path)
-    if not weights_needed or any(path.glob("*.safetensors")):
+    if any(path.glob("*.safetensors")):
         return
     if any(path.glob("*.bin")) and trust.pickle:
         return
     if any(path.glob("*.bin")) or any(path.glob("*.pt")):
         what = "the model folder has its weights only as pickle (.bin), which can run code when it is loaded"
         raise InputError(what, where=model, mend=_MEND_PICKLE)
-    raise InputError("the model folder has no weights", where=model, mend="add its *.safetensors files")
+    if weights_needed:
+        raise InputError("the model folder has no weights", where=model, mend="add its *.safetensors files")
 
 
 def weight_files(folder: Path) -> set[Path]:

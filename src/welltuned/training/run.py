@@ -53,6 +53,7 @@ from welltuned.training.rundir import (
 from welltuned.training.settings import adamw_settings as adamw_settings
 from welltuned.training.settings import save_total_limit
 from welltuned.training.snapshot import Origin
+from welltuned.training.speed import remember_speed
 from welltuned.training.starting import save_model, score_at_start, trained_parts
 from welltuned.training.step import Engine, Evaluation, Objective, Supervised, Trained
 from welltuned.training.watch import monitor
@@ -252,6 +253,7 @@ class Course:
         self.directory.write_json(
             RUN, {**summary, **_watched(at, loop), "healed": _healed(at), "saving": asdict(loop.setting.keeper.cost)}
         )
+        remember_speed(self.prepared.plan, result.tokens_per_second, at.seconds)
         return result
 
 
