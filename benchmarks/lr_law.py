@@ -54,7 +54,6 @@ RUNS = RESULTS / "lr_law.jsonl"
 UNIT = 1e-3  # alpha · rate of step 0 of every cell's grid; step k is UNIT · 2^k
 WHOLE_RATES = range(1, 10)  # 0.002 to 0.51
 PEER = math.log2(6.4)  # 2e-4 at alpha 32, the highest of the common defaults: run beside every bracket
-DEAR = 480  # rows: cells that train on more come last
 MOST_EPOCHS = 5.0  # a cell that would see its rows more often than this is another question, and left out
 LONGEST = {"cpu": 140, "whole": 256}
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
@@ -74,7 +73,7 @@ class Cell:
         return f"{self.dataset}/u{self.updates}/b{self.batch}/r{self.r}/a{self.alpha:g}/s{self.seed}"
 
 
-CPU_CELLS = (
+FIRST_CELLS = (
     Cell("gsm8k", 30, 4),
     Cell("gsm8k", 120, 1),
     Cell("gsm8k", 30, 16),
@@ -83,13 +82,19 @@ CPU_CELLS = (
     Cell("gsm8k", 30, 4, seed=1),
     Cell("gsm8k", 30, 4, alpha=64.0),
     Cell("gsm8k", 480, 1),
+    Cell("gsm8k", 10, 4),
+    Cell("gsm8k", 10, 16),
+    Cell("gsm8k", 10, 64),
     Cell("gsm8k", 30, 4, r=64),
+)
+LATER_CELLS = (
+    Cell("gsm8k", 120, 16),
     Cell("tickets", 120, 4),
     Cell("tickets", 30, 16),
     Cell("gsm8k", 480, 4),
-    Cell("gsm8k", 120, 16),
     Cell("gsm8k", 30, 64),
 )
+CPU_CELLS = (*FIRST_CELLS, *LATER_CELLS)
 WHOLE_CELLS = tuple(
     Cell(dataset, updates, batch, r)
     for dataset in ("gsm8k", "tickets")
@@ -363,12 +368,11 @@ def at_once(runner: Runner, cell: Cell) -> bool:
 
 
 def work(grid: str) -> Iterator[tuple[Callable[[Runner, Cell], bool], Cell]]:
-    """What to do to which cell, the cheap cells first."""
+    """What to do to which cell."""
     if grid == "whole":
         yield from ((at_once, cell) for cell in WHOLE_CELLS)
         return
-    cheap = [cell for cell in CPU_CELLS if cell.updates * cell.batch <= DEAR]
-    for group in (cheap, [cell for cell in CPU_CELLS if cell not in cheap]):
+    for group in (FIRST_CELLS, LATER_CELLS):
         yield from ((bracket, cell) for cell in group)
         yield from ((beside, cell) for cell in group)
 

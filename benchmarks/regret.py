@@ -184,10 +184,14 @@ def features(cell: Cell, by_family: bool) -> list[float]:
     return [*constants, size, rank]
 
 
-def fit(cells: Sequence[Cell], by_family: bool = True, rounds: int = 200) -> tuple[np.ndarray, float]:
-    """Interval-censored least squares by expectation and maximisation: coefficients and the errors' deviation."""
-    matrix = np.array([features(cell, by_family) for cell in cells])
+def fit(cells: Sequence[Cell], by_family: bool = True) -> tuple[np.ndarray, float]:
+    """Coefficients of the law and the deviation of errors in ln(rate)."""
     low, high = np.array([optimum(cell) for cell in cells]).T
+    return censored_fit(np.array([features(cell, by_family) for cell in cells]), low, high)
+
+
+def censored_fit(matrix: np.ndarray, low: np.ndarray, high: np.ndarray, rounds: int = 200) -> tuple[np.ndarray, float]:
+    """Least squares of targets known to lie in [low, high], by expectation and maximisation."""
     target, deviation = (low + high) / 2, 0.2
     for _ in range(rounds):
         coefficients = np.linalg.lstsq(matrix, target, rcond=None)[0]
