@@ -241,8 +241,8 @@ def test_reward(folders, trainer, pairs, centre):
         RewardTrainer, lambda common: RewardConfig(**common, center_rewards_coefficient=centre),
         {"chosen": "b", "rejected": "c"}, model=classifier,
     )  # fmt: skip
-    rows = [dict(zip(("chosen_ids", "rejected_ids"), (s.ids.tolist() for s in sequences(pair)), strict=True)) for pair in
-            pairs]  # fmt: skip
+    both = [[s.ids.tolist() for s in sequences(pair)] for pair in pairs]
+    rows = [{"chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected in both]
     theirs.model.eval()
     loss = theirs.compute_loss(theirs.model, theirs.data_collator(rows))
     metrics = {name: values[-1] for name, values in theirs._metrics["eval"].items()}

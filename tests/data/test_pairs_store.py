@@ -1,6 +1,7 @@
 """Pairs, judged answers and documents in the store: what is written is read, counted, split, cut and shown."""
 
 import json
+from io import StringIO
 
 import numpy as np
 import pytest
@@ -119,7 +120,7 @@ def test_the_terminal_shows_chosen_and_rejected(dataset, pairs, tiny_tokenizer):
 
     found = dataset(pairs, "dpo")
     for colour in (True, False):
-        console = Console(width=120, record=True, force_terminal=colour, file=open("/dev/null", "w"))
+        console = Console(width=120, record=True, force_terminal=colour, file=StringIO())
         console.print(row_table(runs(found.train[0], tiny_tokenizer), colour))
         text = console.export_text(styles=colour)
         assert "chosen" in text and "rejected" in text
