@@ -153,16 +153,19 @@ def test_dpo(engine, reference_model, trainer, pairs, settings):
     compare(made, gradients, loss, theirs.model, metrics, REWARDS)
 
 
-def test_kto(engine, reference_model, trainer, judged):
+def test_kto(folders, trainer, judged):
+    """The two models the other way round, so that the reference point is above 0."""
     from trl import KTOConfig, KTOTrainer
 
+    model, reference_model = (load_model(folder, dtype=torch.float32) for folder in folders[::-1])
+    engine = Engine(model, FullParameters(model), find_head(model), token_budget=40)
     known = logps(reference_model, [*judged, *mismatches(judged)])
     settings = KtoSettings(beta=0.3, desirable_weight=1.3, undesirable_weight=0.7)
     made, gradients = own(engine, Kto(settings, known), judged)
     options = dict(beta=0.3, desirable_weight=1.3, undesirable_weight=0.7)
     theirs = trainer(
         KTOTrainer, lambda common: KTOConfig(**common, **options), {"prompt": "a", "completion": "b", "label": True},
-        ref_model=deepcopy(reference_model),
+        ref_model=deepcopy(reference_model), model=load_model(folders[1], dtype=torch.float32),
     )  # fmt: skip
     answers = [row.ids[row.mask].tolist() for row in judged]
     rows = [

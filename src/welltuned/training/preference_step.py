@@ -45,11 +45,11 @@ class Judged:
 class Judge(Protocol):
     """The loss of pairs in a micro-batch.
 
-    Attributes:
-        whole_chosen: whether the loss has a term over the chosen sequence's own tokens, the prompt's included.
+    `whole_chosen` says whether the loss has a term over all of the chosen sequence's tokens, the prompt's included.
     """
 
-    whole_chosen: bool
+    @property
+    def whole_chosen(self) -> bool: ...
 
     def __call__(self, engine: Engine, examples: Sequence[Example], laid: Laid, pairs_per_token: float) -> Judged:
         """`pairs_per_token`: the update's pairs over the tokens of its chosen sequences (see `Orpo`)."""
@@ -177,7 +177,8 @@ class Kto:
             loss_P, logp_P = self._judge(engine, [rows[i] for i in chosen], laid, kl)
             (loss_P.sum() / len(rows)).backward()
             found.append((chosen, loss_P.detach(), logp_P.detach()))
-        loss_P, logp_P = (_in_order([(f[0], f[i]) for f in found], len(rows)) for i in (1, 2))
+        loss_P = _in_order(((chosen, loss) for chosen, loss, _ in found), len(rows))
+        logp_P = _in_order(((chosen, logp) for chosen, _, logp in found), len(rows))
         _require_finite(loss_P, rows, "loss")
         measures = self._measures(rows, logp_P, kl)
         return Gradient(float(loss_P.mean()), _tokens(rows, False), _supervised(rows), measures)
@@ -190,7 +191,8 @@ class Kto:
         found = []
         for chosen, laid in laid_bins(engine, rows, None):
             found.append((chosen, *self._judge(engine, [rows[i] for i in chosen], laid, kl)))
-        loss_P, logp_P = (_in_order([(f[0], f[i]) for f in found], len(rows)) for i in (1, 2))
+        loss_P = _in_order(((chosen, loss) for chosen, loss, _ in found), len(rows))
+        logp_P = _in_order(((chosen, logp) for chosen, _, logp in found), len(rows))
         _require_finite(loss_P, rows, "held-out loss")
         return _evaluation(loss_P, rows, self._measures(rows, logp_P, kl))
 

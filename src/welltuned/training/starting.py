@@ -33,7 +33,8 @@ def trained_parts(
         idle: parts that text never reaches.
         new_adapters: settings for adapters that begin at nothing.
     """
-    recipe, saved = plan.recipe, ()
+    recipe = plan.recipe
+    saved: tuple[str, ...] = ()
     if recipe.method is Method.REWARD:
         require_classifier(model)
         add_score(model, plan.value("seed"))
