@@ -64,7 +64,7 @@ def test_rows_of_one_prompt_stay_on_one_side(dataset, pairs):
     assert prompts[1] and not prompts[0] & prompts[1]
 
 
-@pytest.mark.parametrize("limit", [24, 30, 40])
+@pytest.mark.parametrize("limit", [28, 32, 40])
 def test_cut_counts_are_those_of_the_rows(dataset, pairs, limit):
     found = dataset(pairs, "dpo", on_untrained="drop").within(limit)
     examples = list(found.train)

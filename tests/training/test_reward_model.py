@@ -23,8 +23,8 @@ def pair_file(rows, write_rows, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["lora", "full"])
 def rewarded(request, run, pair_file):
-    rate = 1e-2 if request.param == "lora" else 1e-3
-    return run(method="reward", tune=request.param, data=pair_file, max_steps=8, learning_rate=rate, r=4)
+    options = {"r": 4, "learning_rate": 1e-2} if request.param == "lora" else {"learning_rate": 1e-3}
+    return run(method="reward", tune=request.param, data=pair_file, max_steps=8, **options)
 
 
 def scores(engine, pairs):
@@ -53,11 +53,12 @@ def test_equal_scores_elsewhere(rewarded, tiny_model_dir, pairs):
     else:
         peft = pytest.importorskip("peft")
         base = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=1, dtype=torch.float32)
-        untuned = [float(base(torch.from_numpy(pairs[0].ids[None].astype("int64"))).logits)]
+        ids = torch.from_numpy(pairs[0].ids[None].astype("int64"))
+        untuned = float(base(ids).logits.detach())
         model = peft.PeftModel.from_pretrained(base, rewarded.path / "adapter")
         config = json.loads((rewarded.path / "adapter" / "adapter_config.json").read_text())
         assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["score"])
-        assert untuned[0] != pytest.approx(float(model(torch.from_numpy(pairs[0].ids[None].astype("int64"))).logits))
+        assert untuned != pytest.approx(float(model(ids).logits.detach()))
     ours = scores(rewarded.result.engine, pairs)
     with torch.no_grad():
         theirs = [[float(model.eval()(torch.from_numpy(s.ids[None].astype("int64"))).logits) for s in sequences(p)] for
