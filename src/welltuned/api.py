@@ -42,7 +42,7 @@ def plan(recipe: str | None = None, **options: Any) -> Plan:
     Raises:
         InputError: an unknown key, or anything that training could not use.
     """
-    return prepare(_recipe(recipe, options)).plan
+    return prepare(_recipe(recipe, options), weights_needed=False).plan
 
 
 def inspect(recipe: str | None = None, *, show: int = SHOWN, rows: Sequence[str] = (), **options: Any) -> Inspection:

@@ -1,6 +1,7 @@
 """welltuned COMMAND ...: the parser, exit codes, and one sentence for each error."""
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -42,6 +43,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command: 0 fine, 1 the run failed, 2 the input is wrong (one sentence, and with --debug a traceback)."""
     given = sys.argv[1:] if argv is None else argv
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; the GGUF reader's bar has no other switch
     try:
         arguments = build_parser().parse_args(given)
         run: Callable[[argparse.Namespace], int] = import_module(COMMANDS[arguments.command][0]).run
@@ -70,6 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show a traceback where an error ends the command")
     _data_options(made["data"])
     _recipe_options(made["plan"])
+    made["plan"].add_argument(
+        "--probe", action="store_true", help="load the weights and measure the speed over a few updates, for the time"
+    )
     printed = made["plan"].add_mutually_exclusive_group()
     printed.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     printed.add_argument(

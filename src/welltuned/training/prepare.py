@@ -16,7 +16,8 @@ from welltuned.facts.data import facts_of
 from welltuned.facts.machine import MachineFacts, read_machine_facts
 from welltuned.facts.model import ModelFacts, read_model_facts
 from welltuned.recipe import Method, Recipe, Tune
-from welltuned.training.starting import start_adapter, with_start_reasons, with_start_values
+from welltuned.training.speed import known_speed
+from welltuned.training.start_adapter import start_adapter, with_start_reasons, with_start_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,19 +48,28 @@ class Prepared:
     notes: tuple[str, ...]
 
 
-def prepare(recipe: Recipe, machine: MachineFacts | None = None, progress: RowsRead = unwatched) -> Prepared:
-    """Read, render, audit and plan; `progress` is told of the rows as they are rendered.
+def prepare(
+    recipe: Recipe,
+    machine: MachineFacts | None = None,
+    progress: RowsRead = unwatched,
+    *,
+    weights_needed: bool = True,
+) -> Prepared:
+    """Read, render, audit and plan. Without `weights_needed` a folder with a configuration and a tokenizer will do.
+
+    Args:
+        progress: told of the rows as they are rendered.
 
     Raises:
         InputError: anything in the recipe, the model's folder or the data that training could not use.
     """
     from welltuned.models.foresee import foresee
-    from welltuned.models.load import load_tokenizer
+    from welltuned.models.tokenizer import load_tokenizer
 
     if recipe.method is Method.GRPO:
         raise InputError(f"training by {recipe.method} is not built yet", where="method", mend="use sft")
     start = start_adapter(recipe)
-    model_facts = read_model_facts(recipe.model)
+    model_facts = read_model_facts(recipe.model, weights_needed=weights_needed)
     sources = open_sources(recipe)
     tokenizer = load_tokenizer(recipe.model)
     dataset = read_dataset(recipe, tokenizer, sources=sources, embedding=model_facts.vocabulary, progress=progress)
@@ -109,6 +119,8 @@ def _planned(recipe: Recipe, dataset: Dataset, model: ModelFacts, machine: Machi
     while True:
         facts = facts_of(dataset)
         plan = make_plan(recipe, model, facts, machine)
+        speed = known_speed(plan)
+        plan = plan if speed is None else make_plan(recipe, model, facts, machine, speed)
         longest = plan.value("max_length")
         within = dataset.within(longest)
         if len(within.train) == len(dataset.train):

@@ -31,6 +31,7 @@ from welltuned.training.preference import METHODS, preference_objective
 from welltuned.training.prepare import Prepared
 from welltuned.training.process import allocator_keeps_memory, memory_used
 from welltuned.training.rundir import ADAPTER, MODEL, PLAN, RECIPE, RUN, RunDir, require_free
+from welltuned.training.speed import remember_speed
 from welltuned.training.starting import save_model, score_at_start, trained_parts
 from welltuned.training.step import Engine, Evaluation, Objective, Supervised, Trained
 
@@ -166,6 +167,7 @@ def train(
                 peak_memory=memory_used(plan.facts.machine.device).peak,
             )
             directory.write_json(RUN, _summary(prepared, ready, result))
+            remember_speed(plan, result.tokens_per_second, seconds)
     return result
 
 
