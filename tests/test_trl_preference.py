@@ -159,9 +159,9 @@ def test_kto(folders, trainer, judged):
 
     model, reference_model = (load_model(folder, dtype=torch.float32) for folder in folders[::-1])
     engine = Engine(model, FullParameters(model), find_head(model), token_budget=40)
-    known = logps(reference_model, [*judged, *mismatches(judged)])
+    known = logps(reference_model, [*judged, *mismatches(judged, 64)])
     settings = KtoSettings(beta=0.3, desirable_weight=1.3, undesirable_weight=0.7)
-    made, gradients = own(engine, Kto(settings, known), judged)
+    made, gradients = own(engine, Kto(settings, known, 64), judged)
     options = dict(beta=0.3, desirable_weight=1.3, undesirable_weight=0.7)
     theirs = trainer(
         KTOTrainer, lambda common: KTOConfig(**common, **options), {"prompt": "a", "completion": "b", "label": True},

@@ -371,11 +371,17 @@ def test_answers_that_are_cut(prefer, pairs):
 def test_rows_of_another_kind(prefer, data_file, pair_file, label_file):
     for method, data, match in (
         ("dpo", data_file, "the rows are messages"),
-        ("kto", pair_file, "the rows are preference"),
+        ("kto", data_file, "the rows are messages"),
         ("reward", label_file, "the rows are kto"),
     ):
         with pytest.raises(InputError, match=match):
             prefer(method, data=data)
+
+
+def test_kto_takes_pairs_apart(prefer, pair_file, pairs):
+    finished = prefer("kto", data=pair_file, max_steps=2)
+    assert finished.summary["mixture"]["rows"] == [2 * 72]
+    assert any("rejected ones as undesirable" in line.get("text", "") for line in finished.metrics)
 
 
 def test_settings_that_mean_nothing(prefer):

@@ -165,8 +165,8 @@ class Kto:
     mismatched with: its reference point is 0.
     """
 
-    def __init__(self, settings: KtoSettings, reference: Reference):
-        self.settings, self.reference = settings, reference
+    def __init__(self, settings: KtoSettings, reference: Reference, max_length: int):
+        self.settings, self.reference, self.max_length = settings, reference, max_length
 
     def accumulate_gradient(self, engine: Engine, rows: Sequence[Example], keys: Sequence[int]) -> Gradient:
         """Add the gradient of the mean loss of judged answers; `keys` name each one's dropout masks."""
@@ -204,7 +204,7 @@ class Kto:
 
     @torch.no_grad()
     def _reference_point(self, engine: Engine, rows: Sequence[Example]) -> float:
-        others = mismatches(rows)
+        others = mismatches(rows, self.max_length)
         engine.trained.no_dropout()
         total = 0.0
         for chosen, laid in laid_bins(engine, others, None):
@@ -225,9 +225,14 @@ class Kto:
         return found
 
 
-def mismatches(rows: Sequence[Example]) -> list[Example]:
-    """The answers that KTO's reference point is estimated on: each prompt with the answer of the row before it."""
-    return [mismatched(rows[i], rows[i - 1]) for i in range(len(rows))] if len(rows) > 1 else []
+def mismatches(rows: Sequence[Example], max_length: int) -> list[Example]:
+    """The answers that KTO's reference point is estimated on: each prompt with the answer of the row before it.
+
+    They are cut to `max_length` as rows are, or to the row that the prompt is from where that is longer.
+    """
+    if len(rows) < 2:
+        return []
+    return [mismatched(row, rows[i - 1], max(max_length, len(row.ids))) for i, row in enumerate(rows)]
 
 
 def laid_bins(
