@@ -78,7 +78,7 @@ def test_log_probabilities_are_the_models(make_engine, pairs, kind):
             found = answer_logps(token_logps(engine.model, engine.head, laid), laid)
             if kind == "llama":
                 expected = torch.stack([by_hand(engine, s) for p in pairs for s in sequences(p)])
-                torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
             assert found.shape == (12,) and bool((found < 0).all())
 
 
@@ -93,7 +93,7 @@ def test_a_shared_prompt_gives_the_gradients_of_two(make_engine, pairs, dropout)
             laid = lay(pairs, [11, 22, 33, 44, 55, 66], shared=shared)
             engine.trained.use_rows(None, laid.spans)
             logps = answer_logps(token_logps(engine.model, engine.head, laid), laid)
-            (logps * torch.linspace(-1, 2, 12)).sum().backward()
+            (logps * torch.linspace(-1, 2, 12, dtype=torch.float64)).sum().backward()
             grads.append(engine.trained.grad_KP.clone())
             values.append(logps.detach())
     torch.testing.assert_close(*values, rtol=1e-5, atol=1e-5)

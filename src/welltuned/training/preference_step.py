@@ -68,7 +68,7 @@ class Dpo:
         logp_P2 = _logps(engine, laid, 2)
         known_P2 = torch.zeros_like(logp_P2)
         if self.reference is not None:
-            known_P2 = torch.tensor([self.reference.of(e) for e in examples]).to(logp_P2)
+            known_P2 = torch.tensor([self.reference.of(e) for e in examples], dtype=logp_P2.dtype).to(logp_P2.device)
         answers = [Answers(logp_P2[:, i], known_P2[:, i], laid.tokens_A[i::2]) for i in (0, 1)]
         return _judged(dpo_loss(answers[0], answers[1], self.settings), logp_P2)
 
@@ -198,7 +198,7 @@ class Kto:
 
     def _judge(self, engine: Engine, rows: Sequence[Example], laid: Laid, kl: float) -> tuple[Tensor, Tensor]:
         logp_P = _logps(engine, laid, 1)[:, 0]
-        known_P = torch.tensor([self.reference.of(e)[0] for e in rows]).to(logp_P)
+        known_P = torch.tensor([self.reference.of(e)[0] for e in rows], dtype=logp_P.dtype).to(logp_P.device)
         desirable_P = torch.tensor([bool(e.desirable) for e in rows], device=logp_P.device)
         return kto_loss(Answers(logp_P, known_P, laid.tokens_A), desirable_P, kl, self.settings), logp_P
 
@@ -209,7 +209,7 @@ class Kto:
         total = 0.0
         for chosen, laid in laid_bins(engine, others, None):
             known = sum(self.reference.of(others[i])[0] for i in chosen)
-            total += float(_logps(engine, laid, 1).double().sum()) - known
+            total += float(_logps(engine, laid, 1).sum()) - known
         return max(0.0, total / len(others)) if others else 0.0
 
     def _measures(self, rows: Sequence[Example], logp_P: Tensor, kl: float) -> Mapping[str, float]:
