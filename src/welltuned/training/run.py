@@ -50,7 +50,6 @@ from welltuned.training.rundir import (
     require_free,
 )
 from welltuned.training.settings import adamw_settings as adamw_settings
-from welltuned.training.settings import save_total_limit
 from welltuned.training.snapshot import Origin
 from welltuned.training.step import Engine, Evaluation, Objective, Supervised, Trained
 from welltuned.training.watcher import MakeWatch, unwatched
@@ -151,7 +150,7 @@ def train(
 
     Args:
         before_training: called with the loaded model before the first update (the demo asks it for replies there).
-        make_watch: makes who watches the run from the state that a checkpoint holds of it (empty at the start).
+        make_watch: makes who watches the run.
 
     Raises:
         InputError: the plan does not fit into memory or the Run onto the disk, or `out` is not empty.
@@ -195,7 +194,7 @@ class Course:
         prepared, ready, directory, plan = self.prepared, self.ready, self.directory, self.prepared.plan
         started = read_started(directory.path)
         start_hashes = _hashes(ready.engine.trained)
-        keeper = Keeper(directory.path, save_total_limit(plan), directory.sync_metrics)
+        keeper = Keeper(directory.path, plan.value("save_total_limit"), directory.sync_metrics)
         setting = Setting(
             engine=ready.engine,
             objective=ready.objective,
@@ -215,10 +214,14 @@ class Course:
                 loop.restore(self.found)
             for text in (*self.notes, *((directory.lock.note,) if directory.lock.note else ())):
                 loop.tell(Note(text))
-            with packed_model(ready.model):
-                loop.run()
-                loop.take_best()
-            return self._finished(loop, start_hashes)
+            try:
+                with packed_model(ready.model):
+                    loop.run()
+                    loop.take_best()
+                return self._finished(loop, start_hashes)
+            except Exception:  # but not a second Ctrl-C, which waits for nothing
+                keeper.join()
+                raise
 
     def _finished(self, loop: Loop, start_hashes: dict[str, str]) -> RunResult:
         """Verify and save the result; run.json comes last."""
@@ -278,7 +281,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
 
 def _require_disk(plan: Plan, ready: Ready, out: Path) -> tuple[str, ...]:
     trained = ready.engine.trained.flat_KP.nbytes
-    note = require_disk(out, 3 * trained, trained, save_total_limit(plan))
+    note = require_disk(out, 3 * trained, trained, plan.value("save_total_limit"))
     return () if note is None else (note,)
 
 
