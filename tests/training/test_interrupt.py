@@ -17,6 +17,16 @@ from welltuned.training.resume import resume
 UPDATES = 6
 
 
+@pytest.fixture(autouse=True)
+def _usual_handlers():
+    """A job in the background inherits signals that are ignored, and so would these tests."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def options(tiny_model_dir, data_file):
     return dict(

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +65,12 @@ class Keeper:
         self.cost.saves += 1
         self.cost.training_thread += time.perf_counter() - started
         return tuple(notes)
+
+    def resumed(self, step: int, best: int | None, run_id: str) -> None:
+        """The run goes on from this checkpoint; what a kill kept from being removed is removed now."""
+        self.saved = step
+        with suppress(OSError):  # the next save tries again, and tells
+            rotate(self.run, self.keep, best, run_id)
 
     def news(self) -> tuple[str, ...]:
         """What the writing thread has to say, if it is done; never waits."""

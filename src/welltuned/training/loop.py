@@ -354,7 +354,7 @@ class Loop:
         self.at, self._clock = found.position, time.monotonic()
         self.engine = replace(self.engine, token_budget=self.at.token_budget)
         self.watch = self._make_watch(self.plan, self.at.monitor)
-        self.setting.keeper.saved = self.at.step
+        self.setting.keeper.resumed(self.at.step, self.at.best, found.run)
         missing = self.setting.directory.cut_metrics(found.metrics_bytes)
         if missing:
             self.tell(Note(f"metrics.jsonl had lost {missing:,} bytes that belong before update {self.at.step}"))

@@ -206,6 +206,7 @@ class Course:
         with interruptible() as asked, _disk_errors(directory.path):
             loop = Loop(setting, self.observer, self.make_watch, asked)
             if self.found is None:
+                directory.cut_metrics(0)
                 for text in (*prepared.notes, *(text for text in ready.notes if text not in plan.warnings)):
                     loop.tell(Note(text))
                 if before_training is not None:
