@@ -1,6 +1,6 @@
 """Kill a run again and again, at random moments, resume it each time, and compare its result with an undisturbed one's.
 
-    python benchmarks/faults.py [--kills 200] [--kills-a-run 10] [--seed 0]
+    python benchmarks/faults.py [--kills 200] [--kills-a-run 10] [--jobs 2] [--seed 0]
 
 A tiny model on the CPU, so that the time goes into kills; dropout, packing and evaluation on, LoRA and full
 fine-tuning in turn. SIGKILL comes from another process when the victim has used a random amount of processor time,
@@ -18,29 +18,34 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-UPDATES, SAVE_STEPS = 40, 2
+UPDATES, SAVE_STEPS, TUNES = 24, 2, ["lora", "full"]
 TIMES = ("tokens_per_second", "memory_bytes")  # what differs between two runs of one recipe
 
 
 def main() -> None:
-    from common import write_result
+    from common import describe_machine, write_result
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200, help="how many in all (default: %(default)s)")
     parser.add_argument("--kills-a-run", type=int, default=10, help="of one run (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at work at once (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["WELLTUNED_CACHE"] = str(Path(folder) / "cache")
         model, data = made_up(Path(folder))
-        found = soak(Path(folder), model, data, arguments.kills, arguments.kills_a_run, arguments.seed)
+        asked = (arguments.kills, arguments.kills_a_run, arguments.seed, arguments.jobs)
+        found = {**soak(Path(folder), model, data, *asked), **describe_machine()}
     print(json.dumps(found, indent=1))
     print(write_result("faults", found))
     sys.exit(1 if found["lost"] else 0)
@@ -81,39 +86,23 @@ def options(tune: str, model: str, data: str) -> dict[str, Any]:
     }
 
 
-def soak(folder: Path, model: str, data: str, kills: int, kills_a_run: int, seed: int) -> dict[str, Any]:
-    """Kill, resume and compare until so many kills were made."""
-    from common import describe_machine
-
+def soak(folder: Path, model: str, data: str, kills: int, kills_a_run: int, seed: int, jobs: int = 1) -> dict[str, Any]:
+    """Kill, resume and compare until so many kills were made, in several processes at once."""
     import welltuned
 
-    draw, started, moments, runs = random.Random(seed), time.time(), Counter[str](), []
+    started = time.time()
     straight, seconds = {}, {}
-    for tune in ("lora", "full"):
+    for tune in TUNES:
         before = time.process_time()
         straight[tune] = folder / f"straight-{tune}"
         welltuned.train(out=straight[tune], **options(tune, model, data))
         seconds[tune] = time.process_time() - before
-    while sum(run["kills"] for run in runs) < kills:
-        tune, place = ("lora", "full")[len(runs) % 2], folder / "run"
-        most = min(kills_a_run, kills - sum(run["kills"] for run in runs))
-        made, resumed = 0, 0
-        while not (place / "run.json").exists():
-            first, after = not (place / "recipe.yaml").exists(), None
-            if made < most:
-                after = draw.uniform(0.0, 0.5 * seconds[tune])
-            work = _start(place, tune, model, data) if first else _go_on(place)
-            code = killed_after(work, after)
-            if code == -signal.SIGKILL:
-                made += 1
-                moments[moment(place)] += 1
-            elif code != 0:
-                break
-            resumed += not first
-        sound = (place / "run.json").exists() and same(place, straight[tune])
-        runs.append({"tune": tune, "kills": made, "resumes": resumed, "survived": sound})
-        print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
-        shutil.rmtree(place)
+    shares = [kills // jobs + (job < kills % jobs) for job in range(jobs)]
+    work = [(folder / f"job{job}", model, data, share, kills_a_run, seed + job) for job, share in enumerate(shares)]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
+        parts = list(pool.map(partial(share_of, straight=straight, seconds=seconds), *zip(*work, strict=True)))
+    runs = [run for part in parts for run in part]
+    found_after = sum((Counter(run["found"]) for run in runs), Counter())
     tried = sum(run["kills"] for run in runs)
     lost = sum(run["kills"] for run in runs if not run["survived"])
     return {
@@ -124,11 +113,53 @@ def soak(folder: Path, model: str, data: str, kills: int, kills_a_run: int, seed
         "runs": len(runs),
         "runs_that_differ": sum(not run["survived"] for run in runs),
         "resumes": sum(run["resumes"] for run in runs),
-        "found_after_a_kill": dict(moments.most_common()),
-        "setting": {"updates": UPDATES, "save_steps": SAVE_STEPS, "tune": ["lora", "full"], "seed": seed},
+        "found_after_a_kill": dict(found_after.most_common()),
+        "setting": {"updates": UPDATES, "save_steps": SAVE_STEPS, "tune": TUNES, "seed": seed, "jobs": jobs},
         "seconds": round(time.time() - started),
-        **describe_machine(),
     }
+
+
+def share_of(
+    folder: Path,
+    model: str,
+    data: str,
+    kills: int,
+    kills_a_run: int,
+    seed: int,
+    straight: dict[str, Path],
+    seconds: dict[str, float],
+) -> list[dict[str, Any]]:
+    """One process's kills: of one run after the other."""
+    folder.mkdir()
+    draw, runs = random.Random(seed), []
+    while (left := kills - sum(run["kills"] for run in runs)) > 0:
+        tune, place = TUNES[len(runs) % 2], folder / "run"
+        run = one_run(place, tune, model, data, min(kills_a_run, left), draw, 0.5 * seconds[tune])
+        run["survived"] = (place / "run.json").exists() and same(place, straight[tune])
+        runs.append(run)
+        print(json.dumps(run), file=sys.stderr, flush=True)
+        if not run["survived"]:
+            shutil.copytree(place, Path(tempfile.mkdtemp(prefix="lost-")) / "run")
+        shutil.rmtree(place)
+    return runs
+
+
+def one_run(
+    place: Path, tune: str, model: str, data: str, kills: int, draw: random.Random, longest: float
+) -> dict[str, Any]:
+    """Start a run, kill it up to so many times, each after at most `longest` seconds of work, and go on to its end."""
+    made, resumes, found = 0, 0, Counter[str]()
+    while not (place / "run.json").exists():
+        first = not (place / "recipe.yaml").exists()
+        work = _start(place, tune, model, data) if first else _go_on(place)
+        code = killed_after(work, draw.uniform(0.0, longest) if made < kills else None)
+        if code == -signal.SIGKILL:
+            made += 1
+            found[moment(place)] += 1
+        elif code != 0:
+            break
+        resumes += not first
+    return {"tune": tune, "kills": made, "resumes": resumes, "found": dict(found)}
 
 
 def _start(place: Path, tune: str, model: str, data: str) -> Callable[[], object]:
