@@ -24,9 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="GSM8K's training rows as JSONL (question, answer)")
     parser.add_argument("--model", default="smollm2-135m-instruct", help="default: %(default)s")
-    parser.add_argument(
-        "--updates", type=int, default=2, help="timed ones, after one that is not (default: %(default)s)"
-    )
+    parser.add_argument("--updates", type=int, default=2, help="timed, after one that is not (default: %(default)s)")
     parser.add_argument("--saves", type=int, default=5, help="default: %(default)s")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

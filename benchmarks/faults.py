@@ -185,12 +185,13 @@ def killed_after(work: Callable[[], object], processor_seconds: float | None) ->
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             os._exit(1)
     process = psutil.Process(child)
-    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+    while processor_seconds is not None and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         used = process.cpu_times()
-        if processor_seconds is not None and used.user + used.system >= processor_seconds:
+        left = processor_seconds - used.user - used.system
+        if left <= 0:
             os.kill(child, signal.SIGKILL)
             break
-        time.sleep(0.002)
+        time.sleep(max(0.002, left))  # it cannot have used them up before
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

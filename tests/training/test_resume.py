@@ -467,6 +467,7 @@ def test_a_damaged_best_is_said_and_the_last_weights_stay(straight, options, tmp
     assert "the weights of update 4 were the best, but state.json" in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_killed_at_every_call_of_writing_the_result(straight, tmp_path):
     """From the last checkpoint on: adapter/, its names, run.json."""
     from faulty import KILLED, Faulty, in_child, kill_before
@@ -477,7 +478,7 @@ def test_killed_at_every_call_of_writing_the_result(straight, tmp_path):
         code = in_child(lambda: (setattr(durable, "SYSTEM", system), resume(place)))
         return place, code
 
-    for at in range(0, 200, 5):
+    for at in range(0, 200, 2):
         place, code = names(at)
         if code == 0:
             break

@@ -1,4 +1,4 @@
-"""Random SIGKILLs of whole runs, each resumed: `benchmarks/faults.py` with fewer of them, and with all in the slow test."""
+"""Random SIGKILLs of whole runs, each resumed: `benchmarks/faults.py`, with few of them unless slow tests are run."""
 
 import importlib
 from pathlib import Path

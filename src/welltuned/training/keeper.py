@@ -59,7 +59,11 @@ class Keeper:
             snapshot, copied = take(False), False
         self._writing = snapshot.position.step
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # no room for another thread
+            self._thread.run()
+            return (*notes, *self._done())
         if wait or not copied:
             notes += self.join()
         self.cost.saves += 1
@@ -81,6 +85,9 @@ class Keeper:
         if self._thread is None:
             return ()
         self._thread.join()
+        return self._done()
+
+    def _done(self) -> tuple[str, ...]:
         self._thread, error, self._error = None, self._error, None
         self.failed = None
         if error is None:

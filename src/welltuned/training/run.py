@@ -5,7 +5,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -220,8 +220,9 @@ class Course:
                     loop.run()
                     loop.take_best()
                 return self._finished(loop, start_hashes)
-            except Exception:  # but not a second Ctrl-C, which waits for nothing
-                keeper.join()
+            except BaseException:
+                with suppress(Exception):  # what ended the run is what is told
+                    keeper.join()
                 raise
 
     def _finished(self, loop: Loop, start_hashes: dict[str, str]) -> RunResult:
