@@ -27,6 +27,7 @@ from welltuned.training.events import Observer, silent
 from welltuned.training.inspection import SHOWN, Inspection
 from welltuned.training.inspection import inspect as inspect_recipe
 from welltuned.training.prepare import prepare
+from welltuned.training.resume import resume as resume_run
 from welltuned.training.run import RunResult
 from welltuned.training.run import train as train_prepared
 from welltuned.training.rundir import ADAPTER, MODEL, read_run, require_free
@@ -65,6 +66,19 @@ def train(recipe: str | None = None, *, out: str | Path, observer: Observer = si
     asked = _recipe(recipe, options)
     require_free(Path(out))
     return train_prepared(prepare(asked), Path(out), observer)
+
+
+def resume(run: str | Path, *, observer: Observer = silent, accept_changes: bool = False) -> RunResult:
+    """Finish a run that was interrupted, from its newest sound checkpoint.
+
+    Args:
+        run: the directory that `train` was given as `out`.
+        accept_changes: go on although recipe, data, base model or tokenizer changed since.
+
+    Raises:
+        InputError: there is no unfinished run, or something changed.
+    """
+    return resume_run(Path(run), observer, accept_changes=accept_changes)
 
 
 def _recipe(path: str | None, options: dict[str, Any]) -> Any:

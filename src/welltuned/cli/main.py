@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "check": ("welltuned.cli.check", "Say what is wrong with a configuration of welltuned, TRL, Axolotl and others."),
     "train": ("welltuned.cli.train", "Plan, train, evaluate and verify; write a Run directory."),
+    "resume": ("welltuned.cli.resume", "Go on with a run that was interrupted, from its newest sound checkpoint."),
     "chat": ("welltuned.cli.chat", "Talk to a tuned model."),
 }
 
@@ -41,7 +42,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command: 0 fine, 1 the run failed, 2 the input is wrong (one sentence, and with --debug a traceback)."""
+    """Run one command: 0 fine, 1 the run failed, 2 the input is wrong (one sentence, and with --debug a traceback).
+
+    A signal that ends a command gives 128 and its number, as shells count: 130 after Ctrl-C, 143 after SIGTERM.
+    """
     given = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; the GGUF reader's bar has no other switch
     try:
@@ -57,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("welltuned: interrupted", file=sys.stderr)
-        return 1
+        return 130
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -89,6 +93,13 @@ def build_parser() -> argparse.ArgumentParser:
     _recipe_options(made["train"])
     made["train"].add_argument("--out", required=True, metavar="DIR", help="the Run directory, new or empty")
     made["train"].add_argument("--json", action="store_true", help="print the run's summary as one JSON document")
+    made["resume"].add_argument("run", metavar="RUN", help="the Run directory")
+    made["resume"].add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="go on although recipe, data, base model or tokenizer are not what they were",
+    )
+    made["resume"].add_argument("--json", action="store_true", help="print the run's summary as one JSON document")
     made["demo"].add_argument(
         "--out", metavar="DIR", help="the Run directory (default: the first free of demo-run, demo-run-2, ...)"
     )

@@ -15,7 +15,7 @@ from welltuned.advice.describe import data_line, machine_line, model_line, time_
 from welltuned.advice.plan import Plan, plan_lines
 from welltuned.choice import SetBy
 from welltuned.cli.safe import visible
-from welltuned.training.events import Evaluated, Event, Note, Updated
+from welltuned.training.events import Evaluated, Event, Note, Skipped, Updated
 
 # In a file or a pipe rich would fold everything to 80 columns.
 console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
@@ -105,6 +105,10 @@ class Progress:
         match event:
             case Note():
                 self._line(Text("  " + visible(event.text), style="dim"))
+            case Skipped():
+                rows = visible(", ".join(event.rows[:5]))
+                text = f"! update {event.step} was left out, {visible(event.what)}: {rows}"
+                self._line(Text(text, style="bold yellow"))
             case Evaluated():
                 error = f" ± {event.eval_loss_se:.3f}" if event.eval_loss_se == event.eval_loss_se else ""
                 self._line(

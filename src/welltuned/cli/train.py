@@ -37,8 +37,13 @@ def run(arguments: argparse.Namespace) -> int:
         progress.close()
     print_result(result)
     if arguments.json:
-        print(json.dumps(json.loads((result.path / RUN).read_text(encoding="utf-8")), ensure_ascii=False))
+        print_json(result.path)
     return 0
+
+
+def print_json(run: Path) -> None:
+    """A finished run's summary on stdout."""
+    print(json.dumps(json.loads((run / RUN).read_text(encoding="utf-8")), ensure_ascii=False))
 
 
 def print_result(result: "RunResult") -> None:

@@ -74,6 +74,11 @@ def read_machine_facts(*, ask_gpu: bool = False, root: Path = Path("/")) -> Mach
     )
 
 
+def memory_available(root: Path = Path("/")) -> int:
+    """Bytes of host memory that this process may still take, by the kernel and by its cgroups."""
+    return _memory(root)[1]
+
+
 @dataclass(frozen=True, slots=True)
 class _Gpu:
     name: str

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from welltuned.data.packing import pack
 from welltuned.data.pairs import mismatched
 from welltuned.data.render import Example
-from welltuned.errors import RunError
 from welltuned.models.packed import hidden_states
 from welltuned.objectives.answers import Laid, answer_logps, laid_length, lay, token_logps
 from welltuned.objectives.preference import (
@@ -28,8 +27,8 @@ from welltuned.objectives.preference import (
     orpo_loss,
     reward_loss,
 )
-from welltuned.training.reference import Reference
-from welltuned.training.step import Engine, Evaluation, Gradient, origins_of
+from welltuned.training.reference import Reference, key_of
+from welltuned.training.step import Engine, Evaluation, Gradient, NotFinite, origins_of
 
 Measures = Mapping[str, Tensor]
 
@@ -120,7 +119,7 @@ class Pairwise:
         """Add the gradient of the mean loss of pairs; `keys` name each pair's dropout masks.
 
         Raises:
-            RunError: a loss is not finite; the pairs are named.
+            NotFinite: a loss is not finite; the pairs are named.
         """
         losses, measures = [], []
         ratio = pairs_per_token(rows)
@@ -204,7 +203,8 @@ class Kto:
 
     @torch.no_grad()
     def _reference_point(self, engine: Engine, rows: Sequence[Example]) -> float:
-        others = mismatches(rows, self.max_length)
+        # Of an update that is made again with fewer rows some were not foreseen, and are left out of the mean.
+        others = [row for row in mismatches(rows, self.max_length) if self.reference.knows(key_of(row))]
         engine.trained.no_dropout()
         total = 0.0
         for chosen, laid in laid_bins(engine, others, None):
@@ -290,7 +290,9 @@ def _means(measures: Sequence[Measures], count: int) -> dict[str, float]:
 def _require_finite(loss_P: Tensor, rows: Sequence[Example], what: str) -> None:
     broken = [row for row, finite in zip(rows, torch.isfinite(loss_P).tolist(), strict=True) if not finite]
     if broken:
-        raise RunError(f"the {what} is not finite in {origins_of(broken)}; lower the learning rate or look at the rows")
+        raise NotFinite(
+            f"the {what} is not finite in {origins_of(broken)}; lower the learning rate or look at the rows"
+        )
 
 
 def _evaluation(loss_P: Tensor, rows: Sequence[Example], measures: Mapping[str, float]) -> Evaluation:

@@ -1,7 +1,7 @@
 """From a recipe to a plan: read the model's facts, the data and the machine, and choose. No weights are loaded."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from welltuned.advice.plan import Plan, make_plan, with_problems
@@ -34,6 +34,7 @@ class Prepared:
         train: all training rows, read when they are asked for; `mixture` says which of them make an update.
         held_out_conversations: those of the held-out rows, for replies before and after; read when asked for.
         notes: sentences about the data that the user should see; those that warn are among the plan's warnings too.
+        data_digests: of the content of each dataset, by its name.
     """
 
     recipe: Recipe
@@ -46,11 +47,13 @@ class Prepared:
     mixture: Mixture
     audit: Audit
     notes: tuple[str, ...]
+    data_digests: Mapping[str, str] = field(default_factory=dict)
 
 
 def prepare(
     recipe: Recipe,
     machine: MachineFacts | None = None,
+    planned: Plan | None = None,
     progress: RowsRead = unwatched,
     *,
     weights_needed: bool = True,
@@ -59,6 +62,9 @@ def prepare(
 
     Args:
         progress: told of the rows as they are rendered.
+
+    Args:
+        planned: the plan of a run that goes on, which is kept as it is: today's memory would give another.
 
     Raises:
         InputError: anything in the recipe, the model's folder or the data that training could not use.
@@ -73,7 +79,7 @@ def prepare(
     sources = open_sources(recipe)
     tokenizer = load_tokenizer(recipe.model)
     dataset = read_dataset(recipe, tokenizer, sources=sources, embedding=model_facts.vocabulary, progress=progress)
-    machine = machine or read_machine_facts(ask_gpu=True)
+    machine = machine or (planned.facts.machine if planned is not None else read_machine_facts(ask_gpu=True))
     plan, dataset = _planned(with_start_values(recipe, start), dataset, model_facts, machine)
     plan = with_start_reasons(plan, recipe, start)
     require_sound(recipe, plan.value)
@@ -83,9 +89,11 @@ def prepare(
     left = foresee(recipe.model, _targets(plan), nf4=recipe.tune is Tune.QLORA)
     weighed += [(PLAIN_PARTS, sentence) for sentence in left]
     started = (start.note,) if start is not None and start.note is not None else ()
+    plan = planned or with_problems(plan, weighed)
+    every = (*sources.train, *sources.held_out)
     return Prepared(
         recipe=recipe,
-        plan=with_problems(plan, weighed),
+        plan=plan,
         tokenizer=tokenizer,
         chat_template=dataset.chat_template,
         train=dataset.train,
@@ -94,6 +102,7 @@ def prepare(
         mixture=replace(dataset.mixture, seed=plan.value("seed")),
         audit=report,
         notes=(*dataset.notes, *started, *(problem.sentence for problem in problems)),
+        data_digests={source.name: source.fingerprint() for source in every},
     )
 
 
