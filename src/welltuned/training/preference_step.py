@@ -290,9 +290,8 @@ def _means(measures: Sequence[Measures], count: int) -> dict[str, float]:
 def _require_finite(loss_P: Tensor, rows: Sequence[Example], what: str) -> None:
     broken = [row for row, finite in zip(rows, torch.isfinite(loss_P).tolist(), strict=True) if not finite]
     if broken:
-        raise NotFinite(
-            f"the {what} is not finite in {origins_of(broken)}; lower the learning rate or look at the rows"
-        )
+        where = origins_of(broken)
+        raise NotFinite(f"the {what} is not finite in {where}; lower the learning rate or look at the rows")
 
 
 def _evaluation(loss_P: Tensor, rows: Sequence[Example], measures: Mapping[str, float]) -> Evaluation:
