@@ -53,17 +53,15 @@ class Prepared:
 def prepare(
     recipe: Recipe,
     machine: MachineFacts | None = None,
-    planned: Plan | None = None,
     progress: RowsRead = unwatched,
     *,
+    planned: Plan | None = None,
     weights_needed: bool = True,
 ) -> Prepared:
     """Read, render, audit and plan. Without `weights_needed` a folder with a configuration and a tokenizer will do.
 
     Args:
         progress: told of the rows as they are rendered.
-
-    Args:
         planned: the plan of a run that goes on, which is kept as it is: today's memory would give another.
 
     Raises:
@@ -90,7 +88,9 @@ def prepare(
     weighed += [(PLAIN_PARTS, sentence) for sentence in left]
     started = (start.note,) if start is not None and start.note is not None else ()
     plan = planned or with_problems(plan, weighed)
-    every = (*sources.train, *sources.held_out)
+    digests = {source.name: source.fingerprint() for source in (*sources.train, *sources.held_out)}
+    if start is not None:
+        digests["the adapter to go on from"] = start.digest
     return Prepared(
         recipe=recipe,
         plan=plan,
@@ -102,7 +102,7 @@ def prepare(
         mixture=replace(dataset.mixture, seed=plan.value("seed")),
         audit=report,
         notes=(*dataset.notes, *started, *(problem.sentence for problem in problems)),
-        data_digests={source.name: source.fingerprint() for source in every},
+        data_digests=digests,
     )
 
 

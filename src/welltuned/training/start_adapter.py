@@ -1,5 +1,6 @@
 """The adapter of an earlier run that training goes on from, and what it fixes of the plan. No torch without one."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,10 +26,12 @@ class StartAdapter:
     Attributes:
         values: hyperparameters by name.
         note: a sentence where something about it should be seen.
+        digest: of its numbers, as they lie on disk.
     """
 
     values: Mapping[str, Any]
     note: str | None
+    digest: str
 
 
 def adapter_folder(adapter: str) -> Path:
@@ -56,7 +59,7 @@ def start_adapter(recipe: Recipe) -> StartAdapter | None:
     """
     if recipe.adapter is None:
         return None
-    from welltuned.models.adapter_file import adapted_leaves, read_config
+    from welltuned.models.adapter_file import WEIGHTS, adapted_leaves, read_config
 
     folder = adapter_folder(recipe.adapter)
     config = read_config(folder)
@@ -74,7 +77,8 @@ def start_adapter(recipe: Recipe) -> StartAdapter | None:
             raise InputError(what, where=key, mend="remove one of the two")
         if key in _ITS_OWN:
             raise InputError(f"{key} is fixed by the adapter that training goes on from", where=key, mend="remove it")
-    return StartAdapter(MappingProxyType(values), _other_base(recipe, config))
+    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    return StartAdapter(MappingProxyType(values), _other_base(recipe, config), digest)
 
 
 def _other_base(recipe: Recipe, config: Mapping[str, Any]) -> str | None:
