@@ -188,5 +188,6 @@ def test_pieces_train_end_to_end(documents, tiny_model_dir, write_rows, tmp_path
     found = json.loads((tmp_path / "run" / "run.json").read_text())
     assert sum(line["supervised_tokens"] for line in updates) == found["audit"]["supervised_tokens"]
     assert updates[-1]["loss"] < updates[0]["loss"]
+    assert "continued pretraining" in (tmp_path / "run" / "plan.yaml").read_text()
     assert result.after.loss < result.before.loss
     assert max(np.array([line["tokens"] for line in updates])) <= 4 * 32

@@ -339,7 +339,8 @@ def _memory_choices(
     choices["gradient_checkpointing"] = settle(recipe, "gradient_checkpointing", recompute)
     choices["packing"] = settle(recipe, "packing", batches.choose_packing(data.rows, data.length_mean, data.length_max))
     if recipe.method is Method.SFT:
-        loss = batches.choose_assistant_only_loss(data.supervised_tokens, data.tokens)
+        documents = data.format_name == "text"
+        loss = batches.choose_assistant_only_loss(data.supervised_tokens, data.tokens, documents)
         choices["assistant_only_loss"] = settle(recipe, "assistant_only_loss", loss)
 
 
