@@ -120,6 +120,9 @@ def load(run: str | Path, *, device: str | None = None, trust: Trust = NO_TRUST)
     """
     path = Path(run)
     facts = read_run(path)
+    if facts.get("method") == "reward":
+        mend = "load it with transformers' AutoModelForSequenceClassification, with PEFT where it is an adapter"
+        raise InputError("this Run is a reward model, which scores and does not answer", where=str(path), mend=mend)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if (path / MODEL).is_dir():

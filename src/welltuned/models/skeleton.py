@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from welltuned.errors import InputError
 from welltuned.kernels.gated_mlp import FORWARD
 from welltuned.models.experts import has_stacks
 from welltuned.models.foresee import ONE_BY_ONE

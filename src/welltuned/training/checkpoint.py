@@ -11,7 +11,6 @@ depends on how many devices share the work.
 """
 
 import json
-import math
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,26 +81,16 @@ class Position:
     monitor: Mapping[str, Any] = field(default_factory=lambda: _NO_STATE)
     ended: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        plain: dict[str, Any] = to_plain(self)
-        for name in ("before", "last"):
-            found = plain[name]
-            if found is not None and not math.isfinite(found["standard_error"]):  # of one example there is none
-                found["standard_error"] = None
-        return plain
-
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> "Position":
-        evaluations = {name: _evaluation_from_json(plain[name]) for name in ("before", "last")}
-        return cls(**{**plain, **evaluations})
+        """What `to_plain` made of one."""
+        return cls(**{**plain, "before": _evaluation(plain["before"]), "last": _evaluation(plain["last"])})
 
 
-def _evaluation_from_json(plain: Mapping[str, Any] | None) -> Evaluation | None:
+def _evaluation(plain: Mapping[str, Any] | None) -> Evaluation | None:
     if plain is None:
         return None
-    error = math.nan if plain["standard_error"] is None else plain["standard_error"]
-    losses = tuple(plain["loss_of_example"])
-    return Evaluation(plain["loss"], error, plain["supervised_tokens"], losses, plain["measures"])
+    return Evaluation(**{**plain, "loss_of_example": tuple(plain["loss_of_example"])})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +179,7 @@ def _state(snapshot: Snapshot) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "run": snapshot.run,
-        "position": snapshot.position.to_json(),
+        "position": to_plain(snapshot.position),
         "metrics_bytes": snapshot.metrics_bytes,
         "identity": dict(snapshot.identity),
         "versions": dict(snapshot.versions),
@@ -212,7 +201,8 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n").encode("utf-8")
+    """As Python writes it, NaN and all: a monitor's numbers come back as they were."""
+    return (json.dumps(value, ensure_ascii=True, indent=1) + "\n").encode("utf-8")
 
 
 def _manifest(snapshot: Snapshot, files: Mapping[str, Written]) -> bytes:

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,12 +59,22 @@ class Keeper:
             snapshot, copied = take(False), False
         self._writing = snapshot.position.step
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # no room for another thread
+            self._thread.run()
+            return (*notes, *self._done())
         if wait or not copied:
             notes += self.join()
         self.cost.saves += 1
         self.cost.training_thread += time.perf_counter() - started
         return tuple(notes)
+
+    def resumed(self, step: int, best: int | None, run_id: str) -> None:
+        """The run goes on from this checkpoint; what a kill kept from being removed is removed now."""
+        self.saved = step
+        with suppress(OSError):  # the next save tries again, and tells
+            rotate(self.run, self.keep, best, run_id)
 
     def news(self) -> tuple[str, ...]:
         """What the writing thread has to say, if it is done; never waits."""
@@ -74,6 +85,9 @@ class Keeper:
         if self._thread is None:
             return ()
         self._thread.join()
+        return self._done()
+
+    def _done(self) -> tuple[str, ...]:
         self._thread, error, self._error = None, self._error, None
         self.failed = None
         if error is None:

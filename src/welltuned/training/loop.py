@@ -39,7 +39,7 @@ from welltuned.training.optimizer import FlatAdamW, clip_
 from welltuned.training.prepare import Prepared
 from welltuned.training.process import memory_used
 from welltuned.training.rundir import RunDir
-from welltuned.training.settings import adamw_settings, load_best, save_steps, schedule_of
+from welltuned.training.settings import adamw_settings, schedule_of
 from welltuned.training.snapshot import Origin, restore_weights, take
 from welltuned.training.step import Engine, Evaluation, Gradient, NotFinite, Objective
 from welltuned.training.watcher import MakeWatch
@@ -73,7 +73,7 @@ class Loop:
         plan = setting.prepared.plan
         self.plan, self.trained, self.engine = plan, setting.engine.trained, setting.engine
         self.at = Position(token_budget=setting.engine.token_budget)
-        self.watch = make_watch(self.at.monitor)
+        self.watch = make_watch(plan, self.at.monitor)
         self.optimizer = FlatAdamW(
             self.trained.flat_KP, self.trained.grad_KP, self.trained.decayed, adamw_settings(plan)
         )
@@ -130,12 +130,16 @@ class Loop:
             self._say(self.setting.keeper.news())
             if self._over():
                 break
-            if (step + 1) % save_steps(self.plan) == 0 or (due and self.watch.best_step == step + 1):
+            if (step + 1) % self.plan.value("save_steps") == 0 or (due and self._may_be_best()):
                 self.save()
         if self.watch.stop_reason is not None and self.at.ended is None:
             self.at = replace(self.at, ended=self.watch.stop_reason)
             self.tell(Note(self.watch.stop_reason))
         self.save(wait=True)
+
+    def _may_be_best(self) -> bool:
+        """Whether the weights just evaluated may be wanted at the end; where nothing can tell yet, they may."""
+        return self.plan.value("load_best_model_at_end") and self.watch.best_step in (None, self.at.step)
 
     def _over(self) -> bool:
         return self.at.step >= self.plan.updates or self.watch.stop_reason is not None or self.at.ended is not None
@@ -317,7 +321,7 @@ class Loop:
         self.optimizer.restore(zeros_KP, zeros_KP, zeros_G)
         self.at = replace(self.at, step=0, last=None, monitor={})
         self.setting.directory.cut_metrics(self._metrics_at_start)
-        self.watch = self._make_watch({})
+        self.watch = self._make_watch(self.plan, {})
 
     # ── saving and going on ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -355,8 +359,8 @@ class Loop:
         self.optimizer.zero_grad()
         self.at, self._clock = found.position, time.monotonic()
         self.engine = replace(self.engine, token_budget=self.at.token_budget)
-        self.watch = self._make_watch(self.at.monitor)
-        self.setting.keeper.saved = self.at.step
+        self.watch = self._make_watch(self.plan, self.at.monitor)
+        self.setting.keeper.resumed(self.at.step, self.at.best, found.run)
         missing = self.setting.directory.cut_metrics(found.metrics_bytes)
         if missing:
             self.tell(Note(f"metrics.jsonl had lost {missing:,} bytes that belong before update {self.at.step}"))
@@ -364,7 +368,7 @@ class Loop:
     def take_best(self) -> None:
         """Put the best evaluated update's weights in the place of the last, where the plan asks for it."""
         best = self.watch.best_step
-        if best is None or best == self.at.step or not load_best(self.plan):
+        if best is None or best == self.at.step or not self.plan.value("load_best_model_at_end"):
             return
         if best == 0:
             self.tell(Note("no update made the held-out loss lower than it was: the last weights are kept"))

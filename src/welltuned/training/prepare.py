@@ -17,7 +17,7 @@ from welltuned.facts.machine import MachineFacts, read_machine_facts
 from welltuned.facts.model import ModelFacts, read_model_facts
 from welltuned.recipe import Method, Recipe, Tune
 from welltuned.training.speed import known_speed
-from welltuned.training.starting import start_adapter, with_start_reasons, with_start_values
+from welltuned.training.start_adapter import start_adapter, with_start_reasons, with_start_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,13 +55,14 @@ def prepare(
     recipe: Recipe,
     machine: MachineFacts | None = None,
     progress: RowsRead = unwatched,
-    planned: Plan | None = None,
     *,
+    planned: Plan | None = None,
     weights_needed: bool = True,
 ) -> Prepared:
-    """Read, render, audit and plan; `progress` is told of the rows as they are rendered.
+    """Read, render, audit and plan.
 
     Args:
+        progress: told of the rows as they are rendered.
         planned: the plan of a run that goes on, which is kept as it is: today's memory would give another.
         weights_needed: without it a folder with a configuration and a tokenizer will do.
 
@@ -91,7 +92,9 @@ def prepare(
     weighed += [(TRUSTED, sentence) for sentence in _trusted(recipe)]
     started = (start.note,) if start is not None and start.note is not None else ()
     plan = planned or with_problems(plan, weighed)
-    every = (*sources.train, *sources.held_out)
+    digests = {source.name: source.fingerprint() for source in (*sources.train, *sources.held_out)}
+    if start is not None:
+        digests["the adapter to go on from"] = start.digest
     return Prepared(
         recipe=recipe,
         plan=plan,
@@ -103,7 +106,7 @@ def prepare(
         mixture=replace(dataset.mixture, seed=plan.value("seed")),
         audit=report,
         notes=(*_trusted(recipe), *dataset.notes, *started, *(problem.sentence for problem in problems)),
-        data_digests={source.name: source.fingerprint() for source in every},
+        data_digests=digests,
     )
 
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from welltuned.advice.plan import Plan, plan_from_yaml
 from welltuned.errors import InputError
+from welltuned.facts.machine import Device
 from welltuned.recipe import Recipe, load_recipe, recipe_to_dict
 from welltuned.training import durable
 from welltuned.training.checkpoint import CHECKPOINTS, Checkpoint, newest
@@ -38,7 +41,7 @@ def resume(
     observer: Observer = silent,
     *,
     accept_changes: bool = False,
-    make_watch: MakeWatch | None = None,
+    make_watch: MakeWatch = monitor,
 ) -> RunResult:
     """Finish an unfinished run. On a CPU with the same libraries the result is that of an undisturbed run, bit for bit.
 
@@ -65,14 +68,13 @@ def resume(
                 )
             if changed or left.started is None:
                 begin(directory, prepared, now, left.started)
+            require_device(prepared.plan, path)
             with on_this_machine(prepared.plan):
                 ready = with_objective(make_ready(prepared.plan), prepared, observer)
                 if left.found is not None:
                     require_same_tensors(left.found, ready.engine.trained, path)
                 notes = (*left.notes, *_sentences(left.found, changed, prepared.plan))
-                return Course(
-                    prepared, ready, directory, observer, make_watch or monitor(prepared.plan), notes, left.found
-                ).run()
+                return Course(prepared, ready, directory, observer, make_watch, notes, left.found).run()
 
 
 def require_unfinished(path: Path) -> None:
@@ -122,6 +124,12 @@ def _left_over(path: Path) -> LeftOver:
 def _place(started: Started | None) -> str:
     """The folder that the run's relative paths are meant from, if it is still there."""
     return started.directory if started is not None and os.path.isdir(started.directory) else os.getcwd()
+
+
+def require_device(plan: Plan, path: Path) -> None:
+    """A plan for a GPU is not silently carried out on a processor."""
+    if plan.facts.machine.device is Device.CUDA and not torch.cuda.is_available():
+        raise InputError("the run was planned for a GPU, and there is none here", where=str(path))
 
 
 def require_same_tensors(found: Checkpoint, trained: Trained, path: Path) -> None:

@@ -5,7 +5,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -51,7 +51,6 @@ from welltuned.training.rundir import (
     require_free,
 )
 from welltuned.training.settings import adamw_settings as adamw_settings
-from welltuned.training.settings import save_total_limit
 from welltuned.training.snapshot import Origin
 from welltuned.training.speed import remember_speed
 from welltuned.training.starting import save_model, score_at_start, trained_parts
@@ -147,14 +146,13 @@ def train(
     out: Path,
     observer: Observer = silent,
     before_training: Callable[[Ready], None] | None = None,
-    make_watch: MakeWatch | None = None,
+    make_watch: MakeWatch = monitor,
 ) -> RunResult:
     """Train as planned and write a Run to `out`.
 
     Args:
         before_training: called with the loaded model before the first update (the demo asks it for replies there).
-        make_watch: makes who watches the run from the state that a checkpoint holds of it (empty at the start); None for
-            the monitor.
+        make_watch: makes who watches the run.
 
     Raises:
         InputError: the plan does not fit into memory or the Run onto the disk, or `out` is not empty.
@@ -169,7 +167,7 @@ def train(
         disk = _require_disk(prepared.plan, ready, out)
         with closing(RunDir(out)) as directory:
             begin(directory, prepared, identity_of(prepared))
-            course = Course(prepared, ready, directory, observer, make_watch or monitor(prepared.plan), notes=disk)
+            course = Course(prepared, ready, directory, observer, make_watch, notes=disk)
             return course.run(before_training)
 
 
@@ -210,7 +208,7 @@ class Course:
         prepared, ready, directory, plan = self.prepared, self.ready, self.directory, self.prepared.plan
         started = read_started(directory.path)
         start_hashes = _hashes(ready.engine.trained)
-        keeper = Keeper(directory.path, save_total_limit(plan), directory.sync_metrics)
+        keeper = Keeper(directory.path, plan.value("save_total_limit"), directory.sync_metrics)
         setting = Setting(
             engine=ready.engine,
             objective=ready.objective,
@@ -222,6 +220,7 @@ class Course:
         with interruptible() as asked, _disk_errors(directory.path):
             loop = Loop(setting, self.observer, self.make_watch, asked)
             if self.found is None:
+                directory.cut_metrics(0)
                 for text in (*prepared.notes, *(text for text in ready.notes if text not in plan.warnings)):
                     loop.tell(Note(text))
                 if before_training is not None:
@@ -230,10 +229,15 @@ class Course:
                 loop.restore(self.found)
             for text in (*self.notes, *((directory.lock.note,) if directory.lock.note else ())):
                 loop.tell(Note(text))
-            with packed_model(ready.model):
-                loop.run()
-                loop.take_best()
-            return self._finished(loop, start_hashes)
+            try:
+                with packed_model(ready.model):
+                    loop.run()
+                    loop.take_best()
+                return self._finished(loop, start_hashes)
+            except BaseException:
+                with suppress(Exception):  # what ended the run is what is told
+                    keeper.join()
+                raise
 
     def _finished(self, loop: Loop, start_hashes: dict[str, str]) -> RunResult:
         """Verify and save the result; run.json comes last."""
@@ -298,7 +302,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
 
 def _require_disk(plan: Plan, ready: Ready, out: Path) -> tuple[str, ...]:
     trained = ready.engine.trained.flat_KP.nbytes
-    note = require_disk(out, 3 * trained, trained, save_total_limit(plan))
+    note = require_disk(out, 3 * trained, trained, plan.value("save_total_limit"))
     return () if note is None else (note,)
 
 

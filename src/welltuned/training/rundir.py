@@ -50,8 +50,7 @@ class RunDir:
             try:
                 if not resumed:
                     require_free(path)  # once more, now that nobody else can write here
-                flags = os.O_WRONLY | os.O_CREAT | (0 if resumed else os.O_EXCL)
-                self._metrics = os.open(path / METRICS, flags, 0o666)
+                self._metrics = os.open(path / METRICS, os.O_WRONLY | os.O_CREAT, 0o666)
             except BaseException:
                 self.lock.release()
                 raise
@@ -143,7 +142,7 @@ def _flat(event: Updated | Evaluated) -> dict[str, Any]:
 def require_free(path: Path) -> None:
     """Refuse a directory that holds something or could not be made, before any work is done for it."""
     try:
-        if path.is_dir() and any(inner.name != LOCK for inner in path.iterdir()):
+        if path.is_dir() and any(not _of_no_run(inner) for inner in path.iterdir()):
             begun = (path / RECIPE).is_file() and not (path / RUN).exists()
             mend = f"give another --out, or go on with the run in it: welltuned resume {path}"
             raise InputError(
@@ -157,6 +156,12 @@ def require_free(path: Path) -> None:
         raise InputError(what, where=str(nearest), mend="give another --out")
     if not os.access(nearest, os.W_OK):
         raise InputError("the output directory cannot be written", where=str(path), mend="give another --out")
+
+
+def _of_no_run(path: Path) -> bool:
+    """What a run leaves that was killed before its recipe was written."""
+    names = (LOCK, RECIPE + durable.BESIDE)
+    return path.name in names or (path.name == METRICS and path.is_file() and not path.stat().st_size)
 
 
 def _finite(value: Any) -> Any:

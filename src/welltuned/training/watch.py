@@ -117,6 +117,6 @@ class Watch:
         return watch
 
 
-def monitor(plan: Plan) -> Callable[[Mapping[str, Any]], Watch]:
-    """Makes the watch of a run from the state that a checkpoint holds of it, empty at the start."""
-    return lambda state: Watch.restored(state, plan) if state else Watch(plan)
+def monitor(plan: Plan, state: Mapping[str, Any]) -> Watch:
+    """The watch of a run, from the state that a checkpoint holds of it, empty at the start."""
+    return Watch.restored(state, plan) if state else Watch(plan)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from welltuned.advice.plan import Plan
 from welltuned.training.events import Event, Finding
 
 
@@ -27,7 +28,8 @@ class Watch(Protocol):
         ...
 
 
-MakeWatch = Callable[[Mapping[str, Any]], Watch]
+MakeWatch = Callable[[Plan, Mapping[str, Any]], Watch]
+"""Makes a watch for a plan, from the state that a checkpoint holds of it; at the start that is empty."""
 
 
 class Unwatched:
@@ -44,5 +46,5 @@ class Unwatched:
         return {}
 
 
-def unwatched(_: Mapping[str, Any]) -> Watch:
+def unwatched(plan: Plan, state: Mapping[str, Any]) -> Watch:
     return Unwatched()
