@@ -44,6 +44,20 @@ class Prompt:
     found: frozenset[Kind] = frozenset()
 
 
+@dataclass(frozen=True, slots=True)
+class GroupMixture(Mixture):
+    """A mixture of prompts, asked in completions: `group` of each, and `iterations` updates of the same prompts."""
+
+    group: int = 1
+    iterations: int = 1
+
+    def steps_per_epoch(self, effective_batch: int) -> int:
+        return self.iterations * Mixture.steps_per_epoch(self, effective_batch // self.group)
+
+    def update(self, effective_batch: int, step: int) -> list[int]:
+        return Mixture.update(self, effective_batch // self.group, step // self.iterations)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prompts:
     """What a run samples from and is judged by.
@@ -189,9 +203,7 @@ def _repeated(rows: Sequence[Prompt]) -> NDArray[np.bool_]:
 class _Reader:
     """Rows of sources become prompts; what cannot be read is refused, or left out and named in `bad`."""
 
-    def __init__(
-        self, reading: Reading, renderer: Renderer, tokenizer: "PreTrainedTokenizerBase", on_bad_row: Policy
-    ):
+    def __init__(self, reading: Reading, renderer: Renderer, tokenizer: "PreTrainedTokenizerBase", on_bad_row: Policy):
         self.reading, self.renderer, self.tokenizer, self.on_bad_row = reading, renderer, tokenizer, on_bad_row
         self.bad: list[Named] = []
         self.formats: list[str] = []
@@ -232,7 +244,9 @@ class _Reader:
             ids=ids,
             messages=asked.messages,
             answer=asked.answer,
-            answer_tokens=0 if asked.answer is None else 1 + len(self.tokenizer.encode(asked.answer, add_special_tokens=False)),
+            answer_tokens=0
+            if asked.answer is None
+            else 1 + len(self.tokenizer.encode(asked.answer, add_special_tokens=False)),
             row=row.record,
             origin=row.origin,
             group=int.from_bytes(digest(repr(group).encode("utf-8", "surrogatepass")), "little"),

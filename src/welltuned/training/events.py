@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 _NOTHING: Mapping[str, float] = MappingProxyType({})
 
@@ -39,12 +40,16 @@ class Updated:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """Held-out loss after `step` updates: mean over supervised tokens, with its standard error over examples."""
+    """Held-out loss after `step` updates: mean over supervised tokens, with its standard error over examples.
+
+    Of grpo the loss is minus the mean reward; `samples` are some of its completions.
+    """
 
     step: int
     eval_loss: float
     eval_loss_se: float
     measures: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
+    samples: tuple[Mapping[str, Any], ...] = ()
 
 
 Event = Note | Updated | Evaluated

@@ -10,7 +10,6 @@ from welltuned.data.build import RowsRead, unwatched
 from welltuned.data.conversation import Conversation
 from welltuned.data.dataset import Dataset, open_sources, read_dataset
 from welltuned.data.mix import Mixture
-from welltuned.data.render import Example
 from welltuned.errors import InputError
 from welltuned.facts.data import facts_of
 from welltuned.facts.machine import MachineFacts, read_machine_facts
@@ -20,6 +19,8 @@ from welltuned.training.starting import start_adapter, with_start_reasons, with_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from welltuned.objectives.rewards import Reward
 
 PLAIN_PARTS = 12  # weight among the plan's warnings of a part that runs on the model's own code: it costs time only
 
@@ -32,6 +33,7 @@ class Prepared:
         chat_template: the template that rows were rendered with, which inference must use too; None for plain text.
         train: all training rows, read when they are asked for; `mixture` says which of them make an update.
         held_out_conversations: those of the held-out rows, for replies before and after; read when asked for.
+        rewards: what rewards sampled answers (grpo, whose rows are prompts; other methods' are examples).
         notes: sentences about the data that the user should see; those that warn are among the plan's warnings too.
     """
 
@@ -39,12 +41,13 @@ class Prepared:
     plan: Plan
     tokenizer: "PreTrainedTokenizerBase"
     chat_template: str | None
-    train: Sequence[Example]
-    held_out: Sequence[Example]
+    train: Sequence[Any]
+    held_out: Sequence[Any]
     held_out_conversations: Sequence[Conversation]
     mixture: Mixture
     audit: Audit
     notes: tuple[str, ...]
+    rewards: tuple["Reward", ...] = ()
 
 
 def prepare(recipe: Recipe, machine: MachineFacts | None = None, progress: RowsRead = unwatched) -> Prepared:
@@ -57,7 +60,9 @@ def prepare(recipe: Recipe, machine: MachineFacts | None = None, progress: RowsR
     from welltuned.models.load import load_tokenizer
 
     if recipe.method is Method.GRPO:
-        raise InputError(f"training by {recipe.method} is not built yet", where="method", mend="use sft")
+        from welltuned.training.grpo_prepare import prepare_grpo
+
+        return prepare_grpo(recipe, machine)
     start = start_adapter(recipe)
     model_facts = read_model_facts(recipe.model)
     sources = open_sources(recipe)
@@ -70,7 +75,7 @@ def prepare(recipe: Recipe, machine: MachineFacts | None = None, progress: RowsR
     report = dataset.audit(model_facts.context_length)
     problems = report.problems()
     weighed = [(problem.weight, problem.sentence) for problem in problems]
-    left = foresee(recipe.model, _targets(plan), nf4=recipe.tune is Tune.QLORA)
+    left = foresee(recipe.model, targets_of(plan), nf4=recipe.tune is Tune.QLORA)
     weighed += [(PLAIN_PARTS, sentence) for sentence in left]
     started = (start.note,) if start is not None and start.note is not None else ()
     return Prepared(
@@ -96,7 +101,7 @@ def require_sound(recipe: Recipe, chosen: Callable[[str], Any]) -> None:
         raise InputError(what, where="effective_batch_size", mend="give 2 or more")
 
 
-def _targets(plan: Plan) -> str | tuple[str, ...] | None:
+def targets_of(plan: Plan) -> str | tuple[str, ...] | None:
     """What will get adapters; None where all of the model is trained."""
     if plan.recipe.tune is Tune.FULL:
         return None

@@ -24,8 +24,9 @@ from welltuned.models.load import load_model
 from welltuned.models.lora import AdapterBank, Bias, Init, LoraSettings, find_targets
 from welltuned.models.packed import packed_model, packs
 from welltuned.models.parts import idle_parts, within
-from welltuned.recipe import Tune, recipe_to_yaml
+from welltuned.recipe import Method, Tune, recipe_to_yaml
 from welltuned.training.events import Evaluated, Event, Note, Observer, Updated, silent
+from welltuned.training.grpo_step import grpo_objective
 from welltuned.training.optimizer import AdamWSettings, FlatAdamW, Schedule, Scheduler, clip_
 from welltuned.training.preference import METHODS, preference_objective
 from welltuned.training.prepare import Prepared
@@ -172,6 +173,8 @@ def train(
 def with_objective(ready: Ready, prepared: Prepared, observer: Observer) -> Ready:
     """The same with its method's objective. To be called before a checkpoint is restored: it may ask the model as it
     starts."""
+    if prepared.recipe.method is Method.GRPO:
+        return replace(ready, objective=grpo_objective(prepared, ready.engine))
     if prepared.recipe.method not in METHODS:
         return ready
     rows = prepared.train, prepared.held_out, prepared.mixture
@@ -184,7 +187,9 @@ def _evaluated(ready: Ready, prepared: Prepared, step: int, tell: Observer) -> E
     if not prepared.held_out:
         return None
     found = ready.objective.evaluate(ready.engine, prepared.held_out)
-    tell(Evaluated(step, found.loss, found.standard_error, found.measures))
+    tell(Evaluated(step, found.loss, found.standard_error, found.measures, found.samples))
+    for text in found.notes:
+        tell(Note(text))
     return found
 
 
@@ -232,6 +237,8 @@ def _loop(ready: Ready, prepared: Prepared, tell: Observer) -> tuple[float, int,
                 measures=made.measures,
             )
         )
+        for text in made.notes:
+            tell(Note(text))
         if due:
             last = _evaluated(ready, prepared, step + 1, tell)
     return seconds, tokens, last

@@ -15,7 +15,8 @@ from welltuned.errors import InputError
 from welltuned.training.events import Evaluated, Event, Note, Updated
 
 ADAPTER, MODEL, RUN, PLAN, RECIPE, METRICS = "adapter", "model", "run.json", "plan.yaml", "recipe.yaml", "metrics.jsonl"
-_FOR_WATCHERS = ("total_steps", "seconds_left", "evaluation_follows", "measures")
+SAMPLES = "samples.jsonl"  # some completions of every evaluation (grpo)
+_FOR_WATCHERS = ("total_steps", "seconds_left", "evaluation_follows", "measures", "samples")
 
 
 class RunDir:
@@ -58,9 +59,17 @@ class RunDir:
             case Evaluated():
                 line = {**(self._awaiting or {"event": "evaluation"}), **_flat(event)}
                 self._awaiting = None
+                self._keep_samples(event)
             case Note():
                 line = {"event": "note", "text": event.text}
         self._append(line)
+
+    def _keep_samples(self, event: Evaluated) -> None:
+        if not event.samples:
+            return
+        with (self.path / SAMPLES).open("a", encoding="utf-8") as file:
+            for sample in event.samples:
+                file.write(json.dumps(_finite({"step": event.step, **sample}), ensure_ascii=False) + "\n")
 
     def _append(self, line: dict[str, Any]) -> None:
         self._metrics.write(json.dumps(_finite(line), allow_nan=False) + "\n")
