@@ -58,6 +58,10 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
+def _trained_words(share: float) -> str:
+    return f"{share:.0%} of them trained" if share else "answered by sampling"
+
+
 def print_plan(plan: Plan, out: Console = console) -> None:
     """The plan on one screen: facts, choices with reasons, memory, warnings."""
     model, data, machine = plan.facts.model, plan.facts.dataset, plan.facts.machine
@@ -66,7 +70,7 @@ def print_plan(plan: Plan, out: Console = console) -> None:
     )
     out.print(
         f"[bold]Data[/]     {data.rows:,} training rows, {data.heldout_rows:,} held out · {data.tokens:,} tokens, "
-        f"{data.supervised_share:.0%} of them trained · lengths {data.length_min}–{data.length_max}, "
+        f"{_trained_words(data.supervised_share)} · lengths {data.length_min}–{data.length_max}, "
         f"median {data.length_median}"
     )
     for part in data.mixture:
@@ -109,9 +113,10 @@ class Progress:
                 self._line(Text("  " + visible(event.text), style="dim"))
             case Evaluated():
                 error = f" ± {event.eval_loss_se:.3f}" if event.eval_loss_se == event.eval_loss_se else ""
-                self._line(
-                    Text(f"  held-out loss after {event.step} updates: {event.eval_loss:.3f}{error}", style="bold")
-                )
+                what, value = "loss", event.eval_loss
+                if "eval_reward" in event.measures:
+                    what, value = "reward", event.measures["eval_reward"]
+                self._line(Text(f"  held-out {what} after {event.step} updates: {value:.3f}{error}", style="bold"))
             case Updated():
                 self.last = event
                 if console.is_terminal:
