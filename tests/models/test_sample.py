@@ -89,7 +89,7 @@ def test_every_token_is_drawn_by_its_own_number(live):
     sampling = Sampling(max_new_tokens=8, temperature=0.7, top_p=0.8, stop_ids=(2,))
     with packed_model(model):
         [[found]] = complete(model, head, PROMPTS[:1], [[42]], sampling)
-    ids, entropy = PROMPTS[0].tolist(), 0.0
+    ids, entropy = PROMPTS[0].tolist(), 0.0  # from here on with the model's own attention
     for t, token in enumerate(found.ids.tolist()):
         p = (whole_logits(model, ids)[-1].double() / 0.7).softmax(-1)
         entropy -= float((p * p.log()).sum())
@@ -106,10 +106,10 @@ def test_frequencies_are_the_probabilities(live):
     model, bank, head = live
     bank.no_dropout()
     count = 4000
-    with packed_model(model), torch.no_grad():
-        [group] = complete(
-            model, head, PROMPTS[:1], [list(range(count))], Sampling(max_new_tokens=1, tokens_at_once=10**6)
-        )
+    sampling = Sampling(max_new_tokens=1, tokens_at_once=10**6)
+    with packed_model(model):
+        [group] = complete(model, head, PROMPTS[:1], [list(range(count))], sampling)
+    with torch.no_grad():
         p = whole_logits(model, PROMPTS[0].tolist())[-1].double().softmax(-1)
     seen = torch.bincount(torch.tensor([int(c.ids[0]) for c in group]), minlength=len(p)) / count
     assert (seen - p).abs().max() < 4 * (0.25 / count) ** 0.5
@@ -122,9 +122,9 @@ def test_sampling_follows_the_weights_at_once(live):
     sampling = Sampling(max_new_tokens=8, temperature=0.0)
     with packed_model(model):
         before = complete(model, head, PROMPTS, [[0]] * 3, sampling)
-        bank.flat_KP.neg_()
+        bank.flat_KP *= 3.0
         after = complete(model, head, PROMPTS, [[0]] * 3, sampling)
     wanted = [greedy_by_hand(model, prompt, 8, ()) for prompt in PROMPTS]
-    bank.flat_KP.neg_()
+    bank.flat_KP /= 3.0
     assert [g[0].ids.tolist() for g in after] == wanted
     assert [g[0].ids.tolist() for g in before] != wanted

@@ -59,8 +59,9 @@ def engine():
     bank.flat_KP += 0.1 * torch.randn(bank.flat_KP.shape, generator=torch.Generator().manual_seed(1))
     bank.start_KP = bank.flat_KP.clone()
     fuse(model, bank)
+    head = find_head(model)
     with packed_model(model):
-        yield Engine(model, bank, find_head(model), token_budget=64)
+        yield Engine(model, bank, head, token_budget=64)
 
 
 def objective(loss_type=LossType.DAPO, reward=judge, iterations=1, stop=(STOP,), **changes):
@@ -210,8 +211,8 @@ def test_dropout_is_the_same_in_any_cut(monkeypatch):
     bank = attach(model, LoraSettings(r=4, lora_alpha=8, lora_dropout=0.3))
     bank.flat_KP += 0.1 * torch.randn(bank.flat_KP.shape, generator=torch.Generator().manual_seed(1))
     fuse(model, bank)
+    engine = Engine(model, bank, find_head(model), token_budget=1000)
     with packed_model(model):
-        engine = Engine(model, bank, find_head(model), token_budget=1000)
         _, plain = gradient(objective(), engine)
         _, cut = gradient(objective(), replace(engine, token_budget=20))
         monkeypatch.setattr(grpo_step, "shares", lambda _: False)
@@ -223,8 +224,8 @@ def test_dropout_is_the_same_in_any_cut(monkeypatch):
 def test_full_fine_tuning_trains_the_tied_head_too(engine):
     model = new_model()
     trained = FullParameters(model)
+    full = Engine(model, trained, find_head(model), token_budget=1000)
     with packed_model(model):
-        full = Engine(model, trained, find_head(model), token_budget=1000)
         found, mine = gradient(objective(beta=0.1), full)
         every = sampled_by_hand(full)
         with torch.no_grad():

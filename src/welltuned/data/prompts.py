@@ -180,7 +180,7 @@ def _held_out(
         said = f"Held out: the {int((held & keep).sum()):,} prompts of {', '.join(recipe.eval_datasets)}"
         return held, said + (f"; {leaks:,} of them are trained on too." if leaks else ".")
     index = np.flatnonzero(keep)
-    groups = np.array([rows[i].group for i in index], np.uint64)
+    groups = np.array([rows[int(i)].group for i in index], np.uint64)
     seed = recipe.hyperparameters.get("seed", DEFAULT_SEED)
     shared = "a prompt" if recipe.group_by is None else f"the same `{recipe.group_by}`"
     split = hold_out(groups, recipe.eval_fraction, seed, owner=owner[index].astype(np.uint16), shared=shared)
