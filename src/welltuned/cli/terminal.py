@@ -122,9 +122,10 @@ class Progress:
                 self._finding(event)
             case Evaluated():
                 error = f" ± {event.eval_loss_se:.3f}" if event.eval_loss_se == event.eval_loss_se else ""
-                self._line(
-                    Text(f"  held-out loss after {event.step} updates: {event.eval_loss:.3f}{error}", style="bold")
-                )
+                what, value = "loss", event.eval_loss
+                if "eval_reward" in event.measures:
+                    what, value = "reward", event.measures["eval_reward"]
+                self._line(Text(f"  held-out {what} after {event.step} updates: {value:.3f}{error}", style="bold"))
             case Updated():
                 self.last = event
                 if console.is_terminal:

@@ -49,8 +49,11 @@ def print_json(run: Path) -> None:
 def print_result(result: "RunResult") -> None:
     """What the run found, and where its adapter lies."""
     if result.before is not None and result.after is not None:
+        what, before, after = "loss", result.before.loss, result.after.loss
+        if "eval_reward" in result.after.measures:  # the loss of grpo is minus that
+            what, before, after = "reward", -before, -after
         console.print(
-            f"Held-out loss {result.before.loss:.3f} → [bold]{result.after.loss:.3f}[/] "
+            f"Held-out {what} {before:.3f} → [bold]{after:.3f}[/] "
             f"(± {result.after.standard_error:.3f}) in {duration(result.seconds)}, "
             f"{result.tokens_per_second:,.0f} tokens/s, peak {size(result.peak_memory)}."
         )

@@ -18,7 +18,7 @@ from welltuned.data.conversation import Conversation, Format, Kind, Message, Mix
 from welltuned.data.dataset import DEFAULT_SEED, Sources, policies_of, reading_of
 from welltuned.data.formats import SAMPLE, Detected, detect, to_prompt
 from welltuned.data.mix import Mixture, mixture
-from welltuned.data.policies import Finding, Named, Policies, found
+from welltuned.data.policies import KEPT_ORIGINS, Finding, Named, Policies, found
 from welltuned.data.render import Renderer
 from welltuned.data.source import Row, Source
 from welltuned.data.store import digest
@@ -28,6 +28,11 @@ from welltuned.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+SEEN = (  # in single prompts, the gravest first
+    *(Kind.LOST_MESSAGE, Kind.LOST_TOOLS, Kind.BAD_ENCODING, Kind.CONTROL_TOKEN, Kind.REPEATED_TURN, Kind.EMPTY_TURN),
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,6 +47,20 @@ class Prompt:
     origin: str
     group: int
     found: frozenset[Kind] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMixture(Mixture):
+    """A mixture of prompts, asked in completions: `group` of each, and `iterations` updates of the same prompts."""
+
+    group: int = 1
+    iterations: int = 1
+
+    def steps_per_epoch(self, effective_batch: int) -> int:
+        return self.iterations * Mixture.steps_per_epoch(self, effective_batch // self.group)
+
+    def update(self, effective_batch: int, step: int) -> list[int]:
+        return Mixture.update(self, effective_batch // self.group, step // self.iterations)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -123,16 +142,8 @@ def read_prompts(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", sources: 
     every = [list(reader.prompts(source)) for source in (*sources.train, *sources.held_out)]
     rows, owner = [p for part in every for p in part], np.repeat(np.arange(len(every)), [len(p) for p in every])
     bad = Finding(Kind.BAD_ROW, policies[Kind.BAD_ROW], len(reader.bad), len(rows) + len(reader.bad), len(reader.bad))
-    findings = {kind: Finding(kind, policies[kind], of=len(rows)) for kind in Kind}
-    findings[Kind.BAD_ROW] = replace(bad, named=tuple(reader.bad[:1000]))
-    keep = np.ones(len(rows), bool)
-    for kind in (Kind.EMPTY_TURN, Kind.REPEATED_TURN, Kind.BAD_ENCODING, Kind.CONTROL_TOKEN):
-        hit = np.array([kind in p.found for p in rows], bool)
-        findings[kind] = found(kind, policies[kind], hit, lambda i: (rows[i].origin, ""))
-        keep &= ~hit if policies[kind] is Policy.DROP else True
-    again = _repeated(rows)
-    findings[Kind.DUPLICATE] = found(Kind.DUPLICATE, policies[Kind.DUPLICATE], again, lambda i: (rows[i].origin, ""))
-    keep &= ~again if policies[Kind.DUPLICATE] is Policy.DROP else True
+    findings, keep = _sifted(rows, policies)
+    findings[Kind.BAD_ROW] = replace(bad, named=tuple(reader.bad[:KEPT_ORIGINS]))
     if not keep.any():
         raise InputError("no prompt is left", where=recipe.datasets[0], mend="see the policies of the recipe")
     held, sentence = _held_out(recipe, rows, owner, keep, len(sources.train))
@@ -155,6 +166,17 @@ def read_prompts(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", sources: 
     )
 
 
+def _sifted(rows: Sequence[Prompt], policies: Policies) -> tuple[dict[Kind, Finding], NDArray[np.bool_]]:
+    """What is found in prompts, and which of them stay [n]."""
+    findings = {kind: Finding(kind, policies[kind], of=len(rows)) for kind in Kind}
+    keep = np.ones(len(rows), bool)
+    flags = {kind: np.array([kind in p.found for p in rows], bool) for kind in SEEN}
+    for kind, hit in {**flags, Kind.DUPLICATE: _repeated(rows)}.items():
+        findings[kind] = found(kind, policies[kind], hit, lambda i: (rows[i].origin, ""))
+        keep &= ~hit if policies[kind] is Policy.DROP else True
+    return findings, keep
+
+
 def _held_out(
     recipe: Recipe, rows: Sequence[Prompt], owner: NDArray[np.int64], keep: NDArray[np.bool_], datasets: int
 ) -> tuple[NDArray[np.bool_], str]:
@@ -166,7 +188,7 @@ def _held_out(
         said = f"Held out: the {int((held & keep).sum()):,} prompts of {', '.join(recipe.eval_datasets)}"
         return held, said + (f"; {leaks:,} of them are trained on too." if leaks else ".")
     index = np.flatnonzero(keep)
-    groups = np.array([rows[i].group for i in index], np.uint64)
+    groups = np.array([rows[int(i)].group for i in index], np.uint64)
     seed = recipe.hyperparameters.get("seed", DEFAULT_SEED)
     shared = "a prompt" if recipe.group_by is None else f"the same `{recipe.group_by}`"
     split = hold_out(groups, recipe.eval_fraction, seed, owner=owner[index].astype(np.uint16), shared=shared)
@@ -217,9 +239,7 @@ class _Reader:
 
     def _prompt(self, row: Row, detected: Detected) -> Prompt:
         asked: PromptAnswer = to_prompt(row, detected)
-        plain = detected.format is Format.PROMPT_COMPLETION or self.renderer.template is None
-        format = Format.PROMPT_COMPLETION if plain else Format.MESSAGES
-        conversation = Conversation(asked.messages, row.origin, format, asked.tools)
+        conversation = Conversation(asked.messages, row.origin, Format.PROMPT_ANSWER, asked.tools)
         ids = np.array(self.renderer.prompt(conversation), np.int32)
         if not len(ids):
             raise InputError("the row has no prompt", where=row.origin)
@@ -236,8 +256,23 @@ class _Reader:
             row=row.record,
             origin=row.origin,
             group=int.from_bytes(digest(repr(group).encode("utf-8", "surrogatepass")), "little"),
-            found=frozenset(seen_in.in_messages(conversation)),
+            found=self._seen(conversation),
         )
+
+    def _seen(self, conversation: Conversation) -> frozenset[Kind]:
+        """Defects that a person should hear of, of the texts and of what the template makes of them."""
+        found = set(seen_in.in_messages(conversation))
+        if self.renderer.chat is None:
+            return frozenset(found)
+        hidden, rendered = self.renderer.chat.prompt(conversation)
+        if hidden is not None:
+            found.add(Kind.CONTROL_TOKEN)
+        shown = conversation if hidden is None else hidden.conversation
+        if seen_in.loses_message(shown, rendered.text):
+            found.add(Kind.LOST_MESSAGE)
+        if shown.tools and seen_in.loses_tools(shown, rendered.text, self.renderer.chat.template):
+            found.add(Kind.LOST_TOOLS)
+        return frozenset(found)
 
 
 def _column(row: Row, name: str) -> object:

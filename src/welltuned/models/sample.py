@@ -1,8 +1,8 @@
-"""Completions from the model as it is now: a batch at a time, with a cache of keys and values, and a sampler of our own.
+"""Completions from the model as it is now: batched, with a cache of keys and values, and a sampler of our own.
 
-The model's own forward runs, with its adapters as they are, so no copy of the weights can be stale. A prompt is computed
-once for all of its completions. Every completion has its own stream of random numbers, a function of its name: which
-others are sampled beside it, and in how many batches, does not change what is drawn for it.
+The model's own forward runs, with its adapters as they are, so no copy of the weights can be stale. A prompt is
+computed once for all of its completions. Every completion has its own stream of random numbers, a function of its name:
+which others are sampled beside it, and in how many batches, does not change what is drawn for it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -249,7 +249,7 @@ class _Batch:
         u_B = self.uniform_ST[live_B, t]
         if sampling.top_p == 1.0:
             return _inverse(p_BV, u_B), entropy_B
-        sorted_BV, order_BV = p_BV.sort(1, descending=True, stable=True)
+        sorted_BV, order_BV = p_BV.sort(dim=1, descending=True, stable=True)
         before_BV = sorted_BV.cumsum(1) - sorted_BV
         sorted_BV = torch.where(before_BV < sampling.top_p, sorted_BV, 0.0)  # the likeliest token always stays
         return order_BV.gather(1, _inverse(sorted_BV, u_B)[:, None])[:, 0], entropy_B

@@ -10,7 +10,7 @@ all or those of one micro-batch.
 
 - grpo: DeepSeekMath (Shao et al. 2024, arXiv 2402.03300), equations 3 and 4: a mean over each completion's tokens, then
   over completions, weight_M = 1 / (S |o_s|)
-- dapo: DAPO (Yu et al. 2025, arXiv 2503.14476), equation 8: every token of the update alike, weight_M = 1 / sum_s |o_s|;
+- dapo: DAPO (Yu et al. 2025, arXiv 2503.14476), equation 8: all tokens of the update alike, weight_M = 1 / sum_s |o_s|;
   clipping that is wider upwards, and completions cut at the limit left out (section 3.4's overlong filtering)
 - dr_grpo: Dr. GRPO (Liu et al. 2025, arXiv 2503.20783): a constant length, weight_M = 1 / (S max_completion_length),
   with rewards that are not divided by their spread (scale_rewards none)

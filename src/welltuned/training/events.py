@@ -49,6 +49,7 @@ class Evaluated:
 
     `loss_of_example` is the mean of each held-out row, always in the same order, `tokens_of_example` its weight in the
     whole mean (empty: all alike). With them two evaluations can be compared row by row.
+    Of grpo the loss is minus the mean reward; `samples` are some of its completions.
     """
 
     step: int
@@ -57,6 +58,7 @@ class Evaluated:
     measures: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
     loss_of_example: tuple[float, ...] = ()
     tokens_of_example: tuple[int, ...] = ()
+    samples: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,12 +18,22 @@ from transformers import PreTrainedTokenizerBase
 from welltuned.data.prompts import Prompt
 from welltuned.errors import RunError
 from welltuned.kernels.lora import mixed
+from welltuned.models.generate import stop_ids
 from welltuned.models.lora import AdapterBank
 from welltuned.models.packed import shares
 from welltuned.models.sample import Completion, Sampling, complete
 from welltuned.objectives.completions import Group, cut, lay, token_logprobs
-from welltuned.objectives.grpo import GrpoSettings, PolicyLoss, advantages, policy_loss, token_weights
+from welltuned.objectives.grpo import (
+    GrpoSettings,
+    LossType,
+    PolicyLoss,
+    Scale,
+    advantages,
+    policy_loss,
+    token_weights,
+)
 from welltuned.objectives.rewards import Fault, Judged, Reward, Scores, score
+from welltuned.training.prepare import Prepared
 from welltuned.training.step import Engine, Evaluation, Gradient
 
 SHOWN_FAULTS = 5  # faults of one reward that are told one by one; all are counted
@@ -50,6 +60,35 @@ class Sampled:
     notes: tuple[str, ...]
     old: dict[int, Tensor] = field(default_factory=dict)
     reference: dict[int, Tensor] = field(default_factory=dict)
+
+
+def grpo_objective(prepared: Prepared, engine: Engine) -> "Grpo":
+    """The objective of a prepared run."""
+    value = prepared.plan.value
+    settings = GrpoSettings(
+        loss_type=LossType(value("loss_type")),
+        max_completion_length=value("max_completion_length"),
+        epsilon=value("epsilon"),
+        epsilon_high=value("epsilon_high"),
+        beta=value("beta"),
+        scale_rewards=Scale(value("scale_rewards")),
+        mask_truncated_completions=value("mask_truncated_completions"),
+    )
+    sampling = Sampling(
+        max_new_tokens=value("max_completion_length"),
+        temperature=value("temperature"),
+        top_p=value("top_p"),
+        stop_ids=tuple(stop_ids(engine.model, prepared.tokenizer)),
+        tokens_at_once=SAMPLING_TOKENS * value("token_budget"),
+    )
+    return Grpo(
+        settings,
+        sampling,
+        prepared.rewards,
+        prepared.tokenizer,
+        generations=value("num_generations"),
+        iterations=value("num_iterations"),
+    )
 
 
 class Grpo:
@@ -87,11 +126,12 @@ class Grpo:
         notes: tuple[str, ...] = ()
         seconds: dict[str, float] = {}
         if self._sampled is None or self._uses == self.iterations or self._sampled.origins != origins:
+            self._sampled = None  # a set of the policy as it was, which may not outlive a failure to sample
             self._sampled, seconds = self._sample(engine, rows, keys)
             self._uses, notes = 0, self._sampled.notes
-        self._uses += 1
         started = time.perf_counter()
         loss, measures = self._follow(engine, self._sampled)
+        self._uses += 1  # now: a call that ran out of memory is made again with the same set
         seconds["seconds/update"] = time.perf_counter() - started
         return Gradient(
             loss=loss,
@@ -103,7 +143,7 @@ class Grpo:
 
     def _sample(self, engine: Engine, rows: Sequence[Prompt], keys: Sequence[int]) -> tuple[Sampled, dict[str, float]]:
         started = time.perf_counter()
-        names = [[mixed(key * 0x9E3779B97F4A7C15 + g) for g in range(self.generations)] for key in keys]
+        names = [[name_of(key, g) for g in range(self.generations)] for key in keys]
         made = self._complete(engine, rows, names, self.sampling)
         sampled = time.perf_counter()
         scores = self._score([(row, c) for row, group in zip(rows, made, strict=True) for c in group])
@@ -295,6 +335,11 @@ class Grpo:
             "reward": scores.total[index],
             "rewards": {name: values[index] for name, values in scores.each.items()},
         }
+
+
+def name_of(key: int, number: int) -> int:
+    """Names the random numbers of a prompt's completion: `key` is that of the prompt in this update."""
+    return mixed(key * 0x9E3779B97F4A7C15 + number)
 
 
 def _by_sequence(value_M: Tensor, batch: Sequence[Group]) -> dict[int, Tensor]:

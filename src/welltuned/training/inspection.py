@@ -19,7 +19,7 @@ from welltuned.data.show import Gap, Lengths, Run, choose, lengths_of, merged, r
 from welltuned.data.store import ExampleStore
 from welltuned.errors import InputError
 from welltuned.facts.machine import MachineFacts
-from welltuned.recipe import Recipe
+from welltuned.recipe import Method, Recipe
 from welltuned.recipe.keys import NEVER_KEPT
 from welltuned.training.prepare import prepare
 
@@ -178,6 +178,9 @@ class _Read(NamedTuple):
 
 
 def _read(recipe: Recipe, machine: MachineFacts | None, progress: RowsRead) -> _Read:
+    if recipe.method is Method.GRPO:
+        what = "rows are shown as they are trained, and grpo trains on answers that it samples"
+        raise InputError(what, where="method", mend="see its prompts with `welltuned data FILE --model MODEL`")
     policies = policies_of(recipe)
     lenient = {
         f"on_{k}": "drop" if f"on_{k}" in NEVER_KEPT else "keep" for k, p in policies.items() if p is Policy.ERROR

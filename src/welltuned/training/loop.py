@@ -212,6 +212,7 @@ class Loop:
                 origins=tuple(row.origin for row in rows),
             )
         )
+        self._say(made.notes)
 
     def _gradient(self, rows: Sequence[Any], keys: Sequence[int]) -> Gradient:
         """The update's gradient, in smaller pieces where memory does not suffice; always from a cleared buffer."""
@@ -258,7 +259,8 @@ class Loop:
             lambda: self.setting.objective.evaluate(self.engine, prepared.held_out), "the evaluation"
         )
         rows = found.loss_of_example, found.tokens_of_example
-        self.tell(Evaluated(self.at.step, found.loss, found.standard_error, found.measures, *rows))
+        self.tell(Evaluated(self.at.step, found.loss, found.standard_error, found.measures, *rows, found.samples))
+        self._say(found.notes)
         return found
 
     def _evaluate(self) -> bool:
@@ -361,6 +363,7 @@ class Loop:
         self.engine = replace(self.engine, token_budget=self.at.token_budget)
         self.watch = self._make_watch(self.plan, self.at.monitor)
         self.setting.keeper.resumed(self.at.step, self.at.best, found.run)
+        self.setting.directory.cut_samples(self.at.step)
         missing = self.setting.directory.cut_metrics(found.metrics_bytes)
         if missing:
             self.tell(Note(f"metrics.jsonl had lost {missing:,} bytes that belong before update {self.at.step}"))

@@ -8,19 +8,20 @@ from welltuned.advice.plan import Plan, make_plan, with_problems
 from welltuned.data.audit import Audit
 from welltuned.data.build import RowsRead, unwatched
 from welltuned.data.conversation import Conversation
-from welltuned.data.dataset import Dataset, open_sources, read_dataset
+from welltuned.data.dataset import Dataset, Sources, open_sources, read_dataset
 from welltuned.data.mix import Mixture
-from welltuned.data.render import Example
 from welltuned.errors import InputError
 from welltuned.facts.data import facts_of
 from welltuned.facts.machine import MachineFacts, read_machine_facts
 from welltuned.facts.model import ModelFacts, read_model_facts
 from welltuned.recipe import Method, Recipe, Tune
 from welltuned.training.speed import known_speed
-from welltuned.training.start_adapter import start_adapter, with_start_reasons, with_start_values
+from welltuned.training.start_adapter import StartAdapter, start_adapter, with_start_reasons, with_start_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from welltuned.objectives.rewards import Reward
 
 TRUSTED = 95  # weight among the plan's warnings of what the user trusts others with
 PLAIN_PARTS = 12  # weight among the plan's warnings of a part that runs on the model's own code: it costs time only
@@ -34,6 +35,7 @@ class Prepared:
         chat_template: the template that rows were rendered with, which inference must use too; None for plain text.
         train: all training rows, read when they are asked for; `mixture` says which of them make an update.
         held_out_conversations: those of the held-out rows, for replies before and after; read when asked for.
+        rewards: what rewards sampled answers (grpo, whose rows are prompts; other methods' are examples).
         notes: sentences about the data that the user should see; those that warn are among the plan's warnings too.
         data_digests: of the content of each dataset, by its name.
     """
@@ -42,13 +44,14 @@ class Prepared:
     plan: Plan
     tokenizer: "PreTrainedTokenizerBase"
     chat_template: str | None
-    train: Sequence[Example]
-    held_out: Sequence[Example]
+    train: Sequence[Any]
+    held_out: Sequence[Any]
     held_out_conversations: Sequence[Conversation]
     mixture: Mixture
     audit: Audit
     notes: tuple[str, ...]
     data_digests: Mapping[str, str] = field(default_factory=dict)
+    rewards: tuple["Reward", ...] = ()
 
 
 def prepare(
@@ -69,11 +72,12 @@ def prepare(
     Raises:
         InputError: anything in the recipe, the model's folder or the data that training could not use.
     """
-    from welltuned.models.foresee import foresee
     from welltuned.models.tokenizer import load_tokenizer
 
     if recipe.method is Method.GRPO:
-        raise InputError(f"training by {recipe.method} is not built yet", where="method", mend="use sft")
+        from welltuned.training.grpo_prepare import prepare_grpo
+
+        return prepare_grpo(recipe, machine, planned=planned, weights_needed=weights_needed)
     start = start_adapter(recipe)
     model_facts = read_model_facts(recipe.model, weights_needed=weights_needed, trust=recipe.trust)
     sources = open_sources(recipe)
@@ -86,15 +90,9 @@ def prepare(
     report = dataset.audit(model_facts.context_length)
     problems = report.problems()
     weighed = [(problem.weight, problem.sentence) for problem in problems]
-    if not recipe.trust.code:  # code of others is not run for a forecast
-        left = foresee(recipe.model, _targets(plan), nf4=recipe.tune is Tune.QLORA)
-        weighed += [(PLAIN_PARTS, sentence) for sentence in left]
-    weighed += [(TRUSTED, sentence) for sentence in _trusted(recipe)]
+    weighed += others_parts(recipe, plan)
     started = (start.note,) if start is not None and start.note is not None else ()
     plan = planned or with_problems(plan, weighed)
-    digests = {source.name: source.fingerprint() for source in (*sources.train, *sources.held_out)}
-    if start is not None:
-        digests["the adapter to go on from"] = start.digest
     return Prepared(
         recipe=recipe,
         plan=plan,
@@ -105,8 +103,8 @@ def prepare(
         held_out_conversations=dataset.held_out_conversations(),
         mixture=replace(dataset.mixture, seed=plan.value("seed")),
         audit=report,
-        notes=(*_trusted(recipe), *dataset.notes, *started, *(problem.sentence for problem in problems)),
-        data_digests=digests,
+        notes=(*trusted(recipe), *dataset.notes, *started, *(problem.sentence for problem in problems)),
+        data_digests=digests_of(sources, start),
     )
 
 
@@ -119,7 +117,24 @@ def require_sound(recipe: Recipe, chosen: Callable[[str], Any]) -> None:
         raise InputError(what, where="effective_batch_size", mend="give 2 or more")
 
 
-def _trusted(recipe: Recipe) -> list[str]:
+def others_parts(recipe: Recipe, plan: Plan) -> list[tuple[float, str]]:
+    """What of the model is not ours to run, weighed for the warnings: parts on its own code, code that is trusted."""
+    from welltuned.models.foresee import foresee
+
+    told: list[tuple[float, str]] = [(TRUSTED, sentence) for sentence in trusted(recipe)]
+    if recipe.trust.code:  # code of others is not run for a forecast
+        return told
+    left = foresee(recipe.model, targets_of(plan), nf4=recipe.tune is Tune.QLORA)
+    return told + [(PLAIN_PARTS, sentence) for sentence in left]
+
+
+def digests_of(sources: Sources, start: StartAdapter | None) -> dict[str, str]:
+    """Of what a run reads: each dataset, and the adapter that it goes on from."""
+    digests = {source.name: source.fingerprint() for source in (*sources.train, *sources.held_out)}
+    return digests if start is None else {**digests, "the adapter to go on from": start.digest}
+
+
+def trusted(recipe: Recipe) -> list[str]:
     """What the user allowed, said every time."""
     found = []
     if recipe.trust.code:
@@ -129,7 +144,7 @@ def _trusted(recipe: Recipe) -> list[str]:
     return found
 
 
-def _targets(plan: Plan) -> str | tuple[str, ...] | None:
+def targets_of(plan: Plan) -> str | tuple[str, ...] | None:
     """What will get adapters; None where all of the model is trained."""
     if plan.recipe.tune is Tune.FULL:
         return None

@@ -27,10 +27,11 @@ from welltuned.models.lora import AdapterBank, Bias, Init, LoraSettings, find_ta
 from welltuned.models.oom import is_out_of_memory
 from welltuned.models.packed import packed_model, packs
 from welltuned.models.parts import idle_parts, within
-from welltuned.recipe import Tune, recipe_to_yaml
+from welltuned.recipe import Method, Tune, recipe_to_yaml
 from welltuned.training.checkpoint import Checkpoint, Position
 from welltuned.training.durable import BESIDE, remove_folder, settle_folder
 from welltuned.training.events import Note, Observer, silent
+from welltuned.training.grpo_step import grpo_objective
 from welltuned.training.identity import identity_of, versions
 from welltuned.training.interrupt import interruptible
 from welltuned.training.keeper import Keeper, require_disk
@@ -174,6 +175,8 @@ def train(
 def with_objective(ready: Ready, prepared: Prepared, observer: Observer) -> Ready:
     """The same with its method's objective. To be called before a checkpoint is restored: it may ask the model as it
     starts."""
+    if prepared.recipe.method is Method.GRPO:
+        return replace(ready, objective=grpo_objective(prepared, ready.engine))
     if prepared.recipe.method not in METHODS:
         return ready
     rows = prepared.train, prepared.held_out, prepared.mixture

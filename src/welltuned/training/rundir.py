@@ -17,9 +17,10 @@ from welltuned.training.events import Evaluated, Event, Finding, Note, Skipped, 
 from welltuned.training.lock import LOCK, Lock
 
 ADAPTER, MODEL, RUN, PLAN, RECIPE, METRICS = "adapter", "model", "run.json", "plan.yaml", "recipe.yaml", "metrics.jsonl"
-STARTED = "started.json"
+STARTED, SAMPLES = "started.json", "samples.jsonl"  # samples: some completions of every evaluation (grpo)
 _FOR_WATCHERS = frozenset(
-    ("total_steps", "seconds_left", "evaluation_follows", "measures", "origins", "loss_of_example", "tokens_of_example")
+    ("total_steps", "seconds_left", "evaluation_follows", "measures", "samples", "origins")
+    + ("loss_of_example", "tokens_of_example")
 )
 
 
@@ -79,6 +80,7 @@ class RunDir:
             case Evaluated():
                 line = {**(self._awaiting or {"event": "evaluation"}), **_flat(event)}
                 self._awaiting = None
+                self._keep_samples(event)
             case Skipped():
                 line = {"event": "skipped", "step": event.step, "what": event.what, "rows": list(event.rows)}
             case Note():
@@ -108,6 +110,23 @@ class RunDir:
         """Make what was recorded durable; called from the thread that writes checkpoints."""
         durable.SYSTEM.fsync(self._metrics)
 
+    def _keep_samples(self, event: Evaluated) -> None:
+        if not event.samples:
+            return
+        try:
+            with (self.path / SAMPLES).open("a", encoding="utf-8") as file:
+                for sample in event.samples:
+                    file.write(json.dumps(_finite({"step": event.step, **sample}), ensure_ascii=False) + "\n")
+        except OSError as error:
+            self.trouble = error.strerror or str(error)
+
+    def cut_samples(self, step: int) -> None:
+        """Forget the samples of evaluations after `step`, which will be made again."""
+        path = self.path / SAMPLES
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            durable.replace_file(path, "".join(line for line in lines if _step_of(line) <= step))
+
     def _append(self, line: dict[str, Any]) -> None:
         self._pending += json.dumps(_finite(line), allow_nan=False).encode() + b"\n"
         self._flush()
@@ -131,6 +150,14 @@ class RunDir:
         self.lock.release()
         if self._pending:
             raise RunError(f"{self.path / METRICS}: its last lines could not be written ({self.trouble})")
+
+
+def _step_of(line: str) -> float:
+    """Of a line of samples.jsonl; one that was cut off belongs nowhere."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _flat(event: Updated | Evaluated) -> dict[str, Any]:

@@ -45,13 +45,14 @@ class Engine:
 class Gradient:
     """What one update's gradient was made from. `loss` is the mean over supervised tokens, in nats.
 
-    `measures` are an objective's own numbers, by the names that metrics.jsonl gives them.
+    `measures` are an objective's own numbers, by the names that metrics.jsonl gives them; `notes` are for the user.
     """
 
     loss: float
     tokens: int
     supervised_tokens: int
     measures: Mapping[str, float] = field(default_factory=lambda: NOTHING)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Evaluation:
     """Mean loss over supervised tokens, and its standard error over examples.
 
     The error is that of a ratio of sums over examples (Cochran, Sampling Techniques, 1977, section 6.4); it is NaN
-    for a single example.
+    for a single example. `samples` are some of the completions that it judged, for samples.jsonl.
     """
 
     loss: float
@@ -68,6 +69,8 @@ class Evaluation:
     loss_of_example: tuple[float, ...]
     measures: Mapping[str, float] = field(default_factory=lambda: NOTHING)
     tokens_of_example: tuple[int, ...] = ()  # what each example weighs in the mean; empty where all weigh the same
+    samples: tuple[Mapping[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class NotFinite(RunError):

@@ -125,7 +125,7 @@ def score(rewards: Sequence[Reward], samples: Sequence[Judged]) -> Scores:
 
 
 def _values(reward: Reward, samples: Sequence[Judged]) -> list[float | None | Fault]:
-    """One value a completion. Where a call for all of them fails, each is judged by itself: only the guilty are lost."""
+    """One value a completion. Where a call for all fails, each is judged by itself: only the guilty are lost."""
     try:
         return [_number(reward, value, s) for value, s in zip(_called(reward, samples), samples, strict=True)]
     except Exception as error:  # whatever a stranger's function may raise
@@ -194,7 +194,8 @@ def require_columns(rewards: Sequence[Reward], columns: Collection[str]) -> None
         for name in reward.asks:
             if _SINGULAR.get(name, name) not in _GIVEN and name not in columns:
                 mend = f"the columns are {', '.join(columns)}; besides them there are {', '.join(_GIVEN)}"
-                raise InputError(f"`{reward.name}` asks for `{name}`, which rows do not have", reward.where, mend)
+                what = f"`{reward.name}` asks for `{name}`, which rows do not have"
+                raise InputError(what, where=reward.where, mend=mend)
 
 
 def _load(spec: str, weight: float) -> Reward:

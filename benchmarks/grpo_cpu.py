@@ -1,0 +1,100 @@
+"""An update of GRPO of SmolLM2-135M with LoRA, fp32 on the CPU: seconds of sampling, rewards and the update.
+
+    python benchmarks/grpo_cpu.py [--trl-python ENV/bin/python] [--rounds 3] [--updates 4]
+
+welltuned and TRL's GRPOTrainer run in turn (A B A B ...), each in a process of its own, at equal settings: the same
+prompts in the same order, groups of 8, completions of exactly --tokens tokens (so that chance does not decide who has
+more to do), one reward that tells completions apart. The first update of a process warms it up and is not counted;
+medians over the others are quoted. The completions themselves differ: each side draws its own. Let nothing else run.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import describe_machine, write_result
+from gemm_floor import gemm_floor
+from sft_cpu import saved_model
+
+PEERS = Path(__file__).parent / "peers"
+PARTS = ("generation", "reward", "update", "whole")
+R, PROMPTS, GENERATIONS = 16, 8, 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each system (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=4, help="updates of a run, the first uncounted (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens of a completion (default: %(default)s)")
+    parser.add_argument("--trl-python", help="python of an environment with TRL and PEFT")
+    arguments = parser.parse_args()
+    pythons = {"welltuned": sys.executable, "trl": arguments.trl_python}
+    systems = {name: python for name, python in pythons.items() if python}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in systems}
+    with tempfile.TemporaryDirectory() as folder:
+        model, data = saved_model(Path(folder) / "model"), Path(folder) / "prompts.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in prompts(arguments.updates)), encoding="utf-8")
+        for turn in range(arguments.rounds):
+            for name, python in systems.items():
+                runs[name].append(one_run(name, python, model, data, arguments))
+                print(f"round {turn + 1}: {name} {json.dumps(runs[name][-1])}", file=sys.stderr)
+    result = summary(runs, arguments)
+    print(json.dumps(result["median"], indent=1))
+    print(write_result("grpo_cpu", result))
+
+
+def prompts(updates: int) -> list[dict[str, str]]:
+    """Sums of two numbers, in words; as many as the updates take."""
+    count = updates * PROMPTS
+    return [{"prompt": f"What is {7 + 3 * i} + {5 + 2 * i}? Explain how you add them."} for i in range(count)]
+
+
+def one_run(name: str, python: str, model: Path, data: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One process; its last line of output is its result. The floor is the better of before and after."""
+    before = gemm_floor()
+    settings = [str(arguments.updates), str(PROMPTS), str(GENERATIONS), str(arguments.tokens), str(R)]
+    command = [python, str(PEERS / f"{name}_grpo.py"), str(model), str(data), *settings]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return {**found, "floor_gflops": max(before, gemm_floor())}
+
+
+def summary(runs: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Medians of the counted updates of all runs, and of the ratios of the runs that followed each other."""
+
+    def of(run: dict[str, Any], part: str) -> float:
+        return statistics.median(update[part] for update in run["updates"][1:])
+
+    medians: dict[str, Any] = {
+        name: {
+            **{f"{part}_s": round(statistics.median(of(run, part) for run in found), 3) for part in PARTS},
+            "peak_gb": round(statistics.median(run["peak_rss_gb"] for run in found), 2),
+        }
+        for name, found in runs.items()
+    }
+    for name in runs.keys() - {"welltuned"}:
+        pairs = list(zip(runs["welltuned"], runs[name], strict=True))
+        medians[name]["welltuned_speed_ratio"] = {
+            part: round(statistics.median(of(b, part) / max(of(a, part), 1e-9) for a, b in pairs), 2) for part in PARTS
+        }
+    return {
+        "what": __doc__.splitlines()[0],
+        "machine": describe_machine(),
+        "prompts_an_update": PROMPTS,
+        "completions_a_prompt": GENERATIONS,
+        "tokens_a_completion": arguments.tokens,
+        "r": R,
+        "median": medians,
+        "runs": runs,
+    }
+
+
+if __name__ == "__main__":
+    main()
