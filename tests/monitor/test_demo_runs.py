@@ -16,8 +16,8 @@ from welltuned.training.monitor.thresholds import limit
 from welltuned.training.watch import Watch
 
 RUNS = sorted((Path(__file__).parent / "fixtures").glob("*.jsonl"))
-SHAPE = dict(model_type="llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-             num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True, max_position_embeddings=8192)  # fmt: skip
+SHAPE = dict(model_type="llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=30, vocab_size=49152,
+             num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=8192)  # fmt: skip
 
 
 def events_of(path):
