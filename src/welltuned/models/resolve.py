@@ -18,7 +18,9 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 
 
-_MEND_PICKLE = "convert it with save_pretrained(..., safe_serialization=True), or set `allow_pickle: true` if you trust its source"
+_MEND_PICKLE = (
+    "convert it with save_pretrained(..., safe_serialization=True), or set `allow_pickle: true` if you trust its source"
+)
 NO_TRUST = Trust()
 
 
