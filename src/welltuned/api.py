@@ -22,6 +22,7 @@ from welltuned.models.adapter_file import load_adapter
 from welltuned.models.generate import Decoding, replies
 from welltuned.models.load import load_model, load_tokenizer
 from welltuned.models.lora import AdapterBank
+from welltuned.models.paths import inside
 from welltuned.models.resolve import NO_TRUST
 from welltuned.recipe import KEYS, Trust, load_recipe
 from welltuned.training.events import Observer, silent
@@ -123,6 +124,8 @@ def load(run: str | Path, *, device: str | None = None, trust: Trust = NO_TRUST)
     if facts.get("method") == "reward":
         mend = "load it with transformers' AutoModelForSequenceClassification, with PEFT where it is an adapter"
         raise InputError("this Run is a reward model, which scores and does not answer", where=str(path), mend=mend)
+    for name in (ADAPTER, MODEL):
+        inside(path, name, str(path))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if (path / MODEL).is_dir():

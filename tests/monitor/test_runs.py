@@ -12,10 +12,10 @@ from welltuned.training.monitor.thresholds import limit
 
 @pytest.fixture(scope="module")
 def learned_by_heart(watched, noise_file):
-    """45 updates a tenth of which would do: 60 rows of noise, 20 times."""
+    """60 rows of noise, 30 times: a few would do."""
     return watched(
-        data=noise_file, eval_fraction=0.33, num_train_epochs=20, learning_rate=2e-2, early_stopping_patience=3,
-        eval_steps=8, load_best_model_at_end=False,
+        data=noise_file, eval_fraction=0.33, num_train_epochs=30, lr_scheduler_type="constant_with_warmup",
+        early_stopping_patience=3, eval_steps=8, load_best_model_at_end=False,
     )  # fmt: skip
 
 
@@ -40,10 +40,18 @@ def test_nothing_is_said_of_a_healthy_run(watched, options):
     assert run.summary["best_step"] == min(run.evaluations, key=lambda e: e.eval_loss).step
 
 
-def test_nothing_is_said_of_a_model_that_learns_more(watched, schooled_dir, noise_file):
-    """A model that knows one job learns another: its loss starts low and falls little."""
-    run = watched(model=schooled_dir, num_train_epochs=2, learning_rate=4e-3)
+def test_nothing_is_said_of_a_model_that_learns_another_job(watched, schooled_dir, rows, write_rows, tmp_path):
+    """Its loss starts high, falls fast and then hardly: the usual course of a fine-tuning."""
+    swapped = [{"messages": [row["messages"][0], _swapped(row["messages"][1])]} for row in rows]
+    data = write_rows(tmp_path / "swapped.jsonl", swapped)
+    run = watched(model=schooled_dir, data=data, num_train_epochs=4)
+    assert run.evaluations[-1].eval_loss < 0.8 * run.evaluations[0].eval_loss
     assert run.findings == {}
+
+
+def _swapped(message):
+    pairs = (pair.partition(":") for pair in message["content"].split())
+    return {**message, "content": " ".join(f"{colour}:{thing}" for thing, _, colour in pairs)}
 
 
 def test_watching_changes_nothing(watched, monkeypatch):
@@ -80,7 +88,7 @@ def test_overfitting(learned_by_heart):
 def test_a_run_stops_when_its_held_out_loss_has_turned(learned_by_heart):
     run = learned_by_heart
     assert run.summary["stop_reason"].startswith(f"stopped after {run.updates[-1].step} updates: the held-out loss is")
-    assert run.updates[-1].step < run.updates[0].total_steps == 80
+    assert run.updates[-1].step < run.updates[0].total_steps == 120
     assert any(isinstance(event, Note) and event.text == run.summary["stop_reason"] for event in run.events)
     assert run.summary["updates"] == len(run.updates)
     best = min(run.evaluations, key=lambda e: e.eval_loss)
@@ -124,15 +132,22 @@ def test_weights_that_do_not_move(watched):
     assert run.updates[-1].weight_change < 1e-6
 
 
-def test_a_rate_too_low(watched):
-    run = watched(learning_rate=2e-4, num_train_epochs=3)
+def test_a_rate_too_low_to_learn(watched):
+    run = watched(learning_rate=1e-4, num_train_epochs=3)
     assert run.updates[-1].weight_change > limit("unmoved")
-    early, late = run.findings["not_learning"], run.findings["underfitting"]
-    assert early.step == 6 and late.step == 12
-    low = run.summary and early.changes["learning_rate"]
-    assert low > 2e-4 and late.changes["learning_rate"] == low
-    keys = [key for remedy in late.remedies for key in remedy.changes]
-    assert keys == ["learning_rate", "num_train_epochs", "r", "lora_alpha", "effective_batch_size"]
+    found = run.findings["not_learning"]
+    assert found.step == 6 and "the held-out loss fell by" in found.what and "A learning rate of 1e-4" in found.cause
+    assert found.changes["learning_rate"] > 1e-3  # the advice's own
+
+
+def test_a_rate_too_low_to_finish(watched):
+    """The loss falls by as much in the second half of the summed rate as in the first."""
+    run = watched(learning_rate=6e-4, num_train_epochs=3)
+    found = run.findings["underfitting"]
+    assert found.step == 12 and "still falling when the run ended" in found.what
+    keys = [key for remedy in found.remedies for key in remedy.changes]
+    assert keys[:4] == ["learning_rate", "num_train_epochs", "r", "lora_alpha"]
+    assert found.changes["learning_rate"] > 1e-3 and run.findings.keys() == {"underfitting"}
 
 
 def test_a_rate_too_low_with_few_held_out_rows(watched):

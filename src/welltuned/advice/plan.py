@@ -31,7 +31,7 @@ from welltuned.errors import InputError
 from welltuned.facts.data import DatasetFacts
 from welltuned.facts.machine import MachineFacts
 from welltuned.facts.model import ModelFacts
-from welltuned.recipe import Method, Recipe, Tune, YamlLoader
+from welltuned.recipe import Method, PlainLoader, Recipe, Tune
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,8 +115,8 @@ def plan_to_yaml(plan: Plan) -> str:
 def plan_from_yaml(text: str, where: str = "plan.yaml") -> Plan:
     """The plan that `plan_to_yaml` wrote."""
     try:
-        plan = from_plain(Plan, yaml.load(text, Loader=YamlLoader))
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+        plan = from_plain(Plan, yaml.load(text, Loader=PlainLoader))
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         mend = "it is written by `welltuned train`; do not edit it"
         raise InputError(f"not a plan that can be read ({error})", where=where, mend=mend) from error
     assert isinstance(plan, Plan)

@@ -16,6 +16,7 @@ from typing import Any
 
 from welltuned.data.files import PACKINGS, DataFile, data_file, kind_and_packing, reason
 from welltuned.errors import InputError
+from welltuned.models.paths import named
 
 SPLITS = {  # how a split is spelled in file names → what it is
     **dict.fromkeys(("train", "training"), "train"),
@@ -240,9 +241,10 @@ def _saved_to_disk(root: Path, name: str, split: str | None) -> Found:
     if chosen not in splits:
         mend = f"set `split` to one of {', '.join(splits)}"
         raise InputError(f"the saved dataset has no split `{chosen}`", where=name, mend=mend)
+    folder = named(root, chosen, index)
     left = [label for label in splits if label != chosen]
     note = f"Of {name} the split `{chosen}` is read, not {', '.join(left)}." if left else None
-    return Found(_saved_files(root / chosen, f"{name.rstrip('/')}/{chosen}"), note)
+    return Found(_saved_files(folder, f"{name.rstrip('/')}/{chosen}"), note)
 
 
 def _saved_files(root: Path, name: str) -> tuple[DataFile, ...]:
@@ -254,12 +256,13 @@ def _saved_files(root: Path, name: str) -> tuple[DataFile, ...]:
     if state.get("_indices_data_files"):
         mend = "save it again after `flatten_indices()`"
         raise InputError("the saved dataset keeps the order of its rows in a separate index", where=name, mend=mend)
-    return tuple(data_file(root / file, f"{name}/{file}") for file in names if isinstance(file, str))
+    where = f"{name}/state.json"
+    return tuple(data_file(named(root, file, where), f"{name}/{file}") for file in names if isinstance(file, str))
 
 
 def _read_object(path: Path, name: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"the saved dataset cannot be read ({reason(error)})", where=name) from error
     return value if isinstance(value, dict) else {}

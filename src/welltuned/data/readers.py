@@ -19,6 +19,7 @@ from welltuned.errors import InputError
 if TYPE_CHECKING:
     import pyarrow
 
+LARGEST_WHOLE = 2**31  # bytes of a file that is read as one value, unpacked: a small packed file can hold any number
 LONGEST_LINE = 2**30  # bytes; what is longer is no line but a file without line ends
 LONGEST_CSV_FIELD = 2**27  # characters; the csv module's own limit (131,072) is shorter than some documents
 BATCH_BYTES = 2**23  # of a columnar file that become Python objects at a time
@@ -211,7 +212,11 @@ def _bytes(file: DataFile, most: int = -1) -> bytes:
 
 def _whole(file: DataFile) -> str:
     try:
-        return _without_mark(_bytes(file), file.name).decode()
+        data = _bytes(file, LARGEST_WHOLE + 1)
+        if len(data) > LARGEST_WHOLE:
+            what = f"the file is one JSON value of more than {LARGEST_WHOLE:,} bytes"
+            raise InputError(what, where=file.name, mend="write JSON Lines (.jsonl), which are read row by row")
+        return _without_mark(data, file.name).decode()
     except UnicodeDecodeError as error:
         raise _bad_utf8(error, file.name) from error
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from welltuned.data.conversation import Conversation, Message
+from welltuned.data.deadline import limited, require_short
 from welltuned.errors import InputError
 
 if TYPE_CHECKING:
@@ -114,13 +115,16 @@ def try_render_texts(
     for generation_prompt, indices in batches.items():
         chats = [_chat(prompts[i]) for i in indices]
         try:
-            rendered: Sequence[Any] = tokenizer.apply_chat_template(
-                chats, chat_template=template, add_generation_prompt=generation_prompt, tokenize=False
-            )
+            with limited():
+                rendered: Sequence[Any] = tokenizer.apply_chat_template(
+                    chats, chat_template=template, add_generation_prompt=generation_prompt, tokenize=False
+                )
         except _template_failures():
             rendered = [_render_one(tokenizer, template, prompts[i]) for i in indices]
         for index, text in zip(indices, rendered, strict=True):
-            texts[index] = text
+            texts[index] = (
+                text if isinstance(text, InputError) else require_short(text, prompts[index].conversation.origin)
+            )
     return texts
 
 
@@ -132,13 +136,14 @@ def render_marked(
 
     special: dict[str, Any] = dict(tokenizer.special_tokens_map)
     try:
-        rendered: Any = render_jinja_template(
-            conversations=[_chat(Prompt(conversation, len(conversation.messages)))],
-            tools=_tools(conversation),
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **special,
-        )
+        with limited():
+            rendered: Any = render_jinja_template(
+                conversations=[_chat(Prompt(conversation, len(conversation.messages)))],
+                tools=_tools(conversation),
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **special,
+            )
     except _template_failures() as error:
         raise _failure(error, conversation.origin) from error
     texts, spans = rendered
@@ -147,13 +152,14 @@ def render_marked(
 
 def _render_one(tokenizer: "PreTrainedTokenizerBase", template: str, prompt: Prompt) -> str | InputError:
     try:
-        text = tokenizer.apply_chat_template(
-            _chat(prompt),
-            tools=_tools(prompt.conversation),
-            chat_template=template,
-            add_generation_prompt=prompt.generation_prompt,
-            tokenize=False,
-        )
+        with limited():
+            text = tokenizer.apply_chat_template(
+                _chat(prompt),
+                tools=_tools(prompt.conversation),
+                chat_template=template,
+                add_generation_prompt=prompt.generation_prompt,
+                tokenize=False,
+            )
     except _template_failures() as error:
         return _failure(error, prompt.conversation.origin)
     return str(text)
@@ -171,7 +177,8 @@ def _template_failures() -> tuple[type[Exception], ...]:
     """A template's own raise_exception and syntax errors, and what its expressions raise on unexpected values."""
     import jinja2
 
-    return jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError
+    wrong = TypeError, ValueError, LookupError, AttributeError, ArithmeticError
+    return jinja2.TemplateError, *wrong, RecursionError, MemoryError
 
 
 def _failure(error: Exception, origin: str) -> InputError:

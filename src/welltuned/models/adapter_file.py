@@ -6,6 +6,7 @@ one A [experts · r, in] and one B [out, r · experts], in which the expert is t
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -38,6 +39,7 @@ _REFUSED = (
 # (Qwen3-MoE, DeepSeek, GLM-4, ...), by whatever path: dense layers and shared experts would go without. It finds them
 # as parameters ("….weight").
 _TAKEN_FOR_EXPERTS = ("gate_proj", "up_proj", "down_proj")
+_NAME_PATTERN = re.compile(r"\^?[\w.\\|$-]+")
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others (PiSSA, OLoRA, ...) change the base weights
 
 
@@ -116,8 +118,10 @@ def read_config(folder: Path, accept: Iterable[str] = ()) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"there is no {CONFIG}", where=str(folder), mend="give an adapter's folder") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{CONFIG} is not JSON ({error})", where=str(folder)) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{CONFIG} is not JSON ({_line(error)})", where=str(folder)) from error
+    if not isinstance(config, dict):
+        raise InputError(f"{CONFIG} is no JSON object", where=str(folder), mend="give an adapter's folder")
     if config.get("peft_type") != "LORA":
         raise InputError(f"adapters of type {config.get('peft_type')} are not understood", where=str(path))
     for key in _REFUSED:
@@ -128,8 +132,9 @@ def read_config(folder: Path, accept: Iterable[str] = ()) -> dict[str, Any]:
         mend = "convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         raise InputError(f"an adapter begun with {start} stands on other base weights", where=str(path), mend=mend)
     for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float) or config[key] <= 0:
+        if type(config.get(key)) not in (int, float) or not 0 < config[key] < math.inf:
             raise InputError(f"{key} is no number above 0", where=str(path), mend="give the adapter's own config")
+    _check_names(config, str(path))
     if (config.get("bias") or "none") not in set(Bias):
         raise InputError(f"the bias {config['bias']!r} is not understood", where=str(path))
     return config
@@ -141,6 +146,23 @@ def adapted_leaves(folder: Path) -> tuple[str, ...]:
     return tuple(sorted({name.split(".")[-2] for name in names if name.endswith("lora_A")}))
 
 
+def _check_names(config: dict[str, Any], where: str) -> None:
+    """What is compared with the model's names: lists of text, and patterns that cannot take for ever to match."""
+    parameters, patterns = config.get("target_parameters") or [], config.get("rank_pattern") or {}
+    if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
+        raise InputError("target_parameters is no list of names", where=where)
+    if not isinstance(patterns, dict) or not all(type(rank) is int and rank > 0 for rank in patterns.values()):
+        raise InputError("rank_pattern does not give ranks by name", where=where)
+    for pattern in patterns:
+        if not _NAME_PATTERN.fullmatch(pattern):
+            what = f"rank_pattern holds {pattern[:80]!r}, which is more than names and their parts"
+            raise InputError(what, where=where, mend="name the modules")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, by the names in it."""
     try:
@@ -148,8 +170,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except FileNotFoundError as error:
         raise InputError(f"there is no {path.name}", where=str(path.parent), mend="give an adapter's folder") from error
-    except SafetensorError as error:
-        raise InputError(f"the adapter's weights are damaged ({error})", where=str(path)) from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"the adapter's weights are damaged ({_line(error)})", where=str(path)) from error
 
 
 def _to_file(name: str, bank: AdapterBank) -> str:
@@ -256,6 +278,7 @@ def peft_targets(model: PreTrainedModel, targets: list[str]) -> list[str]:
 
 
 def _settings(config: dict[str, Any], tensors: dict[str, Tensor], stacks: set[str], where: str) -> LoraSettings:
+    longest = max((max(tensor.shape, default=0) for tensor in tensors.values()), default=0)
     names = tuple(sorted({n.rpartition(".")[0] for n in tensors if n.endswith("lora_A")}))
     r = int(config["r"])
     patterns = config.get("rank_pattern") or {}
@@ -263,6 +286,9 @@ def _settings(config: dict[str, Any], tensors: dict[str, Tensor], stacks: set[st
     def rank(name: str) -> int:
         return next((int(v) for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), r)
 
+    if max((rank(name) for name in names), default=r) > longest:  # before so much memory is asked for
+        what = f"the rank is {r:,} in {CONFIG}, and the file's tensors are no larger than {longest:,}"
+        raise InputError(what, where=where, mend="the two files do not belong together")
     expert_ranks = {rank(name) for name in names if name in stacks}
     if len(expert_ranks) > 1 or any(rank(name) != r for name in names if name not in stacks):
         what = "rank_pattern is understood only where all experts share one rank and all other layers have r"

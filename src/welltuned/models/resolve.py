@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from welltuned.errors import InputError
-from welltuned.models.paths import inside
+from welltuned.models.paths import named
 from welltuned.recipe import Trust
 
 DEMO_ALIAS = "smollm2-135m-instruct"
@@ -18,7 +18,9 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 
 
-_MEND_PICKLE = "convert it with save_pretrained, or set `allow_pickle: true` if you trust where it is from"
+_MEND_PICKLE = (
+    "convert it with save_pretrained(..., safe_serialization=True), or set `allow_pickle: true` if you trust its source"
+)
 NO_TRUST = Trust()
 
 
@@ -107,7 +109,7 @@ def weight_files(folder: Path) -> set[Path]:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError("the index of the weights is not readable", where=str(index)) from error
-    files = {inside(folder, name, str(index)) for name in names}
+    files = {named(folder, name, str(index)) for name in names}
     other = next((file.name for file in files if file.suffix != ".safetensors"), None)
     if other is not None:
         what = f"it names {other}, which is no safetensors file: a pickle can run code when it is loaded"

@@ -60,7 +60,10 @@ def arguments_of(source: ModelSource, trust: Trust = NO_TRUST) -> dict[str, Any]
 
 
 def refuse_code(error: Exception, model: str) -> None:
-    """Say in one sentence what transformers says in five, where a repository wants its own code to be run."""
+    """Say in one sentence what transformers and torch say in five, where files want code to be run."""
+    if "Weights only load failed" in str(error):
+        what = "the .bin file holds more than tensors: it would run code"
+        raise InputError(what, where=model, mend="do not use it") from error
     if isinstance(error, ValueError) and "trust_remote_code" in str(error):
         what = "the model needs Python code of its own repository, which could do all that you can do"
         mend = "use a model that transformers knows, or set `trust_remote_code: true` once you have read that code"

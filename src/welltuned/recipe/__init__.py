@@ -18,7 +18,7 @@ from welltuned.recipe.keys import (
     Method,
     Tune,
 )
-from welltuned.recipe.read import Recipe, Trust, YamlLoader, load_recipe, recipe_to_dict, recipe_to_yaml
+from welltuned.recipe.read import PlainLoader, Recipe, Trust, YamlLoader, load_recipe, recipe_to_dict, recipe_to_yaml
 
 __all__ = [
     "ALL_LINEAR",
@@ -28,6 +28,7 @@ __all__ = [
     "KEYS",
     "METHOD_KEYS",
     "POLICIES",
+    "PlainLoader",
     "Key",
     "Method",
     "Recipe",

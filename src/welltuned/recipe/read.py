@@ -151,6 +151,17 @@ YamlLoader.add_implicit_resolver(
 )
 
 
+class PlainLoader(YamlLoader):
+    """Without aliases: a few lines of them can stand for billions of values."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "an alias (*name) stands where a value belongs", mark)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
+
+
 def _from_file(path: str) -> Iterator[tuple[str, Setting]]:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
@@ -189,16 +200,20 @@ def _from_sets(sets: Sequence[str]) -> Iterator[tuple[str, Setting]]:
 
 
 def _composed(text: str, where: str) -> yaml.Node | None:
-    loader = YamlLoader(text)
+    loader = None
     try:
+        loader = PlainLoader(text)  # refuses control characters at once
         return loader.get_single_node()
+    except RecursionError as error:
+        raise InputError("not valid YAML: nested too deeply", where=where, mend="mend the syntax") from error
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark and not where.startswith("--") else ""
         raise InputError(f"not valid YAML: {error.problem}", where=f"{where}{line}", mend="mend the syntax") from error
     except yaml.YAMLError as error:
         raise InputError(f"not valid YAML: {error}", where=where, mend="mend the syntax") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _line(node: yaml.Node) -> int:

@@ -9,10 +9,10 @@ from typing import Any
 
 from welltuned.advice.plan import Plan
 from welltuned.choice import SetBy
-from welltuned.recipe import Method
 from welltuned.training.events import Evaluated, Event, Finding, Updated
 from welltuned.training.monitor import divergence, overfitting, preference, rollouts, spikes, throughput, underfitting
 from welltuned.training.monitor.history import History
+from welltuned.training.monitor.overfitting import judged_by
 from welltuned.training.monitor.warmup import never_warm
 
 Detector = Callable[[History, Plan], Finding | None]
@@ -66,7 +66,7 @@ class Watch:
                 if event.evaluation_follows:  # judged with it
                     return ()
             case Evaluated():
-                self.history.add_evaluation(event, self._judged(event))
+                self.history.add_evaluation(event)
             case _:
                 return ()
         said = {finding.id for finding in self.findings}
@@ -75,12 +75,6 @@ class Watch:
         self.findings.extend(new)
         self.stop_reason = self.stop_reason or self._reason_to_stop(new)
         return new
-
-    def _judged(self, event: Evaluated) -> float:
-        """Lower is better. A policy's loss does not tell how good it is; its reward does."""
-        if self.plan.recipe.method is Method.GRPO and "reward" in event.measures:
-            return -event.measures["reward"]
-        return event.eval_loss
 
     def _reason_to_stop(self, new: tuple[Finding, ...]) -> str | None:
         """Divergence, unless the user has set a patience of 0; or a held-out loss that has turned for that long."""
@@ -94,7 +88,7 @@ class Watch:
             return None
         last = self.history.evaluations[-1]
         return (
-            f"stopped after {self.history.step} updates: the held-out loss is {last.loss:.3f} and "
+            f"stopped after {self.history.step} updates: the held-out {judged_by(self.plan)} is {last.loss:.3f} and "
             f"was {best.loss:.3f} after {best.step}; by more than two standard errors in {count} evaluations running"
         )
 
@@ -109,8 +103,10 @@ class Watch:
 
     @classmethod
     def restored(cls, state: Mapping[str, Any], plan: Plan) -> "Watch":
-        """The watch as it was when `state` was taken."""
+        """The watch as it was when `state` was taken; a new one where the state is empty."""
         watch = cls(plan)
+        if not state:
+            return watch
         watch.history = History.from_json(state["history"])
         watch.findings = [Finding.from_json(finding) for finding in state["findings"]]
         watch.stop_reason = state["stop_reason"]

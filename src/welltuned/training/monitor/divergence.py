@@ -14,7 +14,9 @@ ID = "divergence"
 
 def diverged(history: History, plan: Plan) -> Finding | None:
     """A loss that is no number or far above its lowest, held-out rows worse than before, weights out of all bounds."""
-    what = _broken(history) or _risen(history, plan) or _worse_than_untrained(history) or _outgrown(history)
+    what = _broken(history) or _outgrown(history)
+    if what is None and plan.recipe.method is not Method.GRPO:  # whose loss goes up and down around zero by nature
+        what = _risen(history) or _worse_than_untrained(history)
     if what is None:
         return None
     return Finding(ID, Severity.ERROR, history.step, what, _cause(plan), _remedies(plan))
@@ -24,9 +26,7 @@ def _broken(history: History) -> str | None:
     return f"the loss or the gradient of {history.broken} updates was not finite" if history.broken else None
 
 
-def _risen(history: History, plan: Plan) -> str | None:
-    if plan.recipe.method is Method.GRPO:  # its loss goes up and down around zero by nature
-        return None
+def _risen(history: History) -> str | None:
     count = share_of_run("divergence_updates", history.total)
     latest = history.updates[-count:]
     margin = max(limit("divergence_rise"), limit("divergence_spread") * history.least_spread)

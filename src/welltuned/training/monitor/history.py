@@ -129,7 +129,7 @@ class History:
         weight = 1 / min(self.count, limit("smooth_updates"))
         smooth = event.loss if before is None else before + weight * (event.loss - before)
         residual = 0.0 if before is None else event.loss - before
-        spike = self._is_spike(event, residual)
+        spike, moved = self._is_spike(event, residual), event.weight_change
         self.updates.append(
             Update(
                 step=event.step,
@@ -140,8 +140,8 @@ class History:
                 learning_rate=event.learning_rate,
                 tokens_per_second=event.tokens_per_second,
                 seconds=event.tokens / event.tokens_per_second if event.tokens_per_second else 0.0,
-                weight_change=event.weight_change,
-                measures=dict(event.measures),
+                weight_change=moved if moved is not None and math.isfinite(moved) else None,
+                measures=_finite(event.measures),
                 spike=spike,
                 origins=list(event.origins) if spike else [],
             )
@@ -158,7 +158,7 @@ class History:
         size = max(1, math.ceil(event.total_steps / limit("blocks")))
         if not self.blocks or self.blocks[-1].count >= size:
             self.blocks.append(Block())
-        self.blocks[-1].add(event.loss, event.learning_rate, event.measures)
+        self.blocks[-1].add(event.loss, event.learning_rate, _finite(event.measures))
 
     def _is_spike(self, event: Updated, residual: float) -> bool:
         """Loss and gradient norm both far outside what the latest updates show."""
@@ -171,22 +171,21 @@ class History:
             and is_outlier(math.log(max(event.grad_norm, math.ulp(0.0))), norms, level=1.0)
         )
 
-    def add_evaluation(self, event: Evaluated, judged: float) -> None:
-        """`judged` is what an evaluation is compared by, lower is better: the held-out loss, or minus a reward."""
+    def add_evaluation(self, event: Evaluated) -> None:
         self.step = max(self.step, event.step)
-        if not math.isfinite(judged):
+        if not math.isfinite(event.eval_loss):
             return
-        by_loss = judged == event.eval_loss
-        rows = list(event.loss_of_example) if by_loss else []
+        rows = list(event.loss_of_example)
+        if not all(map(math.isfinite, rows)):  # a row that could not be judged: then by the mean and its error
+            rows = []
         self.weights = list(event.tokens_of_example) or [1] * len(rows)
-        error = event.eval_loss_se if by_loss and math.isfinite(event.eval_loss_se) else None
         held = Held(
             step=event.step,
-            loss=judged,
-            error=error,
+            loss=event.eval_loss,
+            error=event.eval_loss_se if math.isfinite(event.eval_loss_se) else None,
             smooth=self.smooth,
             rates=self.rates,
-            measures=dict(event.measures),
+            measures=_finite(event.measures),
         )
         if self.evaluations:
             first, best = self.evaluations[0], self.best_evaluation or self.evaluations[0]
@@ -223,3 +222,8 @@ class History:
             "least": math.inf if state["least"] is None else state["least"],
         }
         return cls(**{**state, **parts})
+
+
+def _finite(measures: Mapping[str, float]) -> dict[str, float]:
+    """The measures that are numbers: some are not where nothing could be judged."""
+    return {name: value for name, value in measures.items() if math.isfinite(value)}

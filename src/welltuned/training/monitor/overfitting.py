@@ -12,6 +12,8 @@ from welltuned.training.monitor.thresholds import limit
 
 def overfitting(history: History, plan: Plan) -> Finding | None:
     """The verdict: the held-out loss lies above its best by more than the noise, several times in a row."""
+    if plan.recipe.method is Method.GRPO:  # it has no training loss that would fall
+        return None
     best, count = history.best_evaluation, rising_evaluations(history)
     if (
         best is None
@@ -43,6 +45,11 @@ def rising_evaluations(history: History) -> int:
             break
         count += 1
     return count
+
+
+def judged_by(plan: Plan) -> str:
+    """What evaluations are compared by; lower is better."""
+    return "score (minus the reward)" if plan.recipe.method is Method.GRPO else "loss"
 
 
 def can_tell(history: History, plan: Plan) -> bool:
@@ -113,7 +120,7 @@ def too_small_to_tell(history: History, plan: Plan) -> Finding | None:
         return None
     last, best, n = history.evaluations[-1], history.best_evaluation, plan.facts.dataset.heldout_rows
     error = "unknown" if last.error is None else f"± {last.error:.3f}"
-    text = f"the held-out loss is {last.loss:.3f}, standard error {error}, over {counted(n, 'row')}"
+    text = f"the held-out {judged_by(plan)} is {last.loss:.3f}, standard error {error}, over {counted(n, 'row')}"
     least = int(limit("heldout_least"))
     if n < least:
         what, wanted = f"{text}: fewer than {least}, so the standard error is itself a guess", least

@@ -27,7 +27,7 @@ class _Point(NamedTuple):
 def unmoved(history: History, plan: Plan) -> Finding | None:
     """The trained weights are where they started."""
     moved = history.updates[-1].weight_change if history.updates else None
-    if moved is None or math.isnan(moved) or history.done < limit("unmoved_from") or moved >= limit("unmoved"):
+    if moved is None or history.done < limit("unmoved_from") or moved >= limit("unmoved"):
         return None
     thing = "weights" if plan.recipe.tune is Tune.FULL else "adapters"
     what = f"the {thing} have changed the model's weights by {moved:.1e} of their size"
