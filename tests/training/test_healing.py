@@ -94,8 +94,9 @@ def out_of_memory_above(monkeypatch, tokens, error, phase):
     monkeypatch.setattr(step_module, "_loss", loss)
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
-@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize(
+    "phase,error", [("forward", ERRORS[0]), ("backward", ERRORS[1]), ("backward", ERRORS[2])], ids=["1", "2", "3"]
+)
 def test_out_of_memory_in_an_update(options, straight, tmp_path, monkeypatch, error, phase):
     out_of_memory_above(monkeypatch, 300, error, phase)
     seen, failed = trained(tmp_path / "run", options)
@@ -114,7 +115,7 @@ def test_what_a_failed_pass_added_does_not_count(options, straight, tmp_path, mo
 
     def loss(*arguments):
         passes.append(1)
-        if len(passes) == 7:
+        if len(passes) == 6:
             raise MemoryError
         return real(*arguments)
 
@@ -128,25 +129,25 @@ def test_a_gradient_that_is_not_cleared_would_be_seen(options, straight, tmp_pat
     """Planted: the retry adds to what the failed pass left."""
     from welltuned.training.optimizer import FlatAdamW
 
-    real, clears = FlatAdamW.zero_grad, []
+    real_clear, real_loss, passes, forgotten = FlatAdamW.zero_grad, step_module._loss, [], []
 
     def forgetful(self):
-        clears.append(1)
-        if len(clears) != 4:  # the retry in update 3
-            real(self)
+        if len(passes) == 6 and not forgotten:
+            forgotten.append(1)
+        else:
+            real_clear(self)
 
     monkeypatch.setattr(FlatAdamW, "zero_grad", forgetful)
-    test_real, passes = step_module._loss, []
 
     def loss(*arguments):
         passes.append(1)
-        if len(passes) == 11:
+        if len(passes) == 6:  # not the first of its update
             raise MemoryError
-        return test_real(*arguments)
+        return real_loss(*arguments)
 
     monkeypatch.setattr(step_module, "_loss", loss)
     trained(tmp_path / "run", options, token_budget=200)
-    assert not nearly_same(tmp_path / "run", straight)
+    assert forgotten and not nearly_same(tmp_path / "run", straight)
 
 
 def test_no_memory_for_even_one_row(options, tmp_path, monkeypatch):
@@ -155,14 +156,13 @@ def test_no_memory_for_even_one_row(options, tmp_path, monkeypatch):
     assert "though every example is computed by itself" in str(failed) and "max_length" in str(failed)
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
-def test_out_of_memory_in_an_evaluation(options, straight, tmp_path, monkeypatch, error):
+def test_out_of_memory_in_an_evaluation(options, straight, tmp_path, monkeypatch):
     real, calls = step_module.evaluate, []
 
     def evaluate(engine, rows):
         calls.append(engine.token_budget)
         if engine.token_budget > 500 and len(calls) > 1:
-            raise error
+            raise ERRORS[2]
         return real(engine, rows)
 
     monkeypatch.setattr(step_module, "evaluate", evaluate)
@@ -454,7 +454,13 @@ class Full(Faulty):
 
 
 @pytest.mark.parametrize(
-    "name,number", [("write", errno.ENOSPC), ("fsync", errno.EIO), ("make_folder", errno.EROFS), ("open", errno.EACCES)]
+    "name,number",
+    [
+        ("write", errno.ENOSPC),
+        ("fsync", errno.EIO),
+        pytest.param("make_folder", errno.EROFS, marks=pytest.mark.slow),
+        pytest.param("open", errno.EACCES, marks=pytest.mark.slow),
+    ],
 )
 def test_a_save_that_fails_is_told_and_the_next_one_tries_again(options, straight, tmp_path, monkeypatch, name, number):
     disk = Full(name, number)

@@ -169,7 +169,7 @@ def test_before_the_plan_was_written(straight, options, tmp_path):
     assert lines(place) == lines(straight)
 
 
-@pytest.mark.parametrize("tune", ["qlora", "full"])
+@pytest.mark.parametrize("tune", [pytest.param("qlora", marks=pytest.mark.slow), "full"])
 def test_other_ways_to_tune(options, tmp_path, tune):
     if tune == "qlora":
         pytest.importorskip("bitsandbytes")
