@@ -46,9 +46,9 @@ class Agreement:
 
     def sentence(self) -> str:
         return (
-            f"on {self.positions} tokens of {len(PROMPTS)} fixed prompts the merged model's logits differ from those of "
-            f"base and adapter by {self.mean:.2g} in the mean and {self.largest:.2g} at most (the adapter itself makes "
-            f"{self.effect:.2g}), and {self.same_token:.1%} of the most likely tokens are the same"
+            f"on {self.positions} tokens of {len(PROMPTS)} fixed prompts the merged model's logits differ from those "
+            f"of base and adapter by {self.mean:.2g} in the mean and {self.largest:.2g} at most (the adapter itself "
+            f"makes {self.effect:.2g}), and {self.same_token:.1%} of the most likely tokens are the same"
         )
 
 
@@ -67,7 +67,20 @@ def logits_of(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Tenso
     return torch.cat(rows)
 
 
-def compare(base_NV: Tensor, tuned_NV: Tensor, merged_NV: Tensor) -> Agreement:
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Logits [positions, V] on the prompts: of the base, and of what a merged model must be."""
+
+    prompts: Sequence[Sequence[int]]
+    base_NV: Tensor
+    tuned_NV: Tensor
+
+
+def compare(reference: Reference, merged: PreTrainedModel) -> Agreement:
+    """How close a model is to what it must be."""
+    base_NV, tuned_NV, merged_NV = reference.base_NV, reference.tuned_NV, logits_of(merged, reference.prompts)
+    if merged_NV.shape != tuned_NV.shape:
+        raise RunError(f"the merged model has {merged_NV.shape[-1]:,} tokens and the base {tuned_NV.shape[-1]:,}")
     effect_NV, gap_NV = tuned_NV - base_NV, merged_NV - tuned_NV
     squared = float((effect_NV.double() ** 2).sum())
     if not squared > 0:

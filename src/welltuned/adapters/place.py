@@ -62,7 +62,9 @@ def _is_full(error: BaseException) -> bool:
 
 def _full(out: Path, needs: int, free: int) -> InputError:
     wanted = f": about {needs / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free" if needs else ""
-    return InputError(f"there is not enough disk space{wanted}", where=str(out), mend="make room, or give another --out")
+    return InputError(
+        f"there is not enough disk space{wanted}", where=str(out), mend="make room, or give another --out"
+    )
 
 
 def folder_size(folder: Path) -> int:

@@ -77,7 +77,10 @@ def _of_adapter(subject: Finished, other: Finished | None) -> Proof:
     adapter = read_adapter_anyhow(subject.adapter)
     sizes = None
     if other is not None and other.adapter is None:
-        sizes, words = _sizes(load_model(other.model, dtype=torch.float32)), f"its start and the weights of {other.path}"
+        sizes, words = (
+            _sizes(load_model(other.model, dtype=torch.float32)),
+            f"its start and the weights of {other.path}",
+        )
     compared = other.path if other is not None and other.adapter is not None else None
     problems = [*_against_run(subject, checks), *_against_plan(subject), *_unmoved(subject, checks, compared)]
     return Proof(
@@ -210,5 +213,3 @@ def _of_model(subject: Finished, other: Finished | None) -> Proof:
     if broken and not subject.is_run:
         problems.append(f"{some(broken)} hold numbers that are not finite")
     return Proof(subject.path, base, checks, (), tuple(dict.fromkeys(problems)))
-
-

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from welltuned.errors import InputError
@@ -147,7 +147,10 @@ def choose(judged: Sequence[Strength]) -> tuple[float, str]:
     if trained is None or trained is best:
         return best.by, range_
     gap = trained.against_best
-    return 1.0, f"{range_}, and 1, as it was trained, is within its paired error of it ({gap.value:.4f} ± {gap.error:.4f})"
+    return (
+        1.0,
+        f"{range_}, and 1, as it was trained, is within its paired error of it ({gap.value:.4f} ± {gap.error:.4f})",
+    )
 
 
 def _error(difference: Difference) -> float:
@@ -179,5 +182,3 @@ def to_json(found: Sweep) -> dict[str, Any]:
         "chosen": found.chosen,
         "reason": found.reason,
     }
-
-

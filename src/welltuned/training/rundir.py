@@ -42,7 +42,7 @@ class RunDir:
         os.replace(beside, self.path / name)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        self.write(name, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        self.write(name, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def record(self, event: Event) -> None:
         """Append to metrics.jsonl: one object an update, with the held-out loss where it was evaluated.
@@ -63,7 +63,7 @@ class RunDir:
         self._append(line)
 
     def _append(self, line: dict[str, Any]) -> None:
-        self._metrics.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+        self._metrics.write(json.dumps(finite(line), allow_nan=False) + "\n")
         self._metrics.flush()
 
     def close(self) -> None:
@@ -93,15 +93,15 @@ def require_free(path: Path) -> None:
         raise InputError("the output directory cannot be written", where=str(path), mend="give another --out")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same with null for numbers that JSON has no word for (a standard error over one example is NaN)."""
     match value:
         case float():
             return value if math.isfinite(value) else None
         case Mapping():
-            return {key: _finite(item) for key, item in value.items()}
+            return {key: finite(item) for key, item in value.items()}
         case list() | tuple():
-            return [_finite(item) for item in value]
+            return [finite(item) for item in value]
     return value
 
 

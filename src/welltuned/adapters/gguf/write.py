@@ -213,5 +213,3 @@ def _read(one: Stored) -> Tensor:
     with safe_open(one.file, framework="pt") as file:
         tensor: Tensor = file.get_tensor(one.name)
     return tensor if tensor.is_floating_point() else tensor.to(torch.float32)
-
-
