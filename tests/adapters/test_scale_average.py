@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_half_of_alpha_is_the_mean_of_base_and_tuned(trained_run, tiny_model_dir
 
 
 def test_alpha_patterns_are_scaled_with_it():
-    adapter = AdapterFile(None, {"r": 4, "lora_alpha": 8, "alpha_pattern": {"q_proj": 3}}, {})
+    adapter = AdapterFile(Path("x"), {"r": 4, "lora_alpha": 8, "alpha_pattern": {"q_proj": 3}}, {})
     config = scale(adapter, 0.5).config
     assert config["lora_alpha"] == 4 and config["alpha_pattern"] == {"q_proj": 1.5}
     assert adapter.config["lora_alpha"] == 8
@@ -131,7 +132,7 @@ def test_the_mean_of_factors_is_another_thing(two):
     """What the products are averaged for: mean(B) mean(A) is far from mean(B A), even for one rank and one start."""
     first, second = two[0], average([two[1]], [1.0], int(two[0].config["r"])).adapter
     names = first.tensors
-    naive = AdapterFile(None, first.config, {n: (first.tensors[n] + second.tensors[n]) / 2 for n in names})
+    naive = AdapterFile(Path("x"), first.config, {n: (first.tensors[n] + second.tensors[n]) / 2 for n in names})
     exact, wrong = deltas(average([first, second], [0.5, 0.5], Rank.SUM).adapter), deltas(naive)
     errors = [float((wrong[m] - exact[m]).norm() / exact[m].norm()) for m in exact]
     assert min(errors) > 0.05
@@ -170,7 +171,7 @@ def test_experts_are_averaged_one_by_one():
         a_ERI, b_EOR = torch.randn(3, 2, 5, generator=draw), torch.randn(3, 4, 2, generator=draw)
         tensors = {f"{name}.lora_A.weight": a_ERI.flatten(0, 1)}
         tensors[f"{name}.lora_B.weight"] = b_EOR.permute(1, 2, 0).flatten(1).contiguous()
-        return AdapterFile(None, config, tensors), b_EOR @ a_ERI
+        return AdapterFile(Path("x"), config, tensors), b_EOR @ a_ERI
 
     (one, x_EOI), (two, y_EOI) = adapter(), adapter()
     assert product_norms({name: pair(one, name)})[name] == pytest.approx(float(x_EOI.norm()), rel=1e-5)

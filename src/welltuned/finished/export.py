@@ -17,6 +17,7 @@ from welltuned.adapters.agree import (
     require_agreement,
 )
 from welltuned.adapters.files import read_adapter, save
+from welltuned.adapters.gguf.read_back import read_back
 from welltuned.adapters.gguf.write import Quantization, Written, require_exportable, write_lora, write_model
 from welltuned.adapters.merge import Job, Merged, merge
 from welltuned.adapters.ollama import modelfile, turns_of
@@ -195,16 +196,17 @@ def _gguf_file(finished: Finished, folder: Path, options: Options) -> tuple[Writ
         merged = Path(beside) / "model"
         reference, _ = _whole_model(finished, merged, within)
         name = _title(finished)
+        config = load_config(str(merged))
         written = write_model(
             merged,
             folder / f"{name}-{options.quantization}.gguf",
-            config=load_config(str(merged)),
+            config=config,
             tokenizer=load_tokenizer(str(merged)),
             template=finished.chat_template,
             kind=options.quantization,
             name=name,
         )
-    agreement = compare(reference, load_model(str(written.path), dtype=torch.float32))
+    agreement = compare(reference, read_back(written.path, config))
     require_agreement(agreement, torch.float32 if options.quantization is Quantization.F32 else torch.float16)
     return written, agreement
 
