@@ -7,22 +7,29 @@ print(tuned.reply("My kettle leaks."))
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from welltuned.adapters import average as averaging
+from welltuned.adapters import scale as scaling
+from welltuned.adapters.files import AdapterFile, read_adapter, save
+from welltuned.adapters.gguf.write import Quantization
+from welltuned.adapters.merge import DTYPES, Merged
+from welltuned.adapters.place import folder_size, written_whole
 from welltuned.advice.plan import Plan
 from welltuned.data.conversation import Conversation, Message
 from welltuned.data.render import render_prompt
 from welltuned.errors import InputError
-from welltuned.models.adapter_file import load_adapter
+from welltuned.finished import find as finding
+from welltuned.finished.export import Exported, Options, Target, export_run, merge_run
+from welltuned.finished.judge import Judgement, judge_run
+from welltuned.finished.proof import Proof, prove, require_as_planned
+from welltuned.finished.scores import Metric
 from welltuned.models.generate import Decoding, replies
-from welltuned.models.load import load_model, load_tokenizer
 from welltuned.models.lora import AdapterBank
-from welltuned.models.paths import inside
 from welltuned.models.resolve import NO_TRUST
 from welltuned.recipe import KEYS, Trust, load_recipe
 from welltuned.training.events import Observer, silent
@@ -32,7 +39,7 @@ from welltuned.training.prepare import prepare
 from welltuned.training.resume import resume as resume_run
 from welltuned.training.run import RunResult
 from welltuned.training.run import train as train_prepared
-from welltuned.training.rundir import ADAPTER, MODEL, read_run, require_free
+from welltuned.training.rundir import require_free
 
 
 def plan(recipe: str | None = None, **options: Any) -> Plan:
@@ -115,22 +122,109 @@ class Tuned:
 
 
 def load(run: str | Path, *, device: str | None = None, trust: Trust = NO_TRUST) -> Tuned:
-    """The tuned model of a finished run: its base with the adapter, or the model after full fine-tuning.
+    """The tuned model of a finished run, of an adapter's folder, or a whole model; in float32 on a CPU.
 
     `trust` must be given again: a Run's own files, which may come from a stranger, cannot grant it.
     """
-    path = Path(run)
-    facts = read_run(path)
-    if facts.get("method") == "reward":
+    found = finding.find(run)
+    if found.facts.get("method") == "reward":
         mend = "load it with transformers' AutoModelForSequenceClassification, with PEFT where it is an adapter"
-        raise InputError("this Run is a reward model, which scores and does not answer", where=str(path), mend=mend)
-    for name in (ADAPTER, MODEL):
-        inside(path, name, str(path))
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    if (path / MODEL).is_dir():
-        model = load_model(str(path / MODEL), dtype=dtype, device=device, trust=trust)
-        return Tuned(model, load_tokenizer(str(path / MODEL), trust), None, facts["chat_template"])
-    model = load_model(facts["model"], dtype=dtype, device=device, nf4=facts["tune"] == "qlora", trust=trust)
-    bank = load_adapter(model, path / ADAPTER)
-    return Tuned(model, load_tokenizer(facts["model"], trust), bank, facts["chat_template"])
+        raise InputError("this Run is a reward model, which scores and does not answer", where=str(run), mend=mend)
+    loaded = finding.load(found, device=device, trust=trust)
+    return Tuned(loaded.model, loaded.tokenizer, loaded.bank, found.chat_template)
+
+
+def load_base(run: str | Path, tuned: Tuned) -> Tuned:
+    """What the run was before training: the same model where it carries an adapter, to be asked without it.
+
+    Raises:
+        InputError: the base of a whole model is not known.
+    """
+    if tuned.bank is not None:
+        return tuned
+    found = finding.find(run)
+    if found.base is None:
+        raise InputError("what this model was before is not known", where=str(run), mend="leave --base out")
+    loaded = finding.load(replace(found, model=found.base), device=str(tuned.model.device))
+    return Tuned(loaded.model, loaded.tokenizer, None, found.chat_template)
+
+
+# ── after training ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+BASE = "base"  # the untuned model among what is averaged
+
+
+def verify(run: str | Path, against: str | Path | None = None) -> Proof:
+    """Compare every trained tensor with its checksum and its start, or with another's; see `Proof.problems`."""
+    return prove(run, against)
+
+
+def evaluate(
+    run: str | Path, *, data: str | None = None, metrics: Sequence[str] = (), rows: int | None = None
+) -> Judgement:
+    """Held-out loss, and metrics of replies, of a run beside its base; of a model by itself with `data`."""
+    return judge_run(finding.find(run), data=data, metrics=[Metric(m) for m in metrics], count=rows)
+
+
+def scale(run: str | Path, *, by: float, out: str | Path) -> Path:
+    """Write the adapter with alpha multiplied; 0.5 is the mean of the base's and the tuned weights."""
+    found, adapter = _adapter_of(run)
+    scaled = scaling.scale(adapter, by)
+    with written_whole(Path(out), folder_size(adapter.folder)) as folder:
+        save(scaled, folder, found.origin(f"adapter scale --by {by:g}", scaled_by=by))
+    return Path(out)
+
+
+def average(
+    *runs: str | Path, out: str | Path, weights: Sequence[float] | None = None, rank: int | str | None = None
+) -> averaging.Averaged:
+    """Write the weighted mean of adapters of one base, among which the word `base` stands for the untuned model.
+
+    Args:
+        weights: one for each run, which sum to 1; None for equal ones.
+        rank: of the result: a number, "sum" to lose nothing, None for the adapters' own.
+    """
+    shares = list(weights) if weights is not None else [1 / len(runs)] * len(runs)
+    if len(shares) != len(runs) or abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
+        what = f"{len(runs)} weights from 0 on that sum to 1 are needed, and these are {shares}"
+        raise InputError(what, where="--weights", mend="such as 0.5,0.5")
+    if len(runs) < 2:
+        raise InputError("one adapter has no mean", where="welltuned adapter average", mend="give another, or `base`")
+    parts = [(_adapter_of(run), share) for run, share in zip(runs, shares, strict=True) if str(run) != BASE]
+    if not parts:
+        raise InputError("there is no adapter among them", where="welltuned adapter average")
+    found = parts[0][0][0]
+    wanted = averaging.Rank(rank) if isinstance(rank, str) else rank
+    averaged = averaging.average([adapter for (_, adapter), _ in parts], [share for _, share in parts], wanted)
+    of = ", ".join(f"{share:g} × {run}" for run, share in zip(runs, shares, strict=True))
+    needs = sum(t.nbytes for t in averaged.adapter.tensors.values())
+    with written_whole(Path(out), needs) as folder:
+        save(averaged.adapter, folder, found.origin(f"adapter average: {of}"))
+    return averaged
+
+
+def _adapter_of(run: str | Path) -> tuple[finding.Finished, AdapterFile]:
+    found = finding.find(run)
+    if found.adapter is None:
+        raise InputError("this is a whole model, not an adapter", where=str(run), mend="give a run with an adapter")
+    require_as_planned(found)
+    return found, read_adapter(found.adapter, accept=("alpha_pattern",))
+
+
+def merge(run: str | Path, *, out: str | Path, dtype: str = "bfloat16", base: str | None = None) -> Merged:
+    """Merge a run's adapter into its base, one weight at a time, and compare the result with base and adapter."""
+    return merge_run(finding.find(run), Path(out), Options(dtype=DTYPES[dtype], base=base))
+
+
+def export(
+    run: str | Path,
+    *,
+    to: str,
+    out: str | Path,
+    quantize: str = "f16",
+    dtype: str = "bfloat16",
+    base: str | None = None,
+) -> Exported:
+    """Hand a run on: `to` is peft, merged, gguf, lora-gguf or ollama."""
+    options = Options(dtype=DTYPES[dtype], quantization=Quantization(quantize), base=base)
+    return export_run(finding.find(run), Target(to), Path(out), options)

@@ -109,14 +109,14 @@ def test_python_of_a_known_architecture_is_left_alone(model_copy, canary, change
 
 def test_code_runs_where_the_user_says_so_and_it_is_said(model_copy, canary, change_json, data_file):
     """The canary sings: the tests above would have seen it."""
-    from welltuned.training.prepare import _trusted
+    from welltuned.training.prepare import trusted
 
     (model_copy / "evil.py").write_text(MODULE.format(canary=canary.code))
     change_json(model_copy / "config.json", model_type="evil", auto_map={"AutoConfig": "evil.EvilConfig"})
     load_config(str(model_copy), Trust(code=True))
     assert canary.sang
     recipe = load_recipe(None, {"model": str(model_copy), "data": data_file, "trust_remote_code": True})
-    [sentence] = _trusted(recipe)
+    [sentence] = trusted(recipe)
     assert "runs with all of your rights" in sentence
 
 

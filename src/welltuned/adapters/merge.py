@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from welltuned.adapters.agree import Agreement, compare, logits_of, prompts_of, require_agreement
+from welltuned.adapters.agree import Agreement, Reference, compare, logits_of, prompts_of, require_agreement
 from welltuned.adapters.files import ORIGIN, AdapterFile, pair, read_adapter
 from welltuned.adapters.merge_loaded import merge_loaded
 from welltuned.adapters.merge_stream import can_stream, merge_stream
@@ -62,6 +61,7 @@ class Merged:
     agreement: Agreement
     modules: int
     streamed: bool
+    reference: Reference
 
 
 def merge(job: Job, out: Path) -> Merged:
@@ -77,7 +77,7 @@ def merge(job: Job, out: Path) -> Merged:
     elements = sum(p.numel() for p in skeleton.parameters())
     prompts = prompts_of(tokenizer, job.chat_template)
     with written_whole(out, elements * job.dtype.itemsize) as folder:
-        base_NV, tuned_NV = _reference(job, prompts)
+        reference = _reference(job, prompts)
         pairs = {_plain(module): pair(adapter, module) for module in adapter.modules}
         streamed = can_stream(job.base, skeleton, pairs, adapter)
         if streamed:
@@ -86,14 +86,12 @@ def merge(job: Job, out: Path) -> Merged:
         else:
             merge_loaded(job.base, job.adapter, folder, dtype=job.dtype, nf4=job.nf4, trained_dtype=job.trained_dtype)
         _save_tokenizer(tokenizer, job.chat_template, folder)
-        merged = load_model(str(folder), dtype=torch.float32)
-        agreement = compare(base_NV, tuned_NV, logits_of(merged, prompts))
-        del merged
+        agreement = compare(reference, load_model(str(folder), dtype=torch.float32))
         gc.collect()
         require_agreement(agreement, job.dtype)
         noted = {**job.origin, "adapter": _digest(job.adapter), "agreement": _numbers(agreement)}
         (folder / ORIGIN).write_text(json.dumps(noted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return Merged(out, agreement, len(pairs), streamed)
+    return Merged(out, agreement, len(pairs), streamed, reference)
 
 
 def _numbers(agreement: Agreement) -> dict[str, float]:
@@ -104,7 +102,7 @@ def _plain(module: str) -> str:
     return module.removeprefix("base_model.model.")
 
 
-def _reference(job: Job, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def _reference(job: Job, prompts: Sequence[Sequence[int]]) -> Reference:
     """Logits of the base and of base with adapter, as the adapter was trained."""
     model = load_model(job.base, dtype=torch.float32, nf4=job.nf4)
     refuse_other_base(job, model)
@@ -114,7 +112,7 @@ def _reference(job: Job, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tens
     tuned_NV = logits_of(model, prompts)
     del bank, model
     gc.collect()
-    return base_NV, tuned_NV
+    return Reference(prompts, base_NV, tuned_NV)
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str | None, folder: Path) -> None:

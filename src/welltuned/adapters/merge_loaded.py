@@ -53,7 +53,7 @@ def _merged_linear(module: LoraLinear, dtype: torch.dtype) -> nn.Module:
     weight = frozen_weight(module.base).dense(torch.float32)
     weight = weight + scale * (module.lora_B[0].float() @ module.lora_A[0].float())
     if isinstance(module.base, NF4Linear):
-        return _linear(weight, module.bias_O, dtype)
+        return _linear(weight, module.base._parameters.get("bias"), dtype)
     stored = weight.t() if isinstance(module.base, Conv1D) else weight
     module.base.get_parameter("weight").data = stored.to(dtype).contiguous()
     return module.base

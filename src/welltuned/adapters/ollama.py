@@ -41,13 +41,16 @@ class Turns:
         return text + "".join(m.content.join(around[m.role]) for m in messages) + self.asking
 
     def go(self) -> str:
-        """The same as a Go template."""
-        turn = (
-            f'{{{{ if eq .Role "user" }}}}{self.user[0]}{{{{ .Content }}}}{self.user[1]}'
-            f'{{{{ else if eq .Role "assistant" }}}}{self.assistant[0]}{{{{ .Content }}}}{self.assistant[1]}{{{{ end }}}}'
-        )
-        first = f"{{{{ if .System }}}}{self.system[0]}{{{{ .System }}}}{self.system[1]}{{{{ else }}}}{self.opening}{{{{ end }}}}"
-        return f"{first}{{{{ range .Messages }}}}{turn}{{{{ end }}}}{self.asking}"
+        """The same as a Go template, whose actions stand in double braces."""
+        content, system = _action(".Content").join, _action(".System").join(self.system)
+        user, assistant = _action('if eq .Role "user"'), _action('else if eq .Role "assistant"')
+        turn = f"{user}{content(self.user)}{assistant}{content(self.assistant)}{_action('end')}"
+        first = f"{_action('if .System')}{system}{_action('else')}{self.opening}{_action('end')}"
+        return f"{first}{_action('range .Messages')}{turn}{_action('end')}{self.asking}"
+
+
+def _action(text: str) -> str:
+    return "{{ " + text + " }}"
 
 
 def turns_of(tokenizer: "PreTrainedTokenizerBase", template: str) -> Turns:

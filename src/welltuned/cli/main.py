@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import NoReturn
 
 import welltuned
+from welltuned.cli.adapter_options import add_adapter, add_eval
 from welltuned.cli.safe import visible
 from welltuned.errors import InputError, WelltunedError
 from welltuned.recipe import FIELDS, Method, Tune
@@ -31,6 +32,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("welltuned.cli.train", "Plan, train, evaluate and verify; write a Run directory."),
     "resume": ("welltuned.cli.resume", "Go on with a run that was interrupted, from its newest sound checkpoint."),
     "chat": ("welltuned.cli.chat", "Talk to a tuned model."),
+    "eval": ("welltuned.cli.eval", "Measure a tuned model beside its base: held-out loss, and how good replies are."),
+    "adapter": ("welltuned.cli.adapter", "What comes after training: verify, scale, average, merge, export."),
 }
 
 
@@ -104,10 +107,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", metavar="DIR", help="the Run directory (default: the first free of demo-run, demo-run-2, ...)"
     )
     made["demo"].add_argument("--steps", type=int, metavar="N", help="fewer updates than one pass over the data")
-    made["chat"].add_argument("run", metavar="RUN", help="the directory of a finished run")
+    add_adapter(made["adapter"])
+    add_eval(made["eval"])
+    made["chat"].add_argument("run", metavar="RUN", help="a finished run, an adapter's folder, or a model")
     made["chat"].add_argument("--prompt", metavar="TEXT", help="answer this once, and end")
     made["chat"].add_argument("--system", metavar="TEXT", help="the system message to set first")
     made["chat"].add_argument("--base", action="store_true", help="show the base model's answer as well")
+    made["chat"].add_argument("--json", action="store_true", help="with --prompt: print one JSON document on stdout")
     made["chat"].add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer in tokens")
     return parser
 

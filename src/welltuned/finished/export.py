@@ -8,8 +8,16 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from welltuned.adapters.agree import Agreement
+from welltuned.adapters.agree import (
+    Agreement,
+    Reference,
+    compare,
+    logits_of,
+    prompts_of,
+    require_agreement,
+)
 from welltuned.adapters.files import read_adapter, save
+from welltuned.adapters.gguf.read_back import read_back
 from welltuned.adapters.gguf.write import Quantization, Written, require_exportable, write_lora, write_model
 from welltuned.adapters.merge import Job, Merged, merge
 from welltuned.adapters.ollama import modelfile, turns_of
@@ -76,7 +84,7 @@ def merge_run(finished: Finished, out: Path, options: Options, *, made: str = "a
     return merge(job, out)
 
 
-def export(finished: Finished, to: Target, out: Path, options: Options | None = None) -> Exported:
+def export_run(finished: Finished, to: Target, out: Path, options: Options | None = None) -> Exported:
     """Write the run in another tool's form, whole or not at all.
 
     Raises:
@@ -132,7 +140,8 @@ def _peft(finished: Finished, out: Path, options: Options) -> Exported:
 def _merged(finished: Finished, out: Path, options: Options) -> Exported:
     commands = (f'AutoModelForCausalLM.from_pretrained("{out}")', f"vllm serve {out}")
     with written_whole(out) as folder:
-        agreement = _whole_model(finished, folder / "model", options)
+        reference, agreement = _whole_model(finished, folder / "model", options)
+        del reference
         for path in (folder / "model").iterdir():
             path.replace(folder / path.name)
         (folder / "model").rmdir()
@@ -140,19 +149,29 @@ def _merged(finished: Finished, out: Path, options: Options) -> Exported:
     return Exported(out, _listed(out), commands, (), agreement)
 
 
-def _whole_model(finished: Finished, folder: Path, options: Options) -> Agreement | None:
-    """The model without adapters, its tokenizer and template, in `folder`."""
+def _whole_model(finished: Finished, folder: Path, options: Options) -> tuple[Reference, Agreement]:
+    """The model without adapters, its tokenizer and template, in `folder`; compared with what it must be."""
     if finished.adapter is not None:
-        return merge_run(finished, folder, options, made="adapter export").agreement
-    model = load_model(finished.model, dtype=options.dtype)
-    model.config.dtype = options.dtype
-    model.save_pretrained(folder, max_shard_size="2GB")
-    del model
+        merged = merge_run(finished, folder, options, made="adapter export")
+        return merged.reference, merged.agreement
+    if finished.base is None:
+        mend = "give a run: only that knows the base to compare with"
+        raise InputError("what this model was before is not known", where=str(finished.path), mend=mend)
     tokenizer = load_tokenizer(finished.model)
     if finished.chat_template is not None:
         tokenizer.chat_template = finished.chat_template
+    prompts = prompts_of(tokenizer, finished.chat_template)
+    base_NV = logits_of(load_model(finished.base, dtype=torch.float32), prompts)
+    model = load_model(finished.model, dtype=torch.float32)
+    reference = Reference(prompts, base_NV, logits_of(model, prompts))
+    model.to(options.dtype)
+    model.config.dtype = options.dtype
+    model.save_pretrained(folder, max_shard_size="2GB")
+    del model
     tokenizer.save_pretrained(folder)
-    return None
+    agreement = compare(reference, load_model(str(folder), dtype=torch.float32))
+    require_agreement(agreement, options.dtype)
+    return reference, agreement
 
 
 def _gguf(finished: Finished, out: Path, options: Options) -> Exported:
@@ -164,25 +183,31 @@ def _gguf(finished: Finished, out: Path, options: Options) -> Exported:
     return Exported(out, _listed(out), commands, _gguf_notes(written), agreement)
 
 
-def _gguf_file(finished: Finished, folder: Path, options: Options) -> tuple[Written, Agreement | None]:
-    """Merge into a folder of its own, write the GGUF file into `folder`, and forget the merged weights."""
+def _gguf_file(finished: Finished, folder: Path, options: Options) -> tuple[Written, Agreement]:
+    """Merge into a folder of its own, write the GGUF file into `folder`, and forget the merged weights.
+
+    The file is read back with transformers' own reader and compared with base and adapter.
+    """
     require_exportable(load_config(finished.model), load_tokenizer(finished.model))
     # In as many bits as the file can use: what is merged and rounded to 16 bits first would be rounded twice.
     exact = options.quantization in (Quantization.F32, Quantization.F16, Quantization.Q8_0)
     within = Options(dtype=torch.float32 if exact else torch.bfloat16, base=options.base)
     with TemporaryDirectory(dir=folder.parent, prefix=".merging.") as beside:
         merged = Path(beside) / "model"
-        agreement = _whole_model(finished, merged, within)
+        reference, _ = _whole_model(finished, merged, within)
         name = _title(finished)
+        config = load_config(str(merged))
         written = write_model(
             merged,
             folder / f"{name}-{options.quantization}.gguf",
-            config=load_config(str(merged)),
+            config=config,
             tokenizer=load_tokenizer(str(merged)),
             template=finished.chat_template,
             kind=options.quantization,
             name=name,
         )
+    agreement = compare(reference, read_back(written.path, config))
+    require_agreement(agreement, torch.float32 if options.quantization is Quantization.F32 else torch.float16)
     return written, agreement
 
 

@@ -17,7 +17,9 @@ from welltuned.errors import InputError
 from welltuned.models.adapter_file import CONFIG, load_adapter, read_config
 from welltuned.models.load import load_model, load_tokenizer
 from welltuned.models.lora import AdapterBank
-from welltuned.models.resolve import resolve
+from welltuned.models.paths import inside
+from welltuned.models.resolve import NO_TRUST, resolve
+from welltuned.recipe import Trust
 from welltuned.training.rundir import ADAPTER, MODEL, PLAN, RUN, read_run
 
 _NO_FACTS: Mapping[str, Any] = MappingProxyType({})
@@ -102,6 +104,8 @@ def find(path: str | Path) -> Finished:
 
 def _run(folder: Path) -> Finished:
     facts = read_run(folder)
+    for name in (ADAPTER, MODEL):
+        inside(folder, name, str(folder))
     plan = plan_from_yaml(_text(folder / PLAN), str(folder / PLAN))
     whole = (folder / MODEL).is_dir()
     if not whole and not (folder / ADAPTER / CONFIG).is_file():
@@ -168,10 +172,12 @@ def usual_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if device == "cuda" else torch.float32
 
 
-def load(finished: Finished, *, device: str | None = None, dtype: torch.dtype | None = None) -> Loaded:
+def load(
+    finished: Finished, *, device: str | None = None, dtype: torch.dtype | None = None, trust: Trust = NO_TRUST
+) -> Loaded:
     """The model with its adapter, in float32 on a CPU and bfloat16 on a GPU unless `dtype` says otherwise."""
     device = device or device_of_choice()
     nf4 = finished.nf4 and finished.adapter is not None
-    model = load_model(finished.model, dtype=dtype or usual_dtype(device), device=device, nf4=nf4)
+    model = load_model(finished.model, dtype=dtype or usual_dtype(device), device=device, nf4=nf4, trust=trust)
     bank = None if finished.adapter is None else load_adapter(model, finished.adapter)
-    return Loaded(model, load_tokenizer(finished.model), bank)
+    return Loaded(model, load_tokenizer(finished.model, trust), bank)

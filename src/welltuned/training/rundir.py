@@ -64,7 +64,7 @@ class RunDir:
         durable.replace_file(self.path / name, text)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        self.write(name, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        self.write(name, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def record(self, event: Event) -> None:
         """Append to metrics.jsonl: one object an update, with the held-out loss where it was evaluated.
@@ -116,7 +116,7 @@ class RunDir:
         try:
             with (self.path / SAMPLES).open("a", encoding="utf-8") as file:
                 for sample in event.samples:
-                    file.write(json.dumps(_finite({"step": event.step, **sample}), ensure_ascii=False) + "\n")
+                    file.write(json.dumps(finite({"step": event.step, **sample}), ensure_ascii=False) + "\n")
         except OSError as error:
             self.trouble = error.strerror or str(error)
 
@@ -128,7 +128,7 @@ class RunDir:
             durable.replace_file(path, "".join(line for line in lines if _step_of(line) <= step))
 
     def _append(self, line: dict[str, Any]) -> None:
-        self._pending += json.dumps(_finite(line), allow_nan=False).encode() + b"\n"
+        self._pending += json.dumps(finite(line), allow_nan=False).encode() + b"\n"
         self._flush()
 
     def _flush(self) -> None:
@@ -191,15 +191,15 @@ def _of_no_run(path: Path) -> bool:
     return path.name in names or (path.name == METRICS and path.is_file() and not path.stat().st_size)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same with null for numbers that JSON has no word for (a standard error over one example is NaN)."""
     match value:
         case float():
             return value if math.isfinite(value) else None
         case Mapping():
-            return {key: _finite(item) for key, item in value.items()}
+            return {key: finite(item) for key, item in value.items()}
         case list() | tuple():
-            return [_finite(item) for item in value]
+            return [finite(item) for item in value]
     return value
 
 
