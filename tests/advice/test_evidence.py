@@ -34,7 +34,7 @@ def test_every_rule_is_used():
     code = "".join(path.read_text() for path in Path(law.__file__).parent.glob("*.py"))
     patterns = [
         r"bytes_\w+",
-        r"memory_overhead_\w+",
+        r"memory_(overhead|fragmentation|logit_tile)_\w+",
         r"token_budget_\w+",
         r"\w+_(alpha|full)_rate",
         r"\w+_beta",
@@ -69,7 +69,7 @@ def test_bytes_of_nf4_state():
     assert number("memory_nf4_state_bytes") == 1 / 64 + 4 / (64 * 256)
 
 
-@pytest.mark.parametrize("module", ["learning_rate", "lora", "batch", "schedule", "memory"])
+@pytest.mark.parametrize("module", ["learning_rate", "lora", "batch", "schedule", "memory", "activations"])
 def test_rules_hold_no_bare_number(module):
     """0, 1 and 2 build formulas; 6 and 1e9 print. Everything else comes from rules.yaml."""
     tree = ast.parse((Path(law.__file__).parent / f"{module}.py").read_text())

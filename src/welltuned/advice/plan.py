@@ -142,7 +142,20 @@ def make_plan(
     machine: MachineFacts,
     tokens_per_second: float | None = None,
 ) -> Plan:
-    """Choose everything that the recipe leaves open. `tokens_per_second` comes from a probe, where one was run."""
+    """Choose everything that the recipe leaves open. `tokens_per_second` comes from a probe, where one was run.
+
+    Where LoRA does not fit, 4-bit weights do, and the recipe names no `tune`, the plan is QLoRA's.
+    """
+    plan = _plan(recipe, model, data, machine, tokens_per_second)
+    if plan.memory.fits or recipe.tune_given or recipe.tune is not Tune.LORA:
+        return plan
+    smaller = _plan(replace(recipe, tune=Tune.QLORA), model, data, machine, tokens_per_second)
+    return smaller if smaller.memory.fits else plan
+
+
+def _plan(
+    recipe: Recipe, model: ModelFacts, data: DatasetFacts, machine: MachineFacts, tokens_per_second: float | None
+) -> Plan:
     choices: dict[str, Choice] = {}
     choices["dtype"] = settle(recipe, "dtype", _dtype(recipe.tune, machine))
     targets = _adapter(choices, recipe, model, data)
@@ -255,12 +268,13 @@ def _fitted(
     tried: list[tuple[int, Fitted]] = []
     for length in lengths:
         longest = min(length, data.length_max)
+        setting = _memory_setting(choices, recipe, machine, targets)
         budget = user.get("token_budget")
         if budget is None and "per_device_train_batch_size" in user:
             budget = user["per_device_train_batch_size"] * longest
         fitted = fit_memory(
             model,
-            _memory_setting(choices, recipe, machine, targets),
+            replace(setting, lengths=tuple(sorted({min(n, length) for n in data.length_percentiles}))),
             limit=limit,
             longest=longest,
             update_tokens=min(batch * longest, max(longest, round(batch * data.length_p95))),

@@ -64,10 +64,10 @@ def prepare(recipe: Recipe, machine: MachineFacts | None = None) -> Prepared:
     report = dataset.audit(model_facts.context_length)
     problems = report.problems()
     weighed = [(problem.weight, problem.sentence) for problem in problems]
-    left = foresee(recipe.model, _targets(plan), nf4=recipe.tune is Tune.QLORA)
+    left = foresee(recipe.model, _targets(plan), nf4=plan.recipe.tune is Tune.QLORA)
     weighed += [(PLAIN_PARTS, sentence) for sentence in left]
     return Prepared(
-        recipe=recipe,
+        recipe=plan.recipe,
         plan=with_problems(plan, weighed),
         tokenizer=tokenizer,
         chat_template=dataset.chat_template,
