@@ -34,7 +34,7 @@ def test_every_rule_is_used():
     code = "".join(path.read_text() for path in Path(law.__file__).parent.glob("*.py"))
     patterns = [
         r"bytes_\w+",
-        r"memory_overhead_\w+",
+        r"memory_(overhead|fragmentation|logit_tile)_\w+",
         r"token_budget_\w+",
         r"\w+_(alpha|full)_rate",
         r"\w+_(batch|epochs)_by_rows",
@@ -83,6 +83,7 @@ def test_bytes_of_nf4_state():
         "reinforcement",
         "safekeeping",
         "epoch",
+        "activations",
     ],
 )
 def test_rules_hold_no_bare_number(module):

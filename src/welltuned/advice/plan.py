@@ -154,7 +154,20 @@ def make_plan(
     machine: MachineFacts,
     flops_per_second: float | None = None,
 ) -> Plan:
-    """Choose everything that the recipe leaves open. `flops_per_second` is what a run like it has reached here."""
+    """Choose everything that the recipe leaves open. `flops_per_second` is what a run like it has reached here.
+
+    Where LoRA does not fit, 4-bit weights do, and the recipe names no `tune`, the plan is QLoRA's.
+    """
+    plan = _plan(recipe, model, data, machine, flops_per_second)
+    if plan.memory.fits or recipe.tune_given or recipe.tune is not Tune.LORA:
+        return plan
+    smaller = _plan(replace(recipe, tune=Tune.QLORA), model, data, machine, flops_per_second)
+    return smaller if smaller.memory.fits else plan
+
+
+def _plan(
+    recipe: Recipe, model: ModelFacts, data: DatasetFacts, machine: MachineFacts, flops_per_second: float | None
+) -> Plan:
     choices: dict[str, Choice] = {"dtype": settle(recipe, "dtype", choose_dtype(recipe.tune, machine))}
     targets = _adapter(choices, recipe, model, data)
     epoch = _objective(choices, recipe, model, data)
@@ -287,12 +300,13 @@ def _fitted(
     tried: list[tuple[int, Fitted]] = []
     for length in lengths:
         longest = min(length, epoch.longest)
+        setting = _memory_setting(choices, recipe, machine, targets)
         budget = user.get("token_budget")
         if budget is None and "per_device_train_batch_size" in user:
             budget = user["per_device_train_batch_size"] * epoch.sequences * longest
         fitted = fit_memory(
             model,
-            _memory_setting(choices, recipe, machine, targets),
+            replace(setting, lengths=tuple(sorted({min(n, length) for n in data.length_percentiles}))),
             limit=limit,
             longest=epoch.sequences * longest,
             update_tokens=epoch.sequences * min(batch * longest, max(longest, round(batch * epoch.typical))),

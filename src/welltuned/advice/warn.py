@@ -45,6 +45,9 @@ def _of_memory(
         need, limit = memory.total_bytes / 1e9, (memory.limit_bytes or 0) / 1e9
         ways = ways_to_fit(recipe, model, device, choices, memory)
         yield 100, f"does not fit: needs about {need:.1f} GB of {limit:.1f} GB; {ways}"
+    if recipe.tune is Tune.QLORA and not recipe.tune_given:
+        limit = (memory.limit_bytes or 0) / 1e9
+        yield 75, f"LoRA does not fit into {limit:.1f} GB, so the base is kept in 4 bits; `tune: lora` forbids it"
 
 
 def ways_to_fit(

@@ -42,7 +42,11 @@ class LinearShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """What configuration alone tells. `intermediate_size` is the width that one token passes through."""
+    """What configuration alone tells. `intermediate_size` is the width that one token passes through.
+
+    `norms` are those of one layer on the residual stream; `qk_norm` says that queries and keys have norms of their own,
+    `plain_attention` that logits are soft-capped or have sinks, which no fused attention computes.
+    """
 
     family: str
     exact: bool
@@ -55,8 +59,12 @@ class Architecture:
     tied_head: bool
     attention_width: int
     key_value_width: int
+    heads: int
     intermediate_size: int
     gated_mlp: bool
+    norms: int
+    qk_norm: bool
+    plain_attention: bool
     experts: int
     active_experts: int
     context_length: int | None
@@ -181,8 +189,12 @@ def _gated_architecture(family: str, config: Mapping[str, Any], where: str) -> A
         tied_head=tied,
         attention_width=q_width,
         key_value_width=kv_width,
+        heads=heads,
         intermediate_size=width,
         gated_mlp=True,
+        norms=spec.norms,
+        qk_norm=bool(spec.qk_norm),
+        plain_attention=spec.sinks or bool(config.get("attn_logit_softcapping")),
         experts=experts,
         active_experts=active,
         context_length=_context(config, where),
@@ -268,6 +280,7 @@ def _plain_mlp_architecture(family: str, config: Mapping[str, Any], where: str) 
     layers = _need(config, "n_layer" if gpt2 else "num_hidden_layers", where)
     vocabulary = _need(config, "vocab_size", where)
     positions = int(config.get("n_positions") or config.get("max_position_embeddings") or 0)
+    heads = "n_head" if gpt2 else "num_attention_heads"
     width = int((config.get("n_inner") if gpt2 else config.get("intermediate_size")) or 4 * hidden)
     names = (
         ("c_attn", "c_proj", "c_fc", "c_proj")
@@ -297,8 +310,12 @@ def _plain_mlp_architecture(family: str, config: Mapping[str, Any], where: str) 
         tied_head=tied,
         attention_width=hidden,
         key_value_width=hidden,
+        heads=_need({heads: max(1, hidden // 64), **config}, heads, where),
         intermediate_size=width,
         gated_mlp=False,
+        norms=2,
+        qk_norm=False,
+        plain_attention=False,
         experts=0,
         active_experts=0,
         context_length=positions or None,

@@ -41,8 +41,12 @@ class ModelFacts:
     tied_head: bool
     attention_width: int
     key_value_width: int
+    heads: int
     intermediate_size: int
     gated_mlp: bool
+    norms: int
+    qk_norm: bool
+    plain_attention: bool
     experts: int
     active_experts: int
     context_length: int | None
@@ -144,8 +148,12 @@ def _facts(
         tied_head=built.tied_head,
         attention_width=built.attention_width,
         key_value_width=built.key_value_width,
+        heads=built.heads,
         intermediate_size=built.intermediate_size,
         gated_mlp=built.gated_mlp,
+        norms=built.norms,
+        qk_norm=built.qk_norm,
+        plain_attention=built.plain_attention,
         experts=built.experts,
         active_experts=built.active_experts,
         context_length=built.context_length,

@@ -167,13 +167,23 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx, g, _):  # type: ignore[no-untyped-def]
         dh_MH, dw, db = ctx.saved_tensors
         return (
-            dh_MH * g if ctx.needs_input_grad[0] else None,
-            None if dw is None else dw * g,
-            None if db is None else db * g,
+            _times(dh_MH, g) if ctx.needs_input_grad[0] else None,
+            _times(dw, g),
+            _times(db, g),
             None,
             None,
             None,
         )
+
+
+def _times(gradient: Tensor | None, g: Tensor) -> Tensor | None:
+    """gradient · g; the gradient itself where g is 1, as in `backward()`: a head's is as large as the embedding.
+
+    Only where looking at g is free: a GPU would have to be waited for.
+    """
+    if gradient is None or (g.device.type == "cpu" and g.item() == 1.0):
+        return gradient
+    return gradient * g
 
 
 @torch.compiler.disable

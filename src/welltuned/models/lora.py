@@ -183,7 +183,7 @@ class AdapterBank:
         self._required_grad = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
         self._attach(biases)
-        self.start_KP = self.flat_KP.clone()
+        self.start_KP = self.flat_KP.detach().to("cpu", copy=True)  # only looked at when training is over
 
     def _parameter(self, slot: Slot) -> nn.Parameter:
         columns = slice(slot.start, slot.start + slot.size)

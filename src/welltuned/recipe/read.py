@@ -26,7 +26,10 @@ class Trust:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """One request. `hyperparameters` and `policies` hold only what the user set, by the keys' names."""
+    """One request. `hyperparameters` and `policies` hold only what the user set, by the keys' names.
+
+    `tune_given` is False where nobody named `tune`: then the advice may keep a base that is too large in 4 bits.
+    """
 
     model: str
     data: str | tuple[str, ...]
@@ -35,6 +38,7 @@ class Recipe:
     adapter: str | None = None
     rewards: tuple[str, ...] | None = None
     reward_weights: tuple[float, ...] | None = None
+    tune_given: bool = field(default=False, compare=False)
     data_weights: tuple[float, ...] | None = None
     data_rows: tuple[int, ...] | None = None
     eval_data: str | tuple[str, ...] | None = None
@@ -90,7 +94,7 @@ def load_recipe(path: str | None = None, options: Mapping[str, Any] | None = Non
         MappingProxyType({key: values.pop(key) for key in keys if key in values})
         for keys in (POLICIES, HYPERPARAMETERS)
     )
-    return Recipe(**values, policies=policies, hyperparameters=hyperparameters)
+    return Recipe(**values, tune_given="tune" in values, policies=policies, hyperparameters=hyperparameters)
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:

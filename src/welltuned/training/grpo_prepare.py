@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from welltuned.advice.plan import Plan, make_plan, with_problems
@@ -41,6 +42,7 @@ def prepare_grpo(
     notes = _answer_notes(rewards, (*prompts.train, *prompts.held_out))
     machine = machine or (planned.facts.machine if planned is not None else read_machine_facts(ask_gpu=True))
     plan, prompts = _planned(with_start_values(recipe, start), prompts, model, machine)
+    recipe = replace(recipe, tune=plan.recipe.tune)  # the advice may have taken 4-bit weights, where nobody chose
     plan = with_start_reasons(plan, recipe, start)
     report = prompts.audit()
     problems = report.problems()

@@ -85,6 +85,7 @@ def prepare(
     dataset = read_dataset(recipe, tokenizer, sources=sources, embedding=model_facts.vocabulary, progress=progress)
     machine = machine or (planned.facts.machine if planned is not None else read_machine_facts(ask_gpu=True))
     plan, dataset = _planned(with_start_values(recipe, start), dataset, model_facts, machine)
+    recipe = replace(recipe, tune=plan.recipe.tune)  # the advice may have taken 4-bit weights, where nobody chose
     plan = with_start_reasons(plan, recipe, start)
     require_sound(recipe, plan.value)
     report = dataset.audit(model_facts.context_length)
