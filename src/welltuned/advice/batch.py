@@ -118,8 +118,8 @@ def _consistent(user: dict[str, int | None], advised: int, typical: int, budget:
 def choose_packing(rows: int, mean_length: float, longest: int) -> Choice:
     padding = 1 - mean_length / longest
     why = (
-        f"your {counted(rows, 'row')} average {mean_length:.0f} of at most {longest:,} tokens: {padding:.0%} would be padding; "
-        "packed, they still never see each other"
+        f"your {counted(rows, 'row')} average {mean_length:.0f} of at most {longest:,} tokens: {padding:.0%} would be "
+        "padding; packed, they still never see each other"
     )
     return Choice(value=rule("packing").value, reason=why, evidence=cited("packing"))
 

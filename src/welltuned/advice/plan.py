@@ -28,6 +28,7 @@ from welltuned.advice.warn import all_warnings, ways_to_fit
 from welltuned.choice import Choice
 from welltuned.data.stream import steps_per_run
 from welltuned.errors import InputError
+from welltuned.facts.adapter import AdapterFacts
 from welltuned.facts.data import DatasetFacts
 from welltuned.facts.machine import MachineFacts
 from welltuned.facts.model import ModelFacts
@@ -39,6 +40,7 @@ class Facts:
     model: ModelFacts
     dataset: DatasetFacts
     machine: MachineFacts
+    adapter: AdapterFacts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,10 +155,14 @@ def make_plan(
     data: DatasetFacts,
     machine: MachineFacts,
     flops_per_second: float | None = None,
+    adapter: AdapterFacts | None = None,
 ) -> Plan:
-    """Choose everything that the recipe leaves open. `flops_per_second` is what a run like it has reached here."""
+    """Choose everything that the recipe leaves open.
+
+    `flops_per_second` is what a run like it has reached here, `adapter` the one that training goes on from.
+    """
     choices: dict[str, Choice] = {"dtype": settle(recipe, "dtype", choose_dtype(recipe.tune, machine))}
-    targets = _adapter(choices, recipe, model, data)
+    targets = lora.adapter_choices(choices, recipe, model, data, adapter)
     epoch = _objective(choices, recipe, model, data)
     max_steps: int | None = recipe.hyperparameters.get("max_steps")
     advised = _advised_batch(choices, recipe, epoch, data.rows, max_steps)
@@ -187,7 +193,7 @@ def make_plan(
     return Plan(
         recipe=recipe,
         choices=MappingProxyType(ordered),
-        facts=Facts(model=model, dataset=data, machine=machine),
+        facts=Facts(model=model, dataset=data, machine=machine, adapter=adapter),
         memory=fitted.forecast,
         time=time,
         warnings=all_warnings(recipe, model, data, machine, ordered, fitted.forecast, updates),
@@ -204,29 +210,6 @@ _ORDER = (
     *("max_length", "packing", "assistant_only_loss", "token_budget", "gradient_checkpointing", "dtype"),
     *("eval_steps", "load_best_model_at_end", "early_stopping_patience", "save_steps", "save_total_limit", "seed"),
 )
-
-
-def _adapter(
-    choices: dict[str, Choice], recipe: Recipe, model: ModelFacts, data: DatasetFacts
-) -> tuple[str, ...] | None:
-    """The LoRA choices; the names of the targets, None for all or for full fine-tuning."""
-    if recipe.tune is Tune.FULL:
-        return None
-    choices["target_modules"] = settle(recipe, "target_modules", lora.choose_targets(model))
-    targets = lora.target_names(choices["target_modules"].value, model)
-    by_reward = recipe.method is Method.GRPO
-    rank = (
-        lora.choose_rank_by_reward(model, targets, data.rows)
-        if by_reward
-        else lora.choose_rank(model, targets, data.supervised_tokens)
-    )
-    choices["r"] = settle(recipe, "r", rank)
-    r = choices["r"].value
-    choices["lora_alpha"] = settle(recipe, "lora_alpha", lora.choose_alpha(r))
-    choices["use_rslora"] = settle(recipe, "use_rslora", lora.choose_rslora(r))
-    choices["init_lora_weights"] = settle(recipe, "init_lora_weights", lora.choose_init())
-    choices["bias"] = settle(recipe, "bias", lora.choose_bias())
-    return targets
 
 
 def _objective(choices: dict[str, Choice], recipe: Recipe, model: ModelFacts, data: DatasetFacts) -> Epoch:

@@ -135,6 +135,8 @@ def train(
         RunError: a loss is not finite, or a trained tensor did not move.
     """
     plan, started = prepared.plan, time.time()
+    if plan.recipe.adapter is not None:
+        raise InputError("going on from an adapter is not built yet", where="adapter", mend="merge it into the base")
     require_memory(plan)
     require_free(out)
     with allocator_keeps_memory(plan.facts.machine.device):
