@@ -322,7 +322,7 @@ def _memory_choices(
     )
     recompute = Choice(value=fitted.checkpointing, reason=again, evidence=cited("checkpointing_cost"))
     choices["gradient_checkpointing"] = settle(recipe, "gradient_checkpointing", recompute)
-    choices["packing"] = settle(recipe, "packing", batches.choose_packing(data.rows, data.length_mean, data.length_max))
+    choices["packing"] = settle(recipe, "packing", batches.choose_packing(epoch))
     if recipe.method is Method.SFT:
         loss = batches.choose_assistant_only_loss(data.supervised_tokens, data.tokens, text=data.is_text)
         choices["assistant_only_loss"] = settle(recipe, "assistant_only_loss", loss)
@@ -366,7 +366,7 @@ def _rate_and_schedule(
     if recipe.tune is not Tune.FULL:
         dropout = lora.choose_dropout(choices["num_train_epochs"].value, data.rows)
         choices["lora_dropout"] = settle(recipe, "lora_dropout", dropout)
-    shape = settle(recipe, "lr_scheduler_type", schedule.choose_schedule(updates))
+    shape = settle(recipe, "lr_scheduler_type", schedule.choose_schedule(updates, recipe.method))
     beta1, beta2 = schedule.choose_betas(updates)
     evals = schedule.choose_eval_steps(updates, float(time.tokens), epoch.heldout_tokens, data.heldout_rows)
     for name, choice in {
