@@ -1,17 +1,20 @@
 """What each method chooses by itself, on pairs, marks, prompts and plain texts; and what is kept of a run."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from welltuned.advice.learning_rate import RateSetting
-from welltuned.advice.plan import make_plan
+from welltuned.advice.plan import make_plan, plan_from_yaml, plan_to_yaml
 from welltuned.advice.preference import kto_weights
 from welltuned.advice.rate import choose_rate, moves_nothing
 from welltuned.advice.safekeeping import Course, choose_patience, choose_save_steps, detectable, save_seconds
 from welltuned.advice.settle import bytes_words, counted, passes_words, size_words, span_words
+from welltuned.choice import SetBy
 from welltuned.errors import InputError
+from welltuned.facts.adapter import read_adapter_facts
 from welltuned.facts.data import dataset_facts, pair_facts, prompt_facts
 from welltuned.recipe import Method, Tune, load_recipe
 
@@ -171,6 +174,48 @@ def test_forms_of_grpo(plan_for, model_of):
     assert "capacity is no matter" in dense.choices["r"].reason
 
 
+# ── an adapter to go on from ──
+
+
+def written_adapter(folder, **changes):
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["model.layers.0.self_attn.q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    return str(folder)
+
+
+def test_an_adapters_own_shape_is_the_plans(model_of, data_of, machine_of, tmp_path):
+    folder = written_adapter(tmp_path)
+    adapter = read_adapter_facts(folder)
+    facts = model_of("smollm2"), data_of(), machine_of()
+
+    def plan(*sets, **options):
+        recipe = load_recipe(None, {"model": "m/m", "data": "d", "adapter": folder, **options}, sets)
+        return make_plan(recipe, *facts, adapter=adapter)
+
+    made = plan(method="dpo")
+    assert (made.value("r"), made.value("lora_alpha"), made.value("target_modules")) == (4, 8.0, ("q_proj",))
+    assert made.choices["r"].set_by is SetBy.USER and folder in made.choices["r"].reason
+    assert made.memory.parts["adapters"] == 4 * 4 * (576 + 576) * 30
+    assert plan_from_yaml(plan_to_yaml(made)) == made
+    assert plan("r=4").value("r") == 4
+    with pytest.raises(InputError, match="r is the adapter's own \\(4\\), and cannot be 16"):
+        plan("r=16")
+    with pytest.raises(InputError, match="adapter has no meaning with tune: full"):
+        plan(tune="full")
+
+
+def test_adapters_that_are_none(tmp_path):
+    with pytest.raises(InputError, match="there is no adapter"):
+        read_adapter_facts(str(tmp_path))
+    for changes in ({"r": "x"}, {"r": None}, {"lora_alpha": []}):
+        with pytest.raises(InputError, match="not that of a LoRA adapter"):
+            read_adapter_facts(written_adapter(tmp_path, **changes))
+    run = tmp_path / "run" / "adapter"
+    run.mkdir(parents=True)
+    written_adapter(run, use_rslora=True)
+    assert read_adapter_facts(str(run.parent)).use_rslora
+
+
 # ── plain texts ──
 
 
@@ -206,7 +251,7 @@ def test_checkpoints_are_as_far_apart_as_costs_least():
 def test_stopping_and_best_only_where_the_held_out_rows_can_tell(plan_for, data_of):
     assert detectable(Method.SFT, 0) == float("inf")
     assert detectable(Method.SFT, 100) == 2 * detectable(Method.SFT, 400)
-    few, many = plan_for(data=data_of(heldout=20)), plan_for("eval_steps=10", data=data_of(2000, heldout=512))
+    few, many = plan_for(data=data_of(heldout=8)), plan_for("eval_steps=10", data=data_of(2000, heldout=512))
     assert not few.value("load_best_model_at_end") and few.value("early_stopping_patience") == 0
     assert many.value("load_best_model_at_end") and many.value("early_stopping_patience") == 3
     none = plan_for(data=replace(data_of(), heldout_rows=0, heldout_tokens=0))

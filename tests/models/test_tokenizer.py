@@ -7,6 +7,7 @@ import sys
 import pytest
 from transformers import AutoTokenizer
 
+from welltuned.errors import InputError
 from welltuned.models.tokenizer import _PLAIN_CLASSES, _PLAIN_FAMILIES, load_tokenizer, plain_class
 
 TEXT = "Über  <|im_start|>user\n1234 apples\n\n don't"
@@ -60,9 +61,28 @@ def test_a_tokenizer_with_code_of_its_own_is_not_plain(folder):
 def test_no_torch(folder):
     script = f"""
 import sys
+from welltuned.errors import InputError
 from welltuned.models.tokenizer import load_tokenizer
 load_tokenizer({str(folder("llama", "TokenizersBackend"))!r})
 print("torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.slow
+def test_a_gguf_files_tokenizer_is_converted_once(smollm2_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("WELLTUNED_CACHE", str(tmp_path))
+    first = load_tokenizer("smollm2-135m-instruct")
+    same(first, smollm2_tokenizer)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", None)
+    again = load_tokenizer("smollm2-135m-instruct")
+    same(again, first)
+    assert again(TEXT)["input_ids"] == smollm2_tokenizer(TEXT)["input_ids"]
+    (kept,) = (tmp_path / "known").glob("tokenizer-*")
+    (kept / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match="no tokenizer could be loaded"):  # nothing is left to convert it with
+        load_tokenizer("smollm2-135m-instruct")
+    monkeypatch.undo()
+    monkeypatch.setenv("WELLTUNED_CACHE", str(tmp_path))
+    same(load_tokenizer("smollm2-135m-instruct"), again)

@@ -6,6 +6,7 @@ memory and never changes the result, because one place divides the summed loss b
 
 from dataclasses import dataclass
 
+from welltuned.advice.epoch import Epoch
 from welltuned.advice.rules import by_threshold, cited, number, rule
 from welltuned.advice.settle import counted, passes_words, settle
 from welltuned.choice import Choice
@@ -37,7 +38,8 @@ def advised_batch(rows: int, epochs: float, max_steps: int | None, method: Metho
         value //= 2
     value = max(1, min(value, rows))
     updates = steps_per_run(rows, value, epochs)
-    run = f"your {counted(rows, 'row')} make {counted(updates, 'update')} of {value} in {passes_words(epochs)}"
+    noun = "pair" if method in (Method.DPO, Method.ORPO, Method.REWARD) else "row"
+    run = f"your {counted(rows, noun)} make {counted(updates, 'update')} of {value} in {passes_words(epochs)}"
     if value < start:
         wish = f"batches of {start} would leave only {steps_per_run(rows, start, epochs):,}"
         why = f"{run}; {wish}, and below about {wanted:.0f} updates a run cannot settle"
@@ -115,11 +117,12 @@ def _consistent(user: dict[str, int | None], advised: int, typical: int, budget:
     return whole, device, whole // device
 
 
-def choose_packing(rows: int, mean_length: float, longest: int) -> Choice:
-    padding = 1 - mean_length / longest
+def choose_packing(epoch: Epoch) -> Choice:
+    mean = epoch.tokens / (epoch.examples * epoch.sequences)
+    sequences = counted(epoch.examples * epoch.sequences, "sequence")
     why = (
-        f"your {counted(rows, 'row')} average {mean_length:.0f} of at most {longest:,} tokens: {padding:.0%} would be padding; "
-        "packed, they still never see each other"
+        f"your {sequences} average {mean:.0f} of at most {epoch.longest:,} tokens: {1 - mean / epoch.longest:.0%} "
+        "would be padding; packed, they still never see each other"
     )
     return Choice(value=rule("packing").value, reason=why, evidence=cited("packing"))
 

@@ -30,7 +30,7 @@ def data_line(data: DatasetFacts) -> str:
     noun = "pair" if data.sequences_per_row > 1 else "row"
     rows = f"{counted(data.rows, f'training {noun}')}, {data.heldout_rows:,} held out"
     trained = f"{data.supervised_share:.0%} of them trained, the rest masked"
-    tokens = f"{data.tokens:,} tokens, {trained if data.supervised_tokens else 'answers are sampled'}"
+    tokens = f"{data.tokens:,} tokens, {trained if data.supervised_tokens else 'all of prompts: answers are sampled'}"
     lengths = (
         f"lengths {data.length_min:,} to {data.length_max:,}: half up to {data.length_median:,}, 95% up to "
         f"{data.length_p95:,}, 99% up to {data.length_p99:,}"

@@ -28,6 +28,7 @@ from welltuned.advice.warn import all_warnings, ways_to_fit
 from welltuned.choice import Choice
 from welltuned.data.stream import steps_per_run
 from welltuned.errors import InputError
+from welltuned.facts.adapter import AdapterFacts
 from welltuned.facts.data import DatasetFacts
 from welltuned.facts.machine import MachineFacts
 from welltuned.facts.model import ModelFacts
@@ -39,6 +40,7 @@ class Facts:
     model: ModelFacts
     dataset: DatasetFacts
     machine: MachineFacts
+    adapter: AdapterFacts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,23 +155,30 @@ def make_plan(
     data: DatasetFacts,
     machine: MachineFacts,
     flops_per_second: float | None = None,
+    adapter: AdapterFacts | None = None,
 ) -> Plan:
-    """Choose everything that the recipe leaves open. `flops_per_second` is what a run like it has reached here.
+    """Choose everything that the recipe leaves open.
 
+    `flops_per_second` is what a run like it has reached here, `adapter` the one that training goes on from.
     Where LoRA does not fit, 4-bit weights do, and the recipe names no `tune`, the plan is QLoRA's.
     """
-    plan = _plan(recipe, model, data, machine, flops_per_second)
+    plan = _plan(recipe, model, data, machine, flops_per_second, adapter)
     if plan.memory.fits or recipe.tune_given or recipe.tune is not Tune.LORA:
         return plan
-    smaller = _plan(replace(recipe, tune=Tune.QLORA), model, data, machine, flops_per_second)
+    smaller = _plan(replace(recipe, tune=Tune.QLORA), model, data, machine, flops_per_second, adapter)
     return smaller if smaller.memory.fits else plan
 
 
 def _plan(
-    recipe: Recipe, model: ModelFacts, data: DatasetFacts, machine: MachineFacts, flops_per_second: float | None
+    recipe: Recipe,
+    model: ModelFacts,
+    data: DatasetFacts,
+    machine: MachineFacts,
+    flops_per_second: float | None,
+    adapter: AdapterFacts | None,
 ) -> Plan:
     choices: dict[str, Choice] = {"dtype": settle(recipe, "dtype", choose_dtype(recipe.tune, machine))}
-    targets = _adapter(choices, recipe, model, data)
+    targets = lora.adapter_choices(choices, recipe, model, data, adapter)
     epoch = _objective(choices, recipe, model, data)
     max_steps: int | None = recipe.hyperparameters.get("max_steps")
     advised = _advised_batch(choices, recipe, epoch, data.rows, max_steps)
@@ -200,7 +209,7 @@ def _plan(
     return Plan(
         recipe=recipe,
         choices=MappingProxyType(ordered),
-        facts=Facts(model=model, dataset=data, machine=machine),
+        facts=Facts(model=model, dataset=data, machine=machine, adapter=adapter),
         memory=fitted.forecast,
         time=time,
         warnings=all_warnings(recipe, model, data, machine, ordered, fitted.forecast, updates),
@@ -217,29 +226,6 @@ _ORDER = (
     *("max_length", "packing", "assistant_only_loss", "token_budget", "gradient_checkpointing", "dtype"),
     *("eval_steps", "load_best_model_at_end", "early_stopping_patience", "save_steps", "save_total_limit", "seed"),
 )
-
-
-def _adapter(
-    choices: dict[str, Choice], recipe: Recipe, model: ModelFacts, data: DatasetFacts
-) -> tuple[str, ...] | None:
-    """The LoRA choices; the names of the targets, None for all or for full fine-tuning."""
-    if recipe.tune is Tune.FULL:
-        return None
-    choices["target_modules"] = settle(recipe, "target_modules", lora.choose_targets(model))
-    targets = lora.target_names(choices["target_modules"].value, model)
-    by_reward = recipe.method is Method.GRPO
-    rank = (
-        lora.choose_rank_by_reward(model, targets, data.rows)
-        if by_reward
-        else lora.choose_rank(model, targets, data.supervised_tokens)
-    )
-    choices["r"] = settle(recipe, "r", rank)
-    r = choices["r"].value
-    choices["lora_alpha"] = settle(recipe, "lora_alpha", lora.choose_alpha(r))
-    choices["use_rslora"] = settle(recipe, "use_rslora", lora.choose_rslora(r))
-    choices["init_lora_weights"] = settle(recipe, "init_lora_weights", lora.choose_init())
-    choices["bias"] = settle(recipe, "bias", lora.choose_bias())
-    return targets
 
 
 def _objective(choices: dict[str, Choice], recipe: Recipe, model: ModelFacts, data: DatasetFacts) -> Epoch:
@@ -353,7 +339,7 @@ def _memory_choices(
     )
     recompute = Choice(value=fitted.checkpointing, reason=again, evidence=cited("checkpointing_cost"))
     choices["gradient_checkpointing"] = settle(recipe, "gradient_checkpointing", recompute)
-    choices["packing"] = settle(recipe, "packing", batches.choose_packing(data.rows, data.length_mean, data.length_max))
+    choices["packing"] = settle(recipe, "packing", batches.choose_packing(epoch))
     if recipe.method is Method.SFT:
         loss = batches.choose_assistant_only_loss(data.supervised_tokens, data.tokens, text=data.is_text)
         choices["assistant_only_loss"] = settle(recipe, "assistant_only_loss", loss)
@@ -397,7 +383,7 @@ def _rate_and_schedule(
     if recipe.tune is not Tune.FULL:
         dropout = lora.choose_dropout(choices["num_train_epochs"].value, data.rows)
         choices["lora_dropout"] = settle(recipe, "lora_dropout", dropout)
-    shape = settle(recipe, "lr_scheduler_type", schedule.choose_schedule(updates))
+    shape = settle(recipe, "lr_scheduler_type", schedule.choose_schedule(updates, recipe.method))
     beta1, beta2 = schedule.choose_betas(updates)
     evals = schedule.choose_eval_steps(updates, float(time.tokens), epoch.heldout_tokens, data.heldout_rows)
     for name, choice in {

@@ -5,6 +5,7 @@ import math
 from welltuned.advice.rules import by_threshold, cited, number, rule
 from welltuned.advice.settle import counted, from_rule, shown
 from welltuned.choice import Choice
+from welltuned.recipe import Method
 
 
 def choose_epochs(rows: int, *, text: bool = False) -> Choice:
@@ -23,9 +24,10 @@ def choose_epochs(rows: int, *, text: bool = False) -> Choice:
     return Choice(value=value, low=float(span["low"]), high=float(span["high"]), reason=why, evidence=evidence)
 
 
-def choose_schedule(updates: int) -> Choice:
+def choose_schedule(updates: int, method: Method = Method.SFT) -> Choice:
     run = counted(updates, "update")
-    why = f"linear to zero over your {run}, as in the sweep that the rate is from; cosine is as good"
+    of = "as in the sweep that the rate is from" if method is Method.SFT else "so that the last ones settle"
+    why = f"linear to zero over your {run}, {of}; cosine is as good"
     return from_rule(rule("schedule"), why)
 
 
@@ -65,16 +67,14 @@ def is_inert(rate: float, decay: float, updates: int) -> bool:
 
 
 def choose_optimizer(trained: int) -> Choice:
-    why = (
-        f"AdamW, with which the rates were measured; its state for your {trained:,} trained parameters is kept in fp32"
-    )
+    why = f"AdamW, with which the rates were found; its state for your {trained:,} trained parameters is kept in fp32"
     return from_rule(rule("optimizer"), why)
 
 
 def choose_betas(updates: int) -> tuple[Choice, Choice]:
     run = f"your {counted(updates, 'update')}"
     spec = rule("adam_beta1")
-    first = from_rule(spec, f"an average over about {_memory(spec.value)} of {run}, as the measured rates had")
+    first = from_rule(spec, f"an average over about {_memory(spec.value)} of {run}, as the rates in use had")
     spec = rule("adam_beta2")
     long = _memory(spec.value)
     corrected = f", which Adam corrects for in {run}" if long > updates else f" of {run}"

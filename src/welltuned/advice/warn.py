@@ -120,7 +120,8 @@ def _of_run(
     if not data.heldout_rows:
         yield 70, "no held-out rows: nothing will show overfitting"
     batch = choices["effective_batch_size"].value
-    if batch > data.rows:
+    group = choices["num_generations"].value if "num_generations" in choices else 1
+    if batch > data.rows * group:
         yield 45, f"an update of {batch} takes each of the {counted(data.rows, 'row')} more than once"
     if updates < number("updates_wanted"):
         yield 35, f"only {counted(updates, 'update')}: below about {number('updates_wanted'):.0f} a run rarely settles"
@@ -131,6 +132,8 @@ def _of_run(
         yield 55, calm
     if recipe.tune is Tune.FULL and model.quantized:
         yield 90, f"the model's weights are stored quantised ({model.quantized}) and cannot be trained in full"
+    if recipe.tune is Tune.QLORA and not machine.four_bit:
+        yield 85, "4-bit weights need the `bitsandbytes` package, which is not installed here"
     if recipe.tune is Tune.QLORA and machine.device is Device.CPU:
         yield 22, "4-bit weights save memory on a CPU but cost time: every pass expands them again"
     if not model.parameters_exact:

@@ -104,8 +104,11 @@ def _of_gguf(source: ModelSource, file: Path) -> "PreTrainedTokenizerBase":
     key = digest({"path": str(file.resolve()), "size": stat.st_size, "changed": stat.st_mtime_ns, **versions()})
     kept = memo_folder() / f"tokenizer-{key}"
     if kept.is_dir():
-        with suppress(OSError, ValueError):
+        try:
             again: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(str(kept))
+        except Exception:  # damaged, which shows in any type of exception: converted again
+            shutil.rmtree(kept, ignore_errors=True)
+        else:
             return again
     tokenizer = _auto(source)
     return _keep(tokenizer, kept) if isinstance(tokenizer, PreTrainedTokenizerFast) else tokenizer

@@ -11,6 +11,7 @@ from welltuned.data.conversation import Conversation
 from welltuned.data.dataset import Dataset, Sources, open_sources, read_dataset
 from welltuned.data.mix import Mixture
 from welltuned.errors import InputError
+from welltuned.facts.adapter import read_adapter_facts
 from welltuned.facts.data import facts_of
 from welltuned.facts.machine import MachineFacts, read_machine_facts
 from welltuned.facts.model import ModelFacts, read_model_facts
@@ -155,11 +156,12 @@ def targets_of(plan: Plan) -> str | tuple[str, ...] | None:
 
 def _planned(recipe: Recipe, dataset: Dataset, model: ModelFacts, machine: MachineFacts) -> tuple[Plan, Dataset]:
     """The plan, and the data within its max_length. Rows left out for their length make it another plan."""
+    adapter = None if recipe.adapter is None else read_adapter_facts(recipe.adapter)
     while True:
         facts = facts_of(dataset)
-        plan = make_plan(recipe, model, facts, machine)
+        plan = make_plan(recipe, model, facts, machine, adapter=adapter)
         speed = known_speed(plan)
-        plan = plan if speed is None else make_plan(recipe, model, facts, machine, speed)
+        plan = plan if speed is None else make_plan(recipe, model, facts, machine, speed, adapter)
         longest = plan.value("max_length")
         within = dataset.within(longest)
         if len(within.train) == len(dataset.train):
