@@ -30,14 +30,21 @@ def lines(run):
     return [{k: v for k, v in line.items() if k not in TIMES} for line in found if line.get("event") != "note"]
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["reference kept", "reference gone"])
-@pytest.mark.parametrize(
-    ("method", "tune"), [("dpo", "lora"), ("dpo", "full"), ("kto", "lora"), ("orpo", "lora"), ("reward", "lora")]
+SLOW = pytest.mark.slow
+CASES = (
+    pytest.param("dpo", "lora", False, id="dpo, reference gone"),
+    pytest.param("kto", "lora", True, id="kto"),
+    pytest.param("dpo", "full", False, id="dpo in full, reference gone", marks=SLOW),
+    pytest.param("dpo", "lora", True, id="dpo", marks=SLOW),
+    pytest.param("kto", "lora", False, id="kto, reference gone", marks=SLOW),
+    pytest.param("orpo", "lora", True, id="orpo", marks=SLOW),
+    pytest.param("reward", "lora", True, id="reward", marks=SLOW),
 )
+
+
+@pytest.mark.parametrize(("method", "tune", "kept"), CASES)
 def test_it_goes_on(files, tiny_model_dir, tmp_path, monkeypatch, method, tune, kept):
     """Also where the kept values are gone: the model as it started is asked again, not the model as it is now."""
-    if not kept and method in ("orpo", "reward"):
-        pytest.skip("has no reference")
     monkeypatch.setenv("WELLTUNED_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "run"
     welltuned.train(

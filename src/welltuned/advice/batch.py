@@ -129,7 +129,7 @@ def choose_packing(epoch: Epoch) -> Choice:
 
 def choose_assistant_only_loss(supervised: int, tokens: int, *, text: bool = False) -> Choice:
     if text:
-        why = f"your rows are plain texts without turns: all {supervised:,} tokens are trained"
+        why = f"your rows are plain texts without turns: all {supervised:,} tokens count (continued pretraining)"
         return Choice(value=False, reason=why, evidence=cited("completions_only"))
     why = f"{supervised:,} of your {tokens:,} tokens are answers; prompts are given in use and need no learning"
     return Choice(value=rule("completions_only").value, reason=why, evidence=cited("completions_only"))

@@ -140,12 +140,6 @@ def read_config(folder: Path, accept: Iterable[str] = ()) -> dict[str, Any]:
     return config
 
 
-def adapted_leaves(folder: Path) -> tuple[str, ...]:
-    """The last parts of the names of the modules that an adapter in PEFT's format stands on: q_proj, up_proj, ..."""
-    names = (_from_file(name, {}) for name in read_tensors(folder / WEIGHTS))
-    return tuple(sorted({name.split(".")[-2] for name in names if name.endswith("lora_A")}))
-
-
 def _check_names(config: dict[str, Any], where: str) -> None:
     """What is compared with the model's names: lists of text, and patterns that cannot take for ever to match."""
     parameters, patterns = config.get("target_parameters") or [], config.get("rank_pattern") or {}

@@ -17,7 +17,7 @@ from welltuned.facts.machine import MachineFacts, read_machine_facts
 from welltuned.facts.model import ModelFacts, read_model_facts
 from welltuned.recipe import Method, Recipe, Tune
 from welltuned.training.speed import known_speed
-from welltuned.training.start_adapter import StartAdapter, start_adapter, with_start_reasons, with_start_values
+from welltuned.training.start_adapter import StartAdapter, start_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,9 +85,8 @@ def prepare(
     tokenizer = load_tokenizer(recipe.model, recipe.trust)
     dataset = read_dataset(recipe, tokenizer, sources=sources, embedding=model_facts.vocabulary, progress=progress)
     machine = machine or (planned.facts.machine if planned is not None else read_machine_facts(ask_gpu=True))
-    plan, dataset = _planned(with_start_values(recipe, start), dataset, model_facts, machine)
+    plan, dataset = _planned(recipe, dataset, model_facts, machine)
     recipe = replace(recipe, tune=plan.recipe.tune)  # the advice may have taken 4-bit weights, where nobody chose
-    plan = with_start_reasons(plan, recipe, start)
     require_sound(recipe, plan.value)
     report = dataset.audit(model_facts.context_length)
     problems = report.problems()
