@@ -171,9 +171,13 @@ def command(capfd):
     return run
 
 
+KINDS = [kind for kind in Kind if kind not in (Kind.EQUAL_PAIR, Kind.PROMPT_DIFFERS)]  # those are of pairs
+NEVER_KEPT = {"bad_row", "untrained", "equal_pair"}
+
+
 def policies(policy, **others):
     """Every kind's policy; those that cannot be kept are left out instead."""
-    never = (Kind.BAD_ROW, Kind.UNTRAINED)
+    never = (Kind.BAD_ROW, Kind.UNTRAINED, Kind.EQUAL_PAIR)
     every = {f"on_{kind}": "drop" if kind in never and policy == "keep" else policy for kind in Kind}
     return {**every, **others}
 
@@ -203,7 +207,7 @@ def gone(kinds):
 
 
 def test_every_kind_is_planted():
-    assert WHERE.keys() == set(Kind)
+    assert WHERE.keys() == set(KINDS)
 
 
 def test_the_command_names_every_row_and_no_other(command, given):
@@ -212,7 +216,7 @@ def test_the_command_names_every_row_and_no_other(command, given):
     found = json.loads(out)
     assert code == 1 and err == "" and found["blocked"]
     assert named(found["audit"]["found"]) == WHERE
-    assert {k for k, f in found["audit"]["found"].items() if f["policy"] == "error"} == {"bad_row", "untrained"}
+    assert {k for k, f in found["audit"]["found"].items() if f["policy"] == "error"} == NEVER_KEPT
     assert [p["severity"] for p in found["audit"]["problems"]].count("error") == 2
     code, out, err = command("data", data, *others)
     text = "".join(err.split())
@@ -247,7 +251,7 @@ def test_no_defect_in_sound_rows(command, tiny_model_dir, write_rows, tmp_path):
 # ── what each policy does ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("kind", KINDS)
 def test_error_names_the_first_row_and_stops(options, command, given, tmp_path, kind):
     chosen = policies("keep", **{f"on_{kind}": "error"})
     with pytest.raises(InputError) as caught:
@@ -263,7 +267,7 @@ def test_error_names_the_first_row_and_stops(options, command, given, tmp_path, 
     assert found["problems"][0]["severity"] == "error" and f"(on_{kind} is error)" in found["problems"][0]["sentence"]
 
 
-@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("kind", KINDS)
 def test_drop_leaves_out_just_those_rows(options, kind):
     kept = prepare(load_recipe(None, {**options, **policies("keep")}))
     dropping = policies("keep", **{f"on_{kind}": "drop"})
@@ -282,7 +286,7 @@ def test_drop_leaves_out_just_those_rows(options, kind):
     assert sentence.startswith(f"{len(WHERE[kind])} of ") and "left out" in sentence and WHERE[kind][0] in sentence
 
 
-@pytest.mark.parametrize("kind", [k for k in Kind if k not in (Kind.BAD_ROW, Kind.UNTRAINED)])
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in (Kind.BAD_ROW, Kind.UNTRAINED)])
 def test_keep_keeps_and_tells(options, kind):
     prepared = prepare(load_recipe(None, {**options, **policies("keep")}))
     left = {short(e.origin): e for e in (*prepared.train, *prepared.held_out)}

@@ -7,19 +7,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["LoraSettings", "__version__", "attach", "inspect", "load", "plan", "train"]
+__all__ = ["LoraSettings", "__version__", "attach", "inspect", "load", "plan", "resume", "train"]
 
 _HOMES = {
     "inspect": "welltuned.api",
     "plan": "welltuned.api",
     "train": "welltuned.api",
+    "resume": "welltuned.api",
     "load": "welltuned.api",
     "attach": "welltuned.models.lora",
     "LoraSettings": "welltuned.models.lora",
 }
 
 if TYPE_CHECKING:
-    from welltuned.api import inspect, load, plan, train
+    from welltuned.api import inspect, load, plan, resume, train
     from welltuned.models.lora import LoraSettings, attach
 else:
 

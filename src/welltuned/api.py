@@ -27,6 +27,7 @@ from welltuned.training.events import Observer, silent
 from welltuned.training.inspection import SHOWN, Inspection
 from welltuned.training.inspection import inspect as inspect_recipe
 from welltuned.training.prepare import prepare
+from welltuned.training.resume import resume as resume_run
 from welltuned.training.run import RunResult
 from welltuned.training.run import train as train_prepared
 from welltuned.training.rundir import ADAPTER, MODEL, read_run, require_free
@@ -42,7 +43,7 @@ def plan(recipe: str | None = None, **options: Any) -> Plan:
     Raises:
         InputError: an unknown key, or anything that training could not use.
     """
-    return prepare(_recipe(recipe, options)).plan
+    return prepare(_recipe(recipe, options), weights_needed=False).plan
 
 
 def inspect(recipe: str | None = None, *, show: int = SHOWN, rows: Sequence[str] = (), **options: Any) -> Inspection:
@@ -65,6 +66,19 @@ def train(recipe: str | None = None, *, out: str | Path, observer: Observer = si
     asked = _recipe(recipe, options)
     require_free(Path(out))
     return train_prepared(prepare(asked), Path(out), observer)
+
+
+def resume(run: str | Path, *, observer: Observer = silent, accept_changes: bool = False) -> RunResult:
+    """Finish a run that was interrupted, from its newest sound checkpoint.
+
+    Args:
+        run: the directory that `train` was given as `out`.
+        accept_changes: go on although recipe, data, base model or tokenizer changed since.
+
+    Raises:
+        InputError: there is no unfinished run, or something changed.
+    """
+    return resume_run(Path(run), observer, accept_changes=accept_changes)
 
 
 def _recipe(path: str | None, options: dict[str, Any]) -> Any:
@@ -102,6 +116,9 @@ def load(run: str | Path, *, device: str | None = None) -> Tuned:
     """The tuned model of a finished run: its base with the adapter, or the model after full fine-tuning."""
     path = Path(run)
     facts = read_run(path)
+    if facts.get("method") == "reward":
+        mend = "load it with transformers' AutoModelForSequenceClassification, with PEFT where it is an adapter"
+        raise InputError("this Run is a reward model, which scores and does not answer", where=str(path), mend=mend)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if (path / MODEL).is_dir():

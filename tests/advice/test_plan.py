@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from welltuned.advice.effort import flops_per_token
+from welltuned.advice.effort import SpeedFrom, flops_per_token
 from welltuned.advice.evidence import row
 from welltuned.advice.memory import MemorySetting, forecast_memory
 from welltuned.advice.plan import make_plan, plan_from_yaml, plan_lines, plan_to_yaml, require_memory
@@ -121,7 +121,7 @@ def test_json_contract(plan_for):
 
 
 def test_yaml_round_trip(plan_for):
-    plan = plan_for("target_modules=[q_proj]", "learning_rate=1e-5", memory="8GB", speed=123.4)
+    plan = plan_for("target_modules=[q_proj]", "learning_rate=1e-5", memory="8GB", speed=1.234e11)
     again = plan_from_yaml(plan_to_yaml(plan))
     assert again == plan and again.value("target_modules") == ("q_proj",)
     for broken in ("choices: 1", "[1]", "a: [", plan_to_yaml(plan) + "more: 1\n", ""):
@@ -311,12 +311,12 @@ def test_arithmetic_of_8b_lora(model_of):
 
 
 def test_time_forecast(plan_for):
-    plan = plan_for(speed=100.0)
-    assert plan.time.tokens == pytest.approx(3 * 340 * 150, rel=0.01)
-    assert plan.time.seconds == pytest.approx(plan.time.tokens / 100, rel=1e-3) and plan.time.measured
+    plan = plan_for(speed=1e11)
+    assert plan.time.tokens == pytest.approx(3 * 340 * 150, rel=0.01) and plan.time.speed_from is SpeedFrom.MEASURED
+    assert plan.time.seconds == pytest.approx(plan.time.tokens * plan.time.flops_per_token / 1e11, rel=1e-3)
     by_arithmetic = plan_for().time
-    assert not by_arithmetic.measured and 20 < by_arithmetic.tokens_per_second < 1000
-    assert plan_for(method="grpo").time.seconds is None
+    assert by_arithmetic.speed_from is SpeedFrom.ARITHMETIC and 20 < by_arithmetic.tokens_per_second < 1000
+    assert plan_for(method="grpo").time.seconds is None and plan_for(method="grpo", speed=1e9).time.seconds > 0
 
 
 @pytest.mark.parametrize(("sets", "updates"), [(("max_steps=50",), 50), (("max_steps=50", "num_train_epochs=1"), 43),

@@ -219,3 +219,28 @@ def test_public_names():
     assert all(getattr(welltuned, name) for name in dir(welltuned))
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         welltuned.trian  # noqa: B018
+
+
+def test_a_plan_needs_no_weights_and_no_torch(tiny_model_dir, data_file, tmp_path):
+    """A configuration and a tokenizer will do; training then says what is missing."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / name).write_bytes((tiny_model_dir / name).read_bytes())
+    script = """
+import sys
+from welltuned.cli.main import main
+code = main(sys.argv[1:])
+print("torch" in sys.modules, file=sys.stderr)
+sys.exit(code)
+"""
+    command = [sys.executable, "-c", script]
+    options = ["--model", str(tmp_path), "--data", data_file]
+    planned = subprocess.run([*command, "plan", *options, "--json"], capture_output=True, text=True)
+    assert planned.returncode == 0, planned.stderr
+    assert json.loads(planned.stdout)["facts"]["model"]["parameters"] > 0
+    from welltuned.facts.machine import _has_driver
+
+    assert planned.stderr.split()[-1] == str(_has_driver())
+    trained = subprocess.run(
+        [*command, "train", *options, "--out", str(tmp_path / "run")], capture_output=True, text=True
+    )
+    assert trained.returncode == 2 and "the model folder has no weights" in trained.stderr

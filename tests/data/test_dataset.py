@@ -100,7 +100,7 @@ def test_every_planted_defect_is_named_and_no_other(read, write, tokenizer, monk
         monkeypatch.setattr(building, "SMALLEST_CACHED", 1)
         read(path, **options)
     dataset = read(path, **options).within(100)
-    assert found_lines(dataset) == {**WHERE, Kind.LEAK: [2, 3]}
+    assert found_lines(dataset) == {**WHERE, Kind.LEAK: [2, 3], **dict.fromkeys(OF_PAIRS, [])}
     assert [other.rpartition(":")[2] for _, other in dataset.findings[Kind.LEAK].named] == ["8", "10"]
     report = dataset.audit()
     assert report.rows == len(PLANTED) - 4 and report.held_out_rows == 3 and report.cut.rows == 1
@@ -109,9 +109,11 @@ def test_every_planted_defect_is_named_and_no_other(read, write, tokenizer, monk
     json.dumps(report.to_json(), allow_nan=False)
 
 
-@pytest.mark.parametrize(
-    "kind", [k for k in Kind if k not in (Kind.LEAK, Kind.LOST_MESSAGE, Kind.LOST_THINKING, Kind.END_UNTRAINED)]
-)
+OF_PAIRS = (Kind.EQUAL_PAIR, Kind.PROMPT_DIFFERS)
+ELSEWHERE = (Kind.LEAK, Kind.LOST_MESSAGE, Kind.LOST_THINKING, Kind.END_UNTRAINED, *OF_PAIRS)
+
+
+@pytest.mark.parametrize("kind", [k for k in Kind if k not in ELSEWHERE])
 def test_each_kind_can_be_left_out_or_refused(read, write, kind):
     path = write("broken", PLANTED)
     others = {f"on_{k}": "drop" for k in (Kind.BAD_ROW, Kind.UNTRAINED)}

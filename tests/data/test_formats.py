@@ -233,7 +233,8 @@ def test_what_is_chosen_and_ignored_is_said():
         "format: chat `messages` with role and content; the columns would also fit question/answer "
         "(`--set format=question/answer`); columns not read: question, answer, id (`--map NAME=COLUMN` reads one)"
     )
-    assert detect(rows({"text": "t"})).sentence() == "format: plain `text`, all of it trained, without a chat template"
+    said = "format: plain `text`, all of it trained, without a chat template: continued pretraining"
+    assert detect(rows({"text": "t"})).sentence() == said
 
 
 def test_columns_of_another_name_are_said():

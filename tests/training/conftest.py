@@ -1,10 +1,13 @@
 """Runs of a tiny model: trained once each, and looked at from many sides."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for faulty.py, which several tests here share
 
 
 @pytest.fixture(autouse=True)

@@ -117,6 +117,8 @@ def choose_packing(rows: int, mean_length: float, longest: int) -> Choice:
     return Choice(value=rule("packing").value, reason=why, evidence=cited("packing"))
 
 
-def choose_assistant_only_loss(supervised: int, tokens: int) -> Choice:
+def choose_assistant_only_loss(supervised: int, tokens: int, documents: bool = False) -> Choice:
     why = f"{supervised:,} of your {tokens:,} tokens are answers; the prompts are given in use and need no learning"
+    if documents:
+        why = f"your rows are documents without prompts: all of their {tokens:,} tokens count (continued pretraining)"
     return Choice(value=rule("completions_only").value, reason=why, evidence=cited("completions_only"))

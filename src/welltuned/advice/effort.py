@@ -6,6 +6,7 @@ full 6N + 6f·V·h + 7·L·S·d; checkpointing repeats the forward pass: 2N + 2�
 """
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from welltuned.advice.epoch import Epoch
 from welltuned.advice.rules import number, rule
@@ -15,12 +16,19 @@ from welltuned.facts.model import ModelFacts
 from welltuned.recipe import Method, Tune
 
 
+class SpeedFrom(StrEnum):
+    """Where a forecast's speed is from: the processor's kind alone, or runs and probes on this machine."""
+
+    ARITHMETIC = "arithmetic"
+    MEASURED = "measured"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeForecast:
     """`tokens` are all that pass through the model in training.
 
-    `tokens_per_second` is a measured speed where `measured`, else one of arithmetic, good to a factor of about two.
-    Both it and `seconds` are None for grpo before a run was measured: how long sampling takes does not follow from it.
+    `tokens_per_second` and `seconds` are None for grpo before a run was measured: how long sampling takes does not
+    follow from operations.
     """
 
     updates: int
@@ -29,7 +37,7 @@ class TimeForecast:
     flops_per_token: int
     tokens_per_second: float | None
     seconds: float | None
-    measured: bool = False
+    speed_from: SpeedFrom = SpeedFrom.ARITHMETIC
 
 
 def forecast_time(
@@ -45,9 +53,9 @@ def forecast_time(
     updates: int,
     batch: int,
     max_length: int,
-    tokens_per_second: float | None,
+    flops_per_second: float | None,
 ) -> TimeForecast:
-    """The run's effort; evaluation is not counted. `tokens_per_second` is a measured speed, where one is known."""
+    """The run's effort; evaluation is not counted. `flops_per_second` is what runs like it reached, where known."""
     whole_epochs, rest = divmod(updates, steps_per_epoch(epoch.examples, batch))
     passes = whole_epochs + min(1.0, rest * batch / epoch.examples)  # an epoch's last update may be smaller
     lengths = [min(length, max_length) for length in epoch.lengths]
@@ -55,9 +63,10 @@ def forecast_time(
     attended = _attended(lengths)
     flops = flops_per_token(model, tune, trained, attended, epoch.supervised_share, checkpointing)
     flops += rule("extra_passes").value.get(str(method), 0) * _forward(model, attended, epoch.supervised_share)
-    measured = tokens_per_second is not None
-    if tokens_per_second is None and method is not Method.GRPO:
-        tokens_per_second = round(machine_flops(machine, dtype) / flops, 1)
+    speed_from = SpeedFrom.ARITHMETIC if flops_per_second is None else SpeedFrom.MEASURED
+    if flops_per_second is None and method is not Method.GRPO:
+        flops_per_second = machine_flops(machine, dtype)
+    tokens_per_second = None if flops_per_second is None else round(flops_per_second / flops, 1)
     return TimeForecast(
         updates=updates,
         tokens=round(tokens),
@@ -65,7 +74,7 @@ def forecast_time(
         flops_per_token=round(flops),
         tokens_per_second=tokens_per_second,
         seconds=None if tokens_per_second is None else round(tokens / tokens_per_second, 1),
-        measured=measured,
+        speed_from=speed_from,
     )
 
 

@@ -65,7 +65,7 @@ class Plan:
         """The document that `plan --json` prints."""
         return {
             "choices": {name: to_plain(choice) for name, choice in self.choices.items()},
-            "facts": {**to_plain(self.facts), "run": to_plain(self.time)},
+            "facts": self._facts_json(),
             "memory": {
                 "total_bytes": self.memory.total_bytes,
                 "parts": dict(self.memory.parts),
@@ -73,6 +73,13 @@ class Plan:
             },
             "warnings": list(self.warnings),
         }
+
+    def _facts_json(self) -> dict[str, Any]:
+        """The facts, with the shares that follow from them, and the run's size."""
+        facts, data = to_plain(self.facts), self.facts.dataset
+        shares = {"supervised_share": data.supervised_share, "masked_share": 1 - data.supervised_share}
+        facts["dataset"] |= {name: round(share, 4) for name, share in shares.items()}
+        return {**facts, "run": to_plain(self.time)}
 
 
 class PlanLine(NamedTuple):
@@ -145,9 +152,9 @@ def make_plan(
     model: ModelFacts,
     data: DatasetFacts,
     machine: MachineFacts,
-    tokens_per_second: float | None = None,
+    flops_per_second: float | None = None,
 ) -> Plan:
-    """Choose everything that the recipe leaves open. `tokens_per_second` comes from a probe, where one was run."""
+    """Choose everything that the recipe leaves open. `flops_per_second` is what a run like it has reached here."""
     choices: dict[str, Choice] = {"dtype": settle(recipe, "dtype", choose_dtype(recipe.tune, machine))}
     targets = _adapter(choices, recipe, model, data)
     epoch = _objective(choices, recipe, model, data)
@@ -172,7 +179,7 @@ def make_plan(
         updates=updates,
         batch=size,
         max_length=choices["max_length"].value,
-        tokens_per_second=tokens_per_second,
+        flops_per_second=flops_per_second,
     )
     _rate_and_schedule(choices, recipe, model, data, epoch, size, time, trained)
     ordered = {name: choices[name] for name in _ORDER if name in choices}
@@ -332,7 +339,8 @@ def _memory_choices(
     choices["gradient_checkpointing"] = settle(recipe, "gradient_checkpointing", recompute)
     choices["packing"] = settle(recipe, "packing", batches.choose_packing(data.rows, data.length_mean, data.length_max))
     if recipe.method is Method.SFT:
-        loss = batches.choose_assistant_only_loss(data.supervised_tokens, data.tokens)
+        documents = data.format_name == "text"
+        loss = batches.choose_assistant_only_loss(data.supervised_tokens, data.tokens, documents)
         choices["assistant_only_loss"] = settle(recipe, "assistant_only_loss", loss)
 
 

@@ -1,6 +1,7 @@
 """welltuned COMMAND ...: the parser, exit codes, and one sentence for each error."""
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "check": ("welltuned.cli.check", "Say what is wrong with a configuration of welltuned, TRL, Axolotl and others."),
     "train": ("welltuned.cli.train", "Plan, train, evaluate and verify; write a Run directory."),
+    "resume": ("welltuned.cli.resume", "Go on with a run that was interrupted, from its newest sound checkpoint."),
     "chat": ("welltuned.cli.chat", "Talk to a tuned model."),
 }
 
@@ -40,8 +42,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command: 0 fine, 1 the run failed, 2 the input is wrong (one sentence, and with --debug a traceback)."""
+    """Run one command: 0 fine, 1 the run failed, 2 the input is wrong (one sentence, and with --debug a traceback).
+
+    A signal that ends a command gives 128 and its number, as shells count: 130 after Ctrl-C, 143 after SIGTERM.
+    """
     given = sys.argv[1:] if argv is None else argv
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; the GGUF reader's bar has no other switch
     try:
         arguments = build_parser().parse_args(given)
         run: Callable[[argparse.Namespace], int] = import_module(COMMANDS[arguments.command][0]).run
@@ -55,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("welltuned: interrupted", file=sys.stderr)
-        return 1
+        return 130
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,6 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show a traceback where an error ends the command")
     _data_options(made["data"])
     _recipe_options(made["plan"])
+    made["plan"].add_argument(
+        "--probe", action="store_true", help="load the weights and measure the speed over a few updates, for the time"
+    )
     printed = made["plan"].add_mutually_exclusive_group()
     printed.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     printed.add_argument(
@@ -84,6 +93,13 @@ def build_parser() -> argparse.ArgumentParser:
     _recipe_options(made["train"])
     made["train"].add_argument("--out", required=True, metavar="DIR", help="the Run directory, new or empty")
     made["train"].add_argument("--json", action="store_true", help="print the run's summary as one JSON document")
+    made["resume"].add_argument("run", metavar="RUN", help="the Run directory")
+    made["resume"].add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="go on although recipe, data, base model or tokenizer are not what they were",
+    )
+    made["resume"].add_argument("--json", action="store_true", help="print the run's summary as one JSON document")
     made["demo"].add_argument(
         "--out", metavar="DIR", help="the Run directory (default: the first free of demo-run, demo-run-2, ...)"
     )

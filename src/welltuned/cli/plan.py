@@ -21,7 +21,12 @@ def run(arguments: argparse.Namespace) -> int:
     from welltuned.training.prepare import prepare
 
     quiet_libraries()
-    prepared = prepare(recipe, progress=RowsShown())
+    prepared = prepare(recipe, progress=RowsShown(), weights_needed=arguments.probe)
+    if arguments.probe:
+        from welltuned.training.speed import probe
+
+        probe(prepared)
+        prepared = prepare(recipe)  # once more, with the speed that is known now
     if arguments.emit is not None:
         return _emit(prepared.plan, arguments.emit)
     if arguments.json:

@@ -1,22 +1,21 @@
 """How things look in a terminal: the plan, the progress of a run, its result. Everything goes to stderr."""
 
 import logging
-import os
 import sys
 import time
 from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from welltuned.advice.describe import data_line, machine_line, model_line, time_line
 from welltuned.advice.plan import Plan, plan_lines
 from welltuned.choice import SetBy
 from welltuned.cli.safe import visible
-from welltuned.training.events import Evaluated, Event, Note, Updated
+from welltuned.training.events import Evaluated, Event, Note, Skipped, Updated
 
 # In a file or a pipe rich would fold everything to 80 columns.
 console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
@@ -24,7 +23,6 @@ console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty(
 
 def quiet_libraries() -> None:
     """Keep the libraries' own progress bars and notices out of this command's output."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; the GGUF reader has no other switch
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -58,28 +56,15 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
-def _trained_words(share: float) -> str:
-    return f"{share:.0%} of them trained" if share else "answered by sampling"
-
-
 def print_plan(plan: Plan, out: Console = console) -> None:
     """The plan on one screen: facts, choices with reasons, memory, warnings."""
-    model, data, machine = plan.facts.model, plan.facts.dataset, plan.facts.machine
-    out.print(
-        f"\n[bold]Model[/]    {escape(model.id)} · {escape(model.family)} · {model.parameters / 1e6:,.0f} M parameters"
-    )
-    out.print(
-        f"[bold]Data[/]     {data.rows:,} training rows, {data.heldout_rows:,} held out · {data.tokens:,} tokens, "
-        f"{_trained_words(data.supervised_share)} · lengths {data.length_min}–{data.length_max}, "
-        f"median {data.length_median}"
-    )
-    for part in data.mixture:
-        out.print(
-            f"         an epoch: {part.rows_of_epoch:,} of {part.rows:,} rows, {part.share:.0%} of the tokens, "
-            f"from {escape(part.name)}"
-        )
-    name = machine.gpu_name or f"{machine.cores} CPU cores"
-    out.print(f"[bold]Machine[/]  {escape(name)} · {size(machine.training_memory)} memory free")
+    out.print()
+    _field(out, "Model", model_line(plan.facts.model))
+    _field(out, "Data", data_line(plan.facts.dataset))
+    for part in plan.facts.dataset.mixture:
+        share = f"{part.rows_of_epoch:,} of {part.rows:,} rows, {part.share:.0%} of the tokens, from {part.name}"
+        _field(out, "", f"an epoch: {share}")
+    _field(out, "Machine", machine_line(plan.facts.machine))
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in ("choice", "value", "range"):
         table.add_column(column, no_wrap=True)
@@ -92,11 +77,20 @@ def print_plan(plan: Plan, out: Console = console) -> None:
     out.print()
     out.print(table)
     parts = ", ".join(f"{name} {size(part)}" for name, part in plan.memory.parts.items() if part >= 1e6)
-    out.print(f"\n[bold]Memory[/]   about {size(plan.memory.total_bytes)} ({parts})")
-    out.print(f"[bold]Updates[/]  {plan.updates:,} of {plan.value('effective_batch_size')} examples")
+    out.print()
+    _field(out, "Memory", f"about {size(plan.memory.total_bytes)} ({parts})")
+    _field(out, "Time", time_line(plan.time))
     for warning in plan.warnings:
         out.print(Text("! " + visible(warning), style="yellow"))
     out.print()
+
+
+def _field(out: Console, name: str, text: str) -> None:
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(width=8, style="bold", no_wrap=True)
+    grid.add_column(ratio=1)
+    grid.add_row(name, Text(visible(text)))
+    out.print(grid)
 
 
 @dataclass(slots=True)
@@ -111,6 +105,10 @@ class Progress:
         match event:
             case Note():
                 self._line(Text("  " + visible(event.text), style="dim"))
+            case Skipped():
+                rows = visible(", ".join(event.rows[:5]))
+                text = f"! update {event.step} was left out, {visible(event.what)}: {rows}"
+                self._line(Text(text, style="bold yellow"))
             case Evaluated():
                 error = f" ± {event.eval_loss_se:.3f}" if event.eval_loss_se == event.eval_loss_se else ""
                 what, value = "loss", event.eval_loss

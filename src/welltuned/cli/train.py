@@ -37,8 +37,13 @@ def run(arguments: argparse.Namespace) -> int:
         progress.close()
     print_result(result)
     if arguments.json:
-        print(json.dumps(json.loads((result.path / RUN).read_text(encoding="utf-8")), ensure_ascii=False))
+        print_json(result.path)
     return 0
+
+
+def print_json(run: Path) -> None:
+    """A finished run's summary on stdout."""
+    print(json.dumps(json.loads((run / RUN).read_text(encoding="utf-8")), ensure_ascii=False))
 
 
 def print_result(result: "RunResult") -> None:
@@ -52,6 +57,10 @@ def print_result(result: "RunResult") -> None:
             f"(± {result.after.standard_error:.3f}) in {duration(result.seconds)}, "
             f"{result.tokens_per_second:,.0f} tokens/s, peak {size(result.peak_memory)}."
         )
+        if (share := result.after.measures.get("rewards/accuracies")) is not None:
+            margin = result.after.measures["rewards/margins"]
+            won = f"The chosen answer wins in [bold]{share:.0%}[/] of the held-out pairs"
+            console.print(f"{won}, by {margin:.3f} on average.")
     change = sum(check.change for check in result.checks)
     console.print(
         f"Verified: all {len(result.checks)} trained tensors moved and are finite "
@@ -59,10 +68,15 @@ def print_result(result: "RunResult") -> None:
     )
     folder = result.path / (ADAPTER if (result.path / ADAPTER).is_dir() else MODEL)
     console.print(f"\n[bold]{escape(str(folder))}[/] holds the result. Use it with:")
-    print_command(f"welltuned chat {result.path}")
+    scores = any(check.name.startswith("score.") for check in result.checks)  # a reward model's head
+    if scores:
+        source = "base" if folder.name == ADAPTER else f'"{folder}"'
+        print_command(f"AutoModelForSequenceClassification.from_pretrained({source}, num_labels=1)")
+    else:
+        print_command(f"welltuned chat {result.path}")
     if folder.name == ADAPTER:
         print_command(f'PeftModel.from_pretrained(base, "{folder}")       # PEFT, and with it TRL')
-    else:
+    elif not scores:
         print_command(f'AutoModelForCausalLM.from_pretrained("{folder}")')
 
 

@@ -79,7 +79,7 @@ def _plan(arguments: argparse.Namespace) -> "Plan | None":
     from welltuned.training.prepare import prepare
 
     quiet_libraries()
-    return prepare(recipe).plan
+    return prepare(recipe, weights_needed=False).plan
 
 
 def print_keys() -> None:

@@ -6,7 +6,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from welltuned.data.cache import Cache, cache_key
-from welltuned.data.conversation import Conversation, Format, MixedSchema, NotTrained, Policy, Preference, Teaching
+from welltuned.data.conversation import Conversation, Format, MixedSchema, NotTrained, Policy, Teaching
 from welltuned.data.formats import Detected, detect, to_conversation, to_judged, to_preference
 from welltuned.data.pairs import joined
 from welltuned.data.readers import Refuse
@@ -86,7 +86,7 @@ def conversations_at(source: Source, reading: Reading, rows: Sequence[int]) -> l
     found = []
     for number, row, detected in _rows(source, reading, lambda _: None):  # told of when the store was built
         if number in wanted:
-            found.append(_read(row, detected, reading).conversation)
+            found.append(_read(row, detected, reading)[0].conversation)
             if len(found) == len(wanted):
                 break
     return found
@@ -130,17 +130,17 @@ class _Lesson:
         return example if self.desirable is None else replace(example, desirable=self.desirable)
 
 
-def _read(row: Row, detected: Detected, reading: Reading) -> _Lesson:
+def _read(row: Row, detected: Detected, reading: Reading) -> list[_Lesson]:
     """What a row teaches; see `to_conversation` for its errors."""
-    match reading.teaching:
-        case Teaching.ANSWERS:
-            return _Lesson(to_conversation(row, detected, reading.group_by))
-        case Teaching.PAIRS:
-            pair: Preference = to_preference(row, detected, reading.group_by)
-            return _Lesson(pair.chosen, rejected=pair.rejected)
-        case Teaching.LABELS:
-            judged = to_judged(row, detected, reading.group_by)
-            return _Lesson(judged.conversation, desirable=judged.desirable)
+    if reading.teaching is Teaching.ANSWERS:
+        return [_Lesson(to_conversation(row, detected, reading.group_by))]
+    if reading.teaching is Teaching.LABELS and detected.format is not Format.PREFERENCE:
+        judged = to_judged(row, detected, reading.group_by)
+        return [_Lesson(judged.conversation, desirable=judged.desirable)]
+    pair = to_preference(row, detected, reading.group_by)
+    if reading.teaching is Teaching.PAIRS:
+        return [_Lesson(pair.chosen, rejected=pair.rejected)]
+    return [_Lesson(pair.chosen, desirable=True), _Lesson(pair.rejected, desirable=False)]
 
 
 def _built(
@@ -188,7 +188,7 @@ class _Builder:
 
     def add(self, number: int, row: Row, detected: Detected) -> None:
         try:
-            lesson = _read(row, detected, self.reading)
+            lessons = _read(row, detected, self.reading)
         except MixedSchema:
             raise
         except NotTrained:
@@ -197,9 +197,10 @@ class _Builder:
         except InputError as error:
             self.refuse(error)
             return
-        self.waiting.append((number, lesson))
-        self.characters += sum(len(m.content) for one in lesson.conversations for m in one.messages)
-        if len(self.waiting) == CHUNK_ROWS or self.characters > CHUNK_CHARACTERS:
+        for lesson in lessons:
+            self.waiting.append((number, lesson))
+            self.characters += sum(len(m.content) for one in lesson.conversations for m in one.messages)
+        if len(self.waiting) >= CHUNK_ROWS or self.characters > CHUNK_CHARACTERS:
             self._render()
 
     def end(self, detected: Detected) -> None:

@@ -65,9 +65,10 @@ UNDERSTOOD = (
     "prompt + answer; text; chosen + rejected; and messages or prompt + completion with a label"
 )
 ANSWERS = ("completion", "answer", "output")
-TAUGHT = {  # what supervised fine-tuning makes of rows that hold more than it needs
-    Format.PREFERENCE: "; supervised fine-tuning trains the chosen answers",
-    Format.KTO: "; supervised fine-tuning trains those that are labelled true",
+TAUGHT = {  # what is made of rows that hold more than the method needs
+    (Format.PREFERENCE, Teaching.ANSWERS): "; supervised fine-tuning trains the chosen answers",
+    (Format.KTO, Teaching.ANSWERS): "; supervised fine-tuning trains those that are labelled true",
+    (Format.PREFERENCE, Teaching.LABELS): "; the chosen answers count as desirable, the rejected ones as undesirable",
 }
 
 
@@ -95,7 +96,7 @@ class Detected:
         """The choice, the others, and how to change it."""
         no_answer = self.format is Format.PROMPT_ANSWER and "answer" not in self.mapping
         said = f"format: {'`prompt` alone, without answers' if no_answer else DESCRIPTION[self.format]}"
-        said += TAUGHT.get(self.format, "") if teaching is Teaching.ANSWERS else ""
+        said += TAUGHT.get((self.format, teaching), "")
         renamed = [f"{name} from `{shown(column)}`" for name, column in self.mapping.items() if column != name]
         said += f" ({', '.join(renamed)})" if renamed else ""
         if self.also:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from welltuned.data.conversation import Kind
 from welltuned.data.fork import Fork
+from welltuned.data.places import ends, forks
 from welltuned.data.render import Example
 from welltuned.errors import InputError
 
@@ -328,13 +329,13 @@ class StoreWriter:
         lengths = np.array([len(example.ids) for example in examples])
         sizes = np.array([len(origin) for origin in origins])
         trained = [np.flatnonzero(example.mask) for example in examples]
-        firsts, lasts = _ends(examples, trained)
+        firsts, lasts = ends(examples, trained)
         records["start"] = self._about.tokens + np.cumsum(lengths) - lengths
         records["origin"] = self._origin_bytes + np.cumsum(sizes) - sizes
         records["length"], records["origin_length"] = lengths, sizes
         records["trained"] = [len(t) for t in trained]
         records["first"], records["last"] = firsts, lasts
-        records["shared"], records["second"], records["longest"], records["needed"] = _forks(examples, firsts)
+        records["shared"], records["second"], records["longest"], records["needed"] = forks(examples, firsts)
         records["label"] = [-1 if e.desirable is None else int(e.desirable) for e in examples]
         texts = [e.ids.tobytes() for e in examples]
         prompts = [t[: 4 * first] if first > 1 else b"" for t, first in zip(texts, firsts, strict=True)]
@@ -389,34 +390,6 @@ def open_store(folder: Path) -> ExampleStore:
     if sum(size * TYPES[name].itemsize for name, size in sizes.items()) > IN_MEMORY:
         return ExampleStore(files, about)
     return ExampleStore(InMemory({name: files.read(name, 0, size) for name, size in sizes.items()}), about)
-
-
-def _ends(examples: Sequence[Example], trained: Sequence[NDArray[np.int64]]) -> tuple[list[int], list[int]]:
-    """Positions of the first and the last trained token of each row, -1 for none, in their sequences."""
-    ends = []
-    for example, at in zip(examples, trained, strict=True):
-        places = at if example.fork is None else example.fork.positions(len(example.ids))[at]
-        ends.append((int(places.min()), int(places.max())) if len(places) else (-1, -1))
-    return [first for first, _ in ends], [last for _, last in ends]
-
-
-def _forks(examples: Sequence[Example], firsts: Sequence[int]) -> Iterator[list[int]]:
-    """The fields shared, second, longest and needed of each row, a list for each field."""
-    rows = []
-    for example, first in zip(examples, firsts, strict=True):
-        n = len(example.ids)
-        if example.fork is None:
-            rows.append((n, n, n, first + 1))
-            continue
-        shared, second = example.fork
-        own = [slice(shared, second), slice(second, n)]
-        both = [example.ids[at] for at in own]
-        least = min(map(len, both))
-        differs = np.flatnonzero(both[0][:least] != both[1][:least])
-        needed = int(differs[0]) if len(differs) else least
-        needed = max(needed, *(int(example.mask[at].argmax()) for at in own))
-        rows.append((shared, second, shared + max(map(len, both)), shared + needed + 1))
-    yield from map(list, zip(*rows, strict=True))
 
 
 def _marks_of(example: Example) -> NDArray[np.uint8]:

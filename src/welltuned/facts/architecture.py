@@ -144,6 +144,12 @@ def _need(config: Mapping[str, Any], key: str, where: str) -> int:
     return value
 
 
+def _context(config: Mapping[str, Any], where: str) -> int | None:
+    """Positions that the model was trained on; None where the configuration does not say."""
+    key = "max_position_embeddings"
+    return None if config.get(key) is None else _need(config, key, where)
+
+
 def _gated_architecture(family: str, config: Mapping[str, Any], where: str) -> Architecture:
     spec = _FAMILIES.get(family, _Family())
     config = {**spec.defaults, **{key: value for key, value in config.items() if value is not None}}
@@ -179,7 +185,7 @@ def _gated_architecture(family: str, config: Mapping[str, Any], where: str) -> A
         gated_mlp=True,
         experts=experts,
         active_experts=active,
-        context_length=config.get("max_position_embeddings"),
+        context_length=_context(config, where),
     )
 
 

@@ -11,6 +11,8 @@ from welltuned.data.dataset import Dataset
 from welltuned.data.rows import Rows
 from welltuned.errors import InputError
 
+SHORT_ANSWER = 2  # trained tokens: a token and the one that ends the turn
+LONG_TIMES = 8  # as long as half of the rows, at least
 Counts = npt.NDArray[np.integer[Any]]
 
 
@@ -43,7 +45,8 @@ class DatasetFacts:
     `length_percentiles` holds the 0th to the 100th percentile. A pair is one row with two sequences: its `tokens` are
     those of both, its length is that of the longer. A prompt to be answered by sampling is a row without a trained
     token. `prompts`, `chosen` and `rejected` are known of pairs; of prompts `prompts` and, where the rows have them,
-    `answers`; `desirable_share` of rows that are marked good or bad.
+    `answers`; `desirable_share` of rows that are marked good or bad. `very_short_rows` have hardly an answer,
+    `very_long_rows` are several times as long as half of the rows.
     """
 
     format_name: str
@@ -62,6 +65,8 @@ class DatasetFacts:
     unsupervised_rows: int = 0
     duplicates: int = 0
     heldout_overlap: int = 0
+    very_short_rows: int = 0
+    very_long_rows: int = 0
     mixture: tuple[MixtureFacts, ...] = ()
     sequences_per_row: int = 1
     prompts: Lengths | None = None
@@ -123,6 +128,8 @@ def dataset_facts(
         unsupervised_rows=int((supervised == 0).sum()),
         duplicates=duplicates,
         heldout_overlap=heldout_overlap,
+        very_short_rows=int(((supervised > 0) & (supervised <= SHORT_ANSWER)).sum()),
+        very_long_rows=int((lengths > LONG_TIMES * np.median(lengths)).sum()),
         desirable_share=None if marked is None else round(float(np.average(marked, weights=times)), 4),
     )
 
@@ -181,7 +188,11 @@ def prompt_facts(
         heldout_overlap=heldout_overlap,
     )
     return replace(
-        facts, supervised_tokens=0, prompts=lengths_of(prompt), answers=lengths_of(known) if known.size else None
+        facts,
+        supervised_tokens=0,
+        very_short_rows=0,
+        prompts=lengths_of(prompt),
+        answers=lengths_of(known) if known.size else None,
     )
 
 

@@ -4,12 +4,16 @@ In a container the machine's own figures are not the process's: cores come from 
 quota, memory from the tightest cgroup limit on the way up. A run that trusts /proc/meminfo alone is killed, not slowed.
 """
 
+import ctypes
 import math
 import os
+import platform
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 
 from welltuned.errors import InputError
@@ -24,7 +28,10 @@ class Device(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineFacts:
-    """`memory_*` are the host's; `gpu_memory_*` the first GPU's, where one was asked for. All in bytes."""
+    """`memory_*` are the host's; `gpu_memory_*` the first GPU's, where one was asked for. All in bytes.
+
+    `four_bit` is whether 4-bit weights can be used: whether bitsandbytes is installed.
+    """
 
     device: Device
     cores: int
@@ -33,6 +40,8 @@ class MachineFacts:
     native_bf16: bool
     avx512_bf16: bool = False
     amx_bf16: bool = False
+    processor: str = ""
+    four_bit: bool = False
     gpu_name: str | None = None
     gpu_memory_total: int | None = None
     gpu_memory_available: int | None = None
@@ -44,7 +53,7 @@ class MachineFacts:
 
 
 def read_machine_facts(*, ask_gpu: bool = False, root: Path = Path("/")) -> MachineFacts:
-    """Read /proc and the cgroup. `ask_gpu` imports torch to look for a GPU; without it the plan is for the CPU."""
+    """Read /proc and the cgroup. `ask_gpu` looks for a GPU, with torch where there is a driver; else it is the CPU."""
     flags = _processor_flags(root)
     avx, amx = "avx512_bf16" in flags, "amx_bf16" in flags
     total, available = _memory(root)
@@ -57,10 +66,17 @@ def read_machine_facts(*, ask_gpu: bool = False, root: Path = Path("/")) -> Mach
         native_bf16=gpu.native_bf16 if gpu else avx or amx,
         avx512_bf16=avx,
         amx_bf16=amx,
+        processor=_processor(root),
+        four_bit=find_spec("bitsandbytes") is not None,
         gpu_name=gpu.name if gpu else None,
         gpu_memory_total=gpu.total if gpu else None,
         gpu_memory_available=gpu.available if gpu else None,
     )
+
+
+def memory_available(root: Path = Path("/")) -> int:
+    """Bytes of host memory that this process may still take, by the kernel and by its cgroups."""
+    return _memory(root)[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +88,8 @@ class _Gpu:
 
 
 def _gpu() -> _Gpu | None:
+    if not _has_driver():
+        return None
     import torch
 
     if not torch.cuda.is_available():
@@ -79,6 +97,15 @@ def _gpu() -> _Gpu | None:
     available, total = torch.cuda.mem_get_info()
     bf16 = torch.cuda.get_device_capability()[0] >= 8  # Ampere and later
     return _Gpu(torch.cuda.get_device_name(), total, available, bf16)
+
+
+def _has_driver() -> bool:
+    """Whether NVIDIA's or AMD's driver can be loaded; without one there is no need to import torch and ask."""
+    for name in ("libcuda.so.1", "nvcuda.dll", "libamdhip64.so"):
+        with suppress(OSError):
+            ctypes.CDLL(name)
+            return True
+    return False
 
 
 def _text(path: Path) -> str | None:
@@ -94,6 +121,15 @@ def _processor_flags(root: Path) -> frozenset[str]:
         if name.strip() in ("flags", "Features"):  # x86; Arm
             return frozenset(value.split())
     return frozenset()
+
+
+def _processor(root: Path) -> str:
+    """Its name; empty where the system does not say."""
+    for line in (_text(root / "proc/cpuinfo") or "").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return " ".join(value.split())
+    return platform.processor() if root == Path("/") else ""
 
 
 def _cores(root: Path) -> int:

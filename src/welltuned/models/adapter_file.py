@@ -194,7 +194,7 @@ def _config(bank: AdapterBank, base: str, k: int) -> dict[str, Any]:
     s = bank.settings[k]
     modules, parameters = _peft_places(bank)
     stacks = _shortest(bank.stacks, expert_stacks(bank.model))
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if bank.saved else "CAUSAL_LM",
         "base_model_name_or_path": base,

@@ -1,41 +1,18 @@
-"""What will stay on the model's own code, said before any weights are read: from the model's shape alone.
+"""What will stay on the model's own code, said before any weights are read.
 
-The model is built without numbers ("meta"), which takes a second for any size. Its norms are small enough to be given
-random numbers and tried; of a gated MLP the three projections are replaced by tiny ones. What only the weights can
-show (a head that does something of its own) is found by `fuse`, and said by the run.
+For plain configurations of well-known families that is known to be nothing. Else the model is built without its weights
+(3 s, most of them torch's), and what was found is kept beside the cached tokens.
 """
 
-from copy import deepcopy
+import json
+from typing import Any
 
-import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-
-from welltuned.errors import InputError
-from welltuned.kernels.gated_mlp import FORWARD
-from welltuned.models.experts import has_stacks
-from welltuned.models.frozen import is_projection
-from welltuned.models.fuse import (
-    BARE_MLPS,
-    GATED,
-    OTHER_MLPS,
-    OTHER_NORMS,
-    STACKS,
-    STRANGE_MLPS,
-    UNGATED_MLPS,
-    Fused,
-    looks_like_rms_norm,
-    mlp_activation,
-    rms_norm_of,
-    same,
-    takes_one_argument,
-)
-from welltuned.models.load import load_config
-from welltuned.models.lora import ALL_LINEAR, find_targets
-from welltuned.models.packed import refuses_packing
+from welltuned.models.memo import file_digest, remembered, versions
+from welltuned.models.resolve import ModelSource, SourceKind, resolve
+from welltuned.models.whole import is_whole
+from welltuned.recipe import ALL_LINEAR
 
 ONE_BY_ONE = "this model's own code carries state along a row, so examples run one at a time, not packed"
-_INPUTS, _INNER = 8, 12  # of the tiny projections
 
 
 def foresee(
@@ -46,78 +23,41 @@ def foresee(
     Args:
         target_modules: what will get adapters; None for full fine-tuning.
         nf4: whether the base will be stored in 4 bits, experts included.
+
+    Raises:
+        InputError: no model can be built from the configuration.
     """
-    config = load_config(model)
-    with torch.random.fork_rng(devices=[]):  # modules draw their first numbers, which the caller must not notice
-        try:
-            skeleton = _skeleton(config)
-        except Exception as error:  # nearly every type, by which field of config.json is wrong
-            what = f"no model can be built from the configuration ({error!r})"
-            raise InputError(what, where=model, mend="mend config.json, or give another model") from error
-        return tuple(_foreseen(skeleton, target_modules, nf4))
+    source = resolve(model, weights_needed=False)
+    if source.kind is SourceKind.FOLDER and is_whole(_config(source), target_modules):
+        return ()
+
+    def build() -> list[str]:
+        from welltuned.models.skeleton import left_plain
+
+        return list(left_plain(model, target_modules, nf4=nf4))
+
+    content = _content(source)
+    if content is None:
+        return tuple(build())
+    parts = {"content": content, "targets": target_modules, "nf4": nf4, **versions()}
+    return tuple(remembered("foreseen", parts, build))
 
 
-def _foreseen(skeleton: PreTrainedModel, target_modules: str | tuple[str, ...] | None, nf4: bool) -> list[str]:
-    found = Fused()
-    adapted = frozenset(find_targets(skeleton, target_modules)) if target_modules is not None else frozenset()
-    known: dict[type[nn.Module], str | None] = {}
-    for name, module in skeleton.named_modules():
-        if adapted and module._modules.keys() >= GATED:
-            bare = not all(_is_plain(module.get_submodule(part), f"{name}.{part}" in adapted) for part in GATED)
-            if type(module) not in known:
-                known[type(module)] = _mlp_left(module)
-            _count(found, BARE_MLPS if bare else known[type(module)], "gated MLP")
-        elif looks_like_rms_norm(module) and adapted:
-            if type(module) not in known:
-                known[type(module)] = _norm_left(module)
-            _count(found, known[type(module)], "RMS norm")
-        elif not isinstance(module, nn.Conv1d) and has_stacks(module):
-            ours = nf4 or any(f"{name}.{leaf}" in adapted for leaf in module._parameters)
-            _count(found, None if ours else STACKS, "experts")
-    if adapted and not found.done.keys() & {"gated MLP", "experts"} and not found.plain.keys() - {OTHER_NORMS}:
-        found.plain[UNGATED_MLPS] = 1
-    return [*found.sentences(), ONE_BY_ONE] if refuses_packing(skeleton) else found.sentences()
-
-
-def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model.eval()
-
-
-def _count(found: Fused, left: str | None, fused: str) -> None:
-    if left is None:
-        found.done[fused] += 1
-    else:
-        found.plain[left] += 1
-
-
-def _is_plain(projection: nn.Module, adapted: bool) -> bool:
-    return adapted and is_projection(projection) and projection._parameters.get("bias") is None
-
-
-def _norm_left(norm: nn.Module) -> str | None:
-    tried = deepcopy(norm).to_empty(device="cpu").float()
-    with torch.no_grad():
-        for parameter in tried.parameters():
-            parameter.copy_(torch.linspace(0.5, 1.5, parameter.numel()))
-    return None if rms_norm_of(tried) is not None else OTHER_NORMS
-
-
-@torch.no_grad()
-def _mlp_left(mlp: nn.Module) -> str | None:
-    kind = mlp_activation(mlp)
-    if kind is None:
-        return STRANGE_MLPS
-    if not takes_one_argument(mlp):
-        return OTHER_MLPS
-    tiny = deepcopy(mlp)
-    shapes = {"gate_proj": (_INPUTS, _INNER), "up_proj": (_INPUTS, _INNER), "down_proj": (_INNER, _INPUTS)}
-    gate, up, down = (nn.Linear(*shape, bias=False) for shape in shapes.values())
-    tiny.gate_proj, tiny.up_proj, tiny.down_proj = gate, up, down
-    x = torch.linspace(-1, 1, 5 * _INPUTS).view(1, 5, _INPUTS)
+def _config(source: ModelSource) -> dict[str, Any]:
+    """Empty where it cannot be read: whoever builds the model says what is wrong with it."""
+    assert source.path is not None
     try:
-        y = tiny(x)
-    except (RuntimeError, AttributeError, ValueError, TypeError):  # it does more than three products
-        return OTHER_MLPS
-    return None if same(y, down(FORWARD[kind](gate(x)) * up(x))) else OTHER_MLPS
+        config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _content(source: ModelSource) -> Any:
+    """What the configuration depends on; None where only the hub knows."""
+    if source.path is None:
+        return None
+    if source.kind is SourceKind.FOLDER:
+        return file_digest(source.path / "config.json")
+    stat = source.path.stat()
+    return [str(source.path.resolve()), stat.st_size, stat.st_mtime_ns]

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from welltuned.errors import InputError
+from welltuned.models.oom import is_out_of_memory, release_memory
 
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
 
@@ -36,15 +37,36 @@ def replies(
     prompts: Sequence[Sequence[int]],
     decoding: Decoding | None = None,
 ) -> list[str]:
-    """One reply a prompt (token ids that end where the assistant begins), end-of-turn token removed."""
+    """One reply a prompt (token ids that end where the assistant begins), end-of-turn token removed.
+
+    Where memory does not suffice for a batch, this and the later ones are smaller.
+    """
     decoding = decoding or Decoding()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: less padding
-    out = [""] * len(prompts)
-    for start in range(0, len(order), decoding.batch_size):
-        chosen = order[start : start + decoding.batch_size]
-        for index, text in zip(chosen, _batch(model, tokenizer, [prompts[i] for i in chosen], decoding), strict=True):
+    out, start, size = [""] * len(prompts), 0, decoding.batch_size
+    while start < len(order):
+        chosen = order[start : start + size]
+        texts = _batch_in_memory(model, tokenizer, [prompts[i] for i in chosen], decoding)
+        if texts is None:
+            size = (len(chosen) + 1) // 2
+            continue
+        for index, text in zip(chosen, texts, strict=True):
             out[index] = text
+        start += len(chosen)
     return out
+
+
+def _batch_in_memory(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Sequence[int]], decoding: Decoding
+) -> list[str] | None:
+    """Replies to one batch; None where memory does not suffice and fewer prompts may do."""
+    try:
+        return _batch(model, tokenizer, prompts, decoding)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or len(prompts) == 1:
+            raise
+    release_memory()  # here the traceback, and with it the failed pass, is gone
+    return None
 
 
 def stream(

@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer from a hub id, a folder or a GGUF file.
+"""Load a causal language model from a hub id, a folder or a GGUF file.
 
 For 4 bits each weight is quantised on its device as it is read, by transformers' own hook for quantisers, so that no
 more than one is ever dense. GGUF files have a quantiser of their own there: those are read whole and quantised after.
@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
@@ -26,39 +24,22 @@ from welltuned.kernels.grouped import NF4Stack
 from welltuned.kernels.nf4 import NF4Weight
 from welltuned.models.experts import expert_stacks, layout_of, quantize_experts, quantize_stack
 from welltuned.models.frozen import quantisable, quantize_linears
-from welltuned.models.resolve import ModelSource, SourceKind, resolve
+from welltuned.models.resolve import SourceKind, resolve
+from welltuned.models.tokenizer import MEND_HUB, arguments_of, in_short
+from welltuned.models.tokenizer import load_tokenizer as load_tokenizer
 
 # Whatever transformers raises while it reads a model's files (nearly every type of exception, by which field of
 # config.json is wrong) is about those files: hence the two `except Exception` below. --debug shows the traceback.
-_MEND_HUB = "check the id and the network, or give a local folder or GGUF file"
-
-
-def _arguments(source: ModelSource) -> dict[str, Any]:
-    if source.kind is SourceKind.GGUF:
-        assert source.path is not None
-        return {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": source.path.name}
-    name = source.name if source.path is None else str(source.path)
-    return {"pretrained_model_name_or_path": name, "trust_remote_code": False}  # unset, transformers asks on stdin
-
-
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a model: a hub id, a folder, a GGUF file or the demo's alias."""
-    source = resolve(model)
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**_arguments(source))
-    except Exception as error:
-        raise InputError(f"no tokenizer could be loaded ({_in_short(error)})", where=model, mend=_MEND_HUB) from error
-    return tokenizer
 
 
 def load_config(model: str) -> PretrainedConfig:
     """The model's configuration, without its weights (which need not be there)."""
     source = resolve(model, weights_needed=False)
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(**_arguments(source))
+        config: PretrainedConfig = AutoConfig.from_pretrained(**arguments_of(source))
     except Exception as error:
-        what = f"the model's configuration could not be read ({_in_short(error)})"
-        raise InputError(what, where=model, mend=_MEND_HUB) from error
+        what = f"the model's configuration could not be read ({in_short(error)})"
+        raise InputError(what, where=model, mend=MEND_HUB) from error
     return config
 
 
@@ -68,7 +49,7 @@ def load_model(model: str, *, dtype: torch.dtype, device: str = "cpu", nf4: bool
     No code from a model's repository is run and no pickle is read: weights are safetensors or GGUF.
     """
     source = resolve(model)
-    arguments = _arguments(source)
+    arguments = arguments_of(source)
     if nf4:
         _require_bitsandbytes()
     if source.kind is not SourceKind.GGUF:
@@ -84,7 +65,7 @@ def load_model(model: str, *, dtype: torch.dtype, device: str = "cpu", nf4: bool
             output_loading_info=True,
         )
     except Exception as error:
-        raise InputError(f"the model could not be loaded ({_in_short(error)})", where=model, mend=_MEND_HUB) from error
+        raise InputError(f"the model could not be loaded ({in_short(error)})", where=model, mend=MEND_HUB) from error
     assert isinstance(loaded, PreTrainedModel)
     _refuse_random_weights(report, model)
     linears, stacks = (loaded.hf_quantizer.linears, loaded.hf_quantizer.stacks) if by_weight else ({}, {})
@@ -129,11 +110,6 @@ def _forget_quantizer(model: PreTrainedModel) -> None:
     model.is_quantized = False
     model.config.__dict__.pop("quantization_config", None)
     model.config.__dict__.pop("_is_quantized", None)
-
-
-def _in_short(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:199] + "…"
 
 
 # ── 4 bits, a weight at a time ───────────────────────────────────────────────────────────────────────────────────────

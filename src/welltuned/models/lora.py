@@ -287,10 +287,7 @@ class AdapterBank:
 def attach(
     model: PreTrainedModel, settings: LoraSettings | Sequence[LoraSettings], saved: tuple[str, ...] = ()
 ) -> AdapterBank:
-    """Freeze the model and put adapters on it, in place of the modules that `target_modules` names.
-
-    `saved` names modules that are trained beside them.
-    """
+    """Freeze the model and put adapters on what `target_modules` names; modules in `saved` are trained beside them."""
     return AdapterBank(model, [settings] if isinstance(settings, LoraSettings) else settings, saved)
 
 

@@ -76,12 +76,13 @@ def _check_folder(path: Path, model: str, weights_needed: bool) -> None:
         ggufs = sorted(path.glob("*.gguf"))
         mend = f"give the file itself: {ggufs[0]}" if ggufs else "a model folder holds config.json and *.safetensors"
         raise InputError("the model folder has no config.json", where=model, mend=mend)
-    if not weights_needed or any(path.glob("*.safetensors")):
+    if any(path.glob("*.safetensors")):
         return
     if any(path.glob("*.bin")) or any(path.glob("*.pt")):
         what = "the model folder has its weights only as pickle (.bin), which can run code when it is loaded"
         raise InputError(what, where=model, mend="convert it with save_pretrained(..., safe_serialization=True)")
-    raise InputError("the model folder has no weights", where=model, mend="add its *.safetensors files")
+    if weights_needed:
+        raise InputError("the model folder has no weights", where=model, mend="add its *.safetensors files")
 
 
 def _check_gguf(path: Path, model: str) -> None:

@@ -39,7 +39,8 @@ def save_classifier(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         RunError: that class has other parameters than this model.
     """
-    config = type(model.config).from_dict({**model.config.to_dict(), "num_labels": 1, "architectures": None})
+    known = {k: v for k, v in model.config.to_dict().items() if k not in ("id2label", "label2id", "architectures")}
+    config = type(model.config).from_dict({**known, "num_labels": 1})
     with torch.device("meta"):
         classifier = AutoModelForSequenceClassification.from_config(config)
     head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)

@@ -163,5 +163,9 @@ def token_logps(model: PreTrainedModel, head: Head | None, laid: Laid) -> Tensor
 
 
 def answer_logps(logp_M: Tensor, laid: Laid) -> Tensor:
-    """The log-probability of each answer [A]: the sum of its trained tokens'."""
+    """The log-probability of each answer [A]: the sum of its trained tokens', in float64.
+
+    Losses live on differences of such sums: in fp32 a thousand nats come in steps of 6e-5.
+    """
+    logp_M = logp_M.double()
     return logp_M.new_zeros(len(laid.last_A)).index_add(0, laid.answer_M, logp_M)

@@ -142,8 +142,9 @@ def kto_loss(answers: Answers, desirable_P: Tensor, kl: float, settings: KtoSett
     Ethayarajh et al. 2024, arXiv 2402.01306, equations 7 and 8. `kl` is the mean ratio of mismatched answers, or 0
     where that is below it, and has no gradient.
     """
-    sign_P = torch.where(desirable_P, 1.0, -1.0).to(answers.logp_P.dtype)
-    weight_P = torch.where(desirable_P, settings.desirable_weight, settings.undesirable_weight).to(sign_P.dtype)
+    good_P = desirable_P.to(answers.logp_P.dtype)
+    sign_P = 2 * good_P - 1
+    weight_P = settings.undesirable_weight + (settings.desirable_weight - settings.undesirable_weight) * good_P
     return weight_P * (1 - torch.sigmoid(settings.beta * sign_P * (answers.ratio_P - kl)))
 
 

@@ -23,6 +23,7 @@ from welltuned.recipe.keys import (
     LOSS_ON,
     METHOD_KEYS,
     NEVER_KEPT,
+    ON_NONFINITE,
     OPTIMIZERS,
     POLICIES,
     REWARD_SCALES,
@@ -192,6 +193,7 @@ _RULES: Mapping[str, _Rule] = MappingProxyType(
         "dtype": _one_of(DTYPES),
         "bias": _one_of(BIASES),
         "loss_on": _one_of(LOSS_ON),
+        "on_nonfinite": _one_of(ON_NONFINITE),
         "init_lora_weights": _Rule(lambda value: value is True or value == "gaussian", "true or gaussian"),
     }
 )

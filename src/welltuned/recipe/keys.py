@@ -27,6 +27,7 @@ SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 OPTIMIZERS = ("adamw", "adamw_torch", "adamw_torch_fused")
 DTYPES = ("float32", "bfloat16")
 BIASES = ("none", "all", "lora_only")
+ON_NONFINITE = ("back", "stop")
 LOSS_ON = ("assistant", "last", "everything")
 DPO_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "simpo")
 GRPO_LOSSES = ("grpo", "dapo", "dr_grpo", "gspo")
@@ -98,6 +99,11 @@ FIELDS: Mapping[str, Key] = MappingProxyType(
         "instruction_part": Key(str, "Marker that opens a user turn, for chat templates that defeat the structure."),
         "response_part": Key(str, "Marker that opens an assistant turn; only what follows it is trained."),
         "chat_template": Key(str, "A chat template, as a path or inline, instead of the tokenizer's own."),
+        "on_nonfinite": Key(
+            str,
+            "After 3 updates in a row that are not finite: back (to the last checkpoint, with half the rate) or stop; "
+            "unset: back, but stop where learning_rate is yours.",
+        ),
         "loss_on": Key(str, "What is trained: assistant (every answer, the default), last (answer) or everything."),
     }
 )

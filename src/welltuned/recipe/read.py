@@ -41,6 +41,7 @@ class Recipe:
     response_part: str | None = None
     chat_template: str | None = None
     loss_on: str | None = None
+    on_nonfinite: str | None = None
     policies: Mapping[str, str] = field(default_factory=lambda: _EMPTY)
     hyperparameters: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
 
@@ -109,6 +110,7 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
         "response_part": recipe.response_part,
         "chat_template": recipe.chat_template,
         "loss_on": recipe.loss_on,
+        "on_nonfinite": recipe.on_nonfinite,
         **recipe.policies,
         **recipe.hyperparameters,
     }

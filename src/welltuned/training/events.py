@@ -52,7 +52,21 @@ class Evaluated:
     samples: tuple[Mapping[str, Any], ...] = ()
 
 
-Event = Note | Updated | Evaluated
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """An update that was not made, since its loss or gradient was not finite: nothing of it is in the weights.
+
+    `what` says which of the two and where; `rows` are the origins of those rows of it that are at fault alone, all of
+    its rows where none is.
+    """
+
+    step: int
+    total_steps: int
+    what: str
+    rows: tuple[str, ...]
+
+
+Event = Note | Updated | Skipped | Evaluated
 Observer = Callable[[Event], None]
 
 

@@ -1,10 +1,11 @@
 """From a recipe to a plan for `method: grpo`: prompts, rewards and the plan. No weights are loaded."""
 
+import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from welltuned.advice.plan import Plan, make_plan, with_problems
-from welltuned.data.dataset import open_sources
+from welltuned.data.dataset import Sources, open_sources
 from welltuned.data.prompts import GroupMixture, Prompt, Prompts, read_prompts
 from welltuned.errors import InputError
 from welltuned.facts.data import DatasetFacts, prompt_facts
@@ -14,44 +15,47 @@ from welltuned.objectives.rewards import Reward, load_rewards, require_columns
 from welltuned.objectives.rewards.answers import final_number
 from welltuned.recipe import Recipe, Tune
 from welltuned.training.prepare import PLAIN_PARTS, Prepared, targets_of
-from welltuned.training.starting import start_adapter, with_start_reasons, with_start_values
-
-if TYPE_CHECKING:
-    pass
+from welltuned.training.start_adapter import StartAdapter, start_adapter, with_start_reasons, with_start_values
 
 SHOWN = 3  # rows named in a note
 
 
-def prepare_grpo(recipe: Recipe, machine: MachineFacts | None = None) -> Prepared:
-    """Find the rewards, read and render the prompts, and plan.
+def prepare_grpo(
+    recipe: Recipe,
+    machine: MachineFacts | None = None,
+    *,
+    planned: Plan | None = None,
+    weights_needed: bool = True,
+) -> Prepared:
+    """Find the rewards, read and render the prompts, and plan; the arguments are those of `prepare`.
 
     Raises:
         InputError: anything in the recipe, the rewards, the model's folder or the data that training could not use.
     """
     from welltuned.models.foresee import foresee
-    from welltuned.models.load import load_tokenizer
+    from welltuned.models.tokenizer import load_tokenizer
 
     rewards = load_rewards(recipe.rewards or (), recipe.reward_weights)
     start = start_adapter(recipe)
-    model = read_model_facts(recipe.model)
+    model = read_model_facts(recipe.model, weights_needed=weights_needed)
     sources = open_sources(recipe)
     tokenizer = load_tokenizer(recipe.model)
     prompts = read_prompts(recipe, tokenizer, sources)
     _check_vocabulary(prompts, model.vocabulary)
     require_columns(rewards, prompts.columns)
     notes = _answer_notes(rewards, (*prompts.train, *prompts.held_out))
-    plan, prompts = _planned(
-        with_start_values(recipe, start), prompts, model, machine or read_machine_facts(ask_gpu=True)
-    )
+    machine = machine or (planned.facts.machine if planned is not None else read_machine_facts(ask_gpu=True))
+    plan, prompts = _planned(with_start_values(recipe, start), prompts, model, machine)
     plan = with_start_reasons(plan, recipe, start)
     report = prompts.audit()
     problems = report.problems()
     weighed = [(problem.weight, problem.sentence) for problem in problems]
     left = foresee(recipe.model, targets_of(plan), nf4=recipe.tune is Tune.QLORA)
+    plan = planned or with_problems(plan, [*weighed, *((PLAIN_PARTS, sentence) for sentence in left)])
     started = (start.note,) if start is not None and start.note is not None else ()
     return Prepared(
         recipe=recipe,
-        plan=with_problems(plan, [*weighed, *((PLAIN_PARTS, sentence) for sentence in left)]),
+        plan=plan,
         tokenizer=tokenizer,
         chat_template=prompts.chat_template,
         train=prompts.train,
@@ -60,8 +64,19 @@ def prepare_grpo(recipe: Recipe, machine: MachineFacts | None = None) -> Prepare
         mixture=grouped(prompts, plan),
         audit=report,
         notes=(*prompts.notes, *notes, *started, *(problem.sentence for problem in problems)),
+        data_digests=_digests(sources, rewards, start),
         rewards=rewards,
     )
+
+
+def _digests(sources: Sources, rewards: Sequence[Reward], start: StartAdapter | None) -> dict[str, str]:
+    """Of what a run that goes on must find as it was: data, files of rewards, the adapter that it began with."""
+    digests = {source.name: source.fingerprint() for source in (*sources.train, *sources.held_out)}
+    for file in {reward.where for reward in rewards if reward.where}:
+        digests[file] = hashlib.blake2b(Path(file).expanduser().read_bytes(), digest_size=16).hexdigest()
+    if start is not None:
+        digests["the adapter to go on from"] = start.digest
+    return digests
 
 
 def grouped(prompts: Prompts, plan: Plan) -> GroupMixture:

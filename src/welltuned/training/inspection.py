@@ -208,7 +208,7 @@ def _read(recipe: Recipe, machine: MachineFacts | None, progress: RowsRead) -> _
 
 def _read_untrained(recipe: Recipe, policies: Policies) -> _Read | None:
     """Data of which no token is trained, which have no plan and are all the more worth a look; None if some is."""
-    from welltuned.models.load import load_tokenizer
+    from welltuned.models.tokenizer import load_tokenizer
 
     kept = {**recipe.policies, f"on_{Kind.UNTRAINED}": str(Policy.KEEP)}
     try:

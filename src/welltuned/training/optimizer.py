@@ -57,20 +57,44 @@ class AdamWSettings:
 
 
 class FlatAdamW:
-    """AdamW for the rows of flat_KP, each with its own rate; only the first `decayed` columns decay."""
+    """AdamW for the rows of flat_KP, each with its own rate; only the first `decayed` columns decay.
+
+    Attributes:
+        exp_avg_KP, exp_avg_sq_KP: the two moments, as flat as the weights, made at once so that no update needs more
+            memory than the one before.
+    """
 
     def __init__(self, flat_KP: Tensor, grad_KP: Tensor, decayed: int, settings: AdamWSettings):
         self._grad_KP = grad_KP
+        self.exp_avg_KP, self.exp_avg_sq_KP = torch.zeros_like(flat_KP), torch.zeros_like(flat_KP)
+        self._steps: list[Tensor] = []
         groups = []
+        state = {}
         for k in range(flat_KP.shape[0]):
             for columns, decay in ((slice(0, decayed), settings.weight_decay), (slice(decayed, None), 0.0)):
                 row = flat_KP[k, columns].detach().requires_grad_(True)
                 if row.numel():
                     row.grad = grad_KP[k, columns]
                     groups.append({"params": [row], "weight_decay": decay, "adapter": k})
+                    self._steps.append(torch.zeros((), dtype=torch.float32, device=row.device))
+                    moments = {"exp_avg": self.exp_avg_KP[k, columns], "exp_avg_sq": self.exp_avg_sq_KP[k, columns]}
+                    state[row] = {"step": self._steps[-1], **moments}
         self.adamw = torch.optim.AdamW(
             groups, betas=(settings.beta1, settings.beta2), eps=settings.eps, lr=0.0, fused=True
         )
+        self.adamw.state.update(state)
+
+    @property
+    def steps_G(self) -> Tensor:
+        """How many updates each group of numbers has had."""
+        return torch.stack(self._steps).cpu()
+
+    def restore(self, exp_avg_KP: Tensor, exp_avg_sq_KP: Tensor, steps_G: Tensor) -> None:
+        """Go on from these moments."""
+        self.exp_avg_KP.copy_(exp_avg_KP)
+        self.exp_avg_sq_KP.copy_(exp_avg_sq_KP)
+        for step, value in zip(self._steps, steps_G.tolist(), strict=True):
+            step.fill_(value)
 
     def step(self, rate_K: list[float]) -> None:
         """One update; the gradients are left as they are."""

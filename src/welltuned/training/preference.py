@@ -43,9 +43,10 @@ def preference_objective(
 
     match recipe.method:
         case Method.KTO:
-            updates = updates_of(plan, mixture, train)
-            rows = (row for some in (*updates, list(held_out)) for row in (*some, *mismatches(some)))
-            return Kto(kto_settings(plan), reference(rows, False))
+            longest = int(plan.value("max_length"))
+            updates = (*updates_of(plan, mixture, train), list(held_out))
+            rows = (row for some in updates for row in (*some, *mismatches(some, longest)))
+            return Kto(kto_settings(plan), reference(rows, False), longest)
         case Method.DPO:
             settings = dpo_settings(plan)
             needed = reference(_used(plan, mixture, train, held_out), shared) if settings.has_reference else None

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from welltuned.data.packing import pack
 from welltuned.data.pairs import mismatched
 from welltuned.data.render import Example
-from welltuned.errors import RunError
 from welltuned.models.packed import hidden_states
 from welltuned.objectives.answers import Laid, answer_logps, laid_length, lay, token_logps
 from welltuned.objectives.preference import (
@@ -28,8 +27,8 @@ from welltuned.objectives.preference import (
     orpo_loss,
     reward_loss,
 )
-from welltuned.training.reference import Reference
-from welltuned.training.step import Engine, Evaluation, Gradient, origins_of
+from welltuned.training.reference import Reference, key_of
+from welltuned.training.step import Engine, Evaluation, Gradient, NotFinite, origins_of
 
 Measures = Mapping[str, Tensor]
 
@@ -45,11 +44,11 @@ class Judged:
 class Judge(Protocol):
     """The loss of pairs in a micro-batch.
 
-    Attributes:
-        whole_chosen: whether the loss has a term over the chosen sequence's own tokens, the prompt's included.
+    `whole_chosen` says whether the loss has a term over all of the chosen sequence's tokens, the prompt's included.
     """
 
-    whole_chosen: bool
+    @property
+    def whole_chosen(self) -> bool: ...
 
     def __call__(self, engine: Engine, examples: Sequence[Example], laid: Laid, pairs_per_token: float) -> Judged:
         """`pairs_per_token`: the update's pairs over the tokens of its chosen sequences (see `Orpo`)."""
@@ -68,7 +67,7 @@ class Dpo:
         logp_P2 = _logps(engine, laid, 2)
         known_P2 = torch.zeros_like(logp_P2)
         if self.reference is not None:
-            known_P2 = torch.tensor([self.reference.of(e) for e in examples]).to(logp_P2)
+            known_P2 = torch.tensor([self.reference.of(e) for e in examples], dtype=logp_P2.dtype).to(logp_P2.device)
         answers = [Answers(logp_P2[:, i], known_P2[:, i], laid.tokens_A[i::2]) for i in (0, 1)]
         return _judged(dpo_loss(answers[0], answers[1], self.settings), logp_P2)
 
@@ -120,7 +119,7 @@ class Pairwise:
         """Add the gradient of the mean loss of pairs; `keys` name each pair's dropout masks.
 
         Raises:
-            RunError: a loss is not finite; the pairs are named.
+            NotFinite: a loss is not finite; the pairs are named.
         """
         losses, measures = [], []
         ratio = pairs_per_token(rows)
@@ -165,8 +164,8 @@ class Kto:
     mismatched with: its reference point is 0.
     """
 
-    def __init__(self, settings: KtoSettings, reference: Reference):
-        self.settings, self.reference = settings, reference
+    def __init__(self, settings: KtoSettings, reference: Reference, max_length: int):
+        self.settings, self.reference, self.max_length = settings, reference, max_length
 
     def accumulate_gradient(self, engine: Engine, rows: Sequence[Example], keys: Sequence[int]) -> Gradient:
         """Add the gradient of the mean loss of judged answers; `keys` name each one's dropout masks."""
@@ -177,7 +176,8 @@ class Kto:
             loss_P, logp_P = self._judge(engine, [rows[i] for i in chosen], laid, kl)
             (loss_P.sum() / len(rows)).backward()
             found.append((chosen, loss_P.detach(), logp_P.detach()))
-        loss_P, logp_P = (_in_order([(f[0], f[i]) for f in found], len(rows)) for i in (1, 2))
+        loss_P = _in_order(((chosen, loss) for chosen, loss, _ in found), len(rows))
+        logp_P = _in_order(((chosen, logp) for chosen, _, logp in found), len(rows))
         _require_finite(loss_P, rows, "loss")
         measures = self._measures(rows, logp_P, kl)
         return Gradient(float(loss_P.mean()), _tokens(rows, False), _supervised(rows), measures)
@@ -190,24 +190,26 @@ class Kto:
         found = []
         for chosen, laid in laid_bins(engine, rows, None):
             found.append((chosen, *self._judge(engine, [rows[i] for i in chosen], laid, kl)))
-        loss_P, logp_P = (_in_order([(f[0], f[i]) for f in found], len(rows)) for i in (1, 2))
+        loss_P = _in_order(((chosen, loss) for chosen, loss, _ in found), len(rows))
+        logp_P = _in_order(((chosen, logp) for chosen, _, logp in found), len(rows))
         _require_finite(loss_P, rows, "held-out loss")
         return _evaluation(loss_P, rows, self._measures(rows, logp_P, kl))
 
     def _judge(self, engine: Engine, rows: Sequence[Example], laid: Laid, kl: float) -> tuple[Tensor, Tensor]:
         logp_P = _logps(engine, laid, 1)[:, 0]
-        known_P = torch.tensor([self.reference.of(e)[0] for e in rows]).to(logp_P)
+        known_P = torch.tensor([self.reference.of(e)[0] for e in rows], dtype=logp_P.dtype).to(logp_P.device)
         desirable_P = torch.tensor([bool(e.desirable) for e in rows], device=logp_P.device)
         return kto_loss(Answers(logp_P, known_P, laid.tokens_A), desirable_P, kl, self.settings), logp_P
 
     @torch.no_grad()
     def _reference_point(self, engine: Engine, rows: Sequence[Example]) -> float:
-        others = mismatches(rows)
+        # Of an update that is made again with fewer rows some were not foreseen, and are left out of the mean.
+        others = [row for row in mismatches(rows, self.max_length) if self.reference.knows(key_of(row))]
         engine.trained.no_dropout()
         total = 0.0
         for chosen, laid in laid_bins(engine, others, None):
             known = sum(self.reference.of(others[i])[0] for i in chosen)
-            total += float(_logps(engine, laid, 1).double().sum()) - known
+            total += float(_logps(engine, laid, 1).sum()) - known
         return max(0.0, total / len(others)) if others else 0.0
 
     def _measures(self, rows: Sequence[Example], logp_P: Tensor, kl: float) -> Mapping[str, float]:
@@ -223,9 +225,14 @@ class Kto:
         return found
 
 
-def mismatches(rows: Sequence[Example]) -> list[Example]:
-    """The answers that KTO's reference point is estimated on: each prompt with the answer of the row before it."""
-    return [mismatched(rows[i], rows[i - 1]) for i in range(len(rows))] if len(rows) > 1 else []
+def mismatches(rows: Sequence[Example], max_length: int) -> list[Example]:
+    """The answers that KTO's reference point is estimated on: each prompt with the answer of the row before it.
+
+    They are cut to `max_length` as rows are, or to the row that the prompt is from where that is longer.
+    """
+    if len(rows) < 2:
+        return []
+    return [mismatched(row, rows[i - 1], max(max_length, len(row.ids))) for i, row in enumerate(rows)]
 
 
 def laid_bins(
@@ -283,7 +290,8 @@ def _means(measures: Sequence[Measures], count: int) -> dict[str, float]:
 def _require_finite(loss_P: Tensor, rows: Sequence[Example], what: str) -> None:
     broken = [row for row, finite in zip(rows, torch.isfinite(loss_P).tolist(), strict=True) if not finite]
     if broken:
-        raise RunError(f"the {what} is not finite in {origins_of(broken)}; lower the learning rate or look at the rows")
+        where = origins_of(broken)
+        raise NotFinite(f"the {what} is not finite in {where}; lower the learning rate or look at the rows")
 
 
 def _evaluation(loss_P: Tensor, rows: Sequence[Example], measures: Mapping[str, float]) -> Evaluation:

@@ -1,7 +1,7 @@
 """From a recipe to a plan: read the model's facts, the data and the machine, and choose. No weights are loaded."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from welltuned.advice.plan import Plan, make_plan, with_problems
@@ -15,7 +15,8 @@ from welltuned.facts.data import facts_of
 from welltuned.facts.machine import MachineFacts, read_machine_facts
 from welltuned.facts.model import ModelFacts, read_model_facts
 from welltuned.recipe import Method, Recipe, Tune
-from welltuned.training.starting import start_adapter, with_start_reasons, with_start_values
+from welltuned.training.speed import known_speed
+from welltuned.training.start_adapter import start_adapter, with_start_reasons, with_start_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +36,7 @@ class Prepared:
         held_out_conversations: those of the held-out rows, for replies before and after; read when asked for.
         rewards: what rewards sampled answers (grpo, whose rows are prompts; other methods' are examples).
         notes: sentences about the data that the user should see; those that warn are among the plan's warnings too.
+        data_digests: of the content of each dataset, by its name.
     """
 
     recipe: Recipe
@@ -47,28 +49,40 @@ class Prepared:
     mixture: Mixture
     audit: Audit
     notes: tuple[str, ...]
+    data_digests: Mapping[str, str] = field(default_factory=dict)
     rewards: tuple["Reward", ...] = ()
 
 
-def prepare(recipe: Recipe, machine: MachineFacts | None = None, progress: RowsRead = unwatched) -> Prepared:
-    """Read, render, audit and plan; `progress` is told of the rows as they are rendered.
+def prepare(
+    recipe: Recipe,
+    machine: MachineFacts | None = None,
+    progress: RowsRead = unwatched,
+    *,
+    planned: Plan | None = None,
+    weights_needed: bool = True,
+) -> Prepared:
+    """Read, render, audit and plan. Without `weights_needed` a folder with a configuration and a tokenizer will do.
+
+    Args:
+        progress: told of the rows as they are rendered.
+        planned: the plan of a run that goes on, which is kept as it is: today's memory would give another.
 
     Raises:
         InputError: anything in the recipe, the model's folder or the data that training could not use.
     """
     from welltuned.models.foresee import foresee
-    from welltuned.models.load import load_tokenizer
+    from welltuned.models.tokenizer import load_tokenizer
 
     if recipe.method is Method.GRPO:
         from welltuned.training.grpo_prepare import prepare_grpo
 
-        return prepare_grpo(recipe, machine)
+        return prepare_grpo(recipe, machine, planned=planned, weights_needed=weights_needed)
     start = start_adapter(recipe)
-    model_facts = read_model_facts(recipe.model)
+    model_facts = read_model_facts(recipe.model, weights_needed=weights_needed)
     sources = open_sources(recipe)
     tokenizer = load_tokenizer(recipe.model)
     dataset = read_dataset(recipe, tokenizer, sources=sources, embedding=model_facts.vocabulary, progress=progress)
-    machine = machine or read_machine_facts(ask_gpu=True)
+    machine = machine or (planned.facts.machine if planned is not None else read_machine_facts(ask_gpu=True))
     plan, dataset = _planned(with_start_values(recipe, start), dataset, model_facts, machine)
     plan = with_start_reasons(plan, recipe, start)
     require_sound(recipe, plan.value)
@@ -78,9 +92,13 @@ def prepare(recipe: Recipe, machine: MachineFacts | None = None, progress: RowsR
     left = foresee(recipe.model, targets_of(plan), nf4=recipe.tune is Tune.QLORA)
     weighed += [(PLAIN_PARTS, sentence) for sentence in left]
     started = (start.note,) if start is not None and start.note is not None else ()
+    plan = planned or with_problems(plan, weighed)
+    digests = {source.name: source.fingerprint() for source in (*sources.train, *sources.held_out)}
+    if start is not None:
+        digests["the adapter to go on from"] = start.digest
     return Prepared(
         recipe=recipe,
-        plan=with_problems(plan, weighed),
+        plan=plan,
         tokenizer=tokenizer,
         chat_template=dataset.chat_template,
         train=dataset.train,
@@ -89,6 +107,7 @@ def prepare(recipe: Recipe, machine: MachineFacts | None = None, progress: RowsR
         mixture=replace(dataset.mixture, seed=plan.value("seed")),
         audit=report,
         notes=(*dataset.notes, *started, *(problem.sentence for problem in problems)),
+        data_digests=digests,
     )
 
 
@@ -114,6 +133,8 @@ def _planned(recipe: Recipe, dataset: Dataset, model: ModelFacts, machine: Machi
     while True:
         facts = facts_of(dataset)
         plan = make_plan(recipe, model, facts, machine)
+        speed = known_speed(plan)
+        plan = plan if speed is None else make_plan(recipe, model, facts, machine, speed)
         longest = plan.value("max_length")
         within = dataset.within(longest)
         if len(within.train) == len(dataset.train):

@@ -117,7 +117,7 @@ def _computed(engine: Engine, rows: Sequence[Example], shared: bool) -> Iterator
         for bin_ in pack([laid_length(row, shared) for row in some], engine.token_budget):
             chosen = [some[i] for i in bin_]
             laid = lay(chosen, shared=shared, device=engine.model.device)
-            logps = answer_logps(token_logps(engine.model, engine.head, laid).double(), laid).tolist()
+            logps = answer_logps(token_logps(engine.model, engine.head, laid), laid).tolist()
             answers = [sequence for row in chosen for sequence in sequences(row)]
             for sequence, logp in zip(answers, logps, strict=True):
                 if not np.isfinite(logp):

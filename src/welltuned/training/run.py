@@ -1,10 +1,11 @@
 """A training run from plan to verified adapter."""
 
 import gc
-import hashlib
+import os
+import secrets
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,18 +23,39 @@ from welltuned.models.adapter_file import save_adapter
 from welltuned.models.fuse import Fused, checkpoint_layers, find_head, fuse
 from welltuned.models.load import load_model
 from welltuned.models.lora import AdapterBank, Bias, Init, LoraSettings, find_targets
+from welltuned.models.oom import is_out_of_memory
 from welltuned.models.packed import packed_model, packs
 from welltuned.models.parts import idle_parts, within
 from welltuned.recipe import Method, Tune, recipe_to_yaml
-from welltuned.training.events import Evaluated, Event, Note, Observer, Updated, silent
+from welltuned.training.checkpoint import Checkpoint, Position
+from welltuned.training.durable import BESIDE, remove_folder, settle_folder
+from welltuned.training.events import Note, Observer, silent
 from welltuned.training.grpo_step import grpo_objective
-from welltuned.training.optimizer import AdamWSettings, FlatAdamW, Schedule, Scheduler, clip_
+from welltuned.training.identity import identity_of, versions
+from welltuned.training.interrupt import interruptible
+from welltuned.training.keeper import Keeper, require_disk
+from welltuned.training.loop import Loop, Setting
 from welltuned.training.preference import METHODS, preference_objective
 from welltuned.training.prepare import Prepared
 from welltuned.training.process import allocator_keeps_memory, memory_used
-from welltuned.training.rundir import ADAPTER, MODEL, PLAN, RECIPE, RUN, RunDir, require_free
+from welltuned.training.rundir import (
+    ADAPTER,
+    MODEL,
+    PLAN,
+    RECIPE,
+    RUN,
+    STARTED,
+    RunDir,
+    Started,
+    read_started,
+    require_free,
+)
+from welltuned.training.settings import adamw_settings as adamw_settings
+from welltuned.training.snapshot import Origin
+from welltuned.training.speed import remember_speed
 from welltuned.training.starting import save_model, score_at_start, trained_parts
 from welltuned.training.step import Engine, Evaluation, Objective, Supervised, Trained
+from welltuned.training.watcher import MakeWatch, unwatched
 
 MOST_ORIGINS = 1_000  # held-out rows named in run.json
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -123,51 +145,29 @@ def train(
     out: Path,
     observer: Observer = silent,
     before_training: Callable[[Ready], None] | None = None,
+    make_watch: MakeWatch = unwatched,
 ) -> RunResult:
     """Train as planned and write a Run to `out`.
 
     Args:
         before_training: called with the loaded model before the first update (the demo asks it for replies there).
+        make_watch: makes who watches the run.
 
     Raises:
-        InputError: the plan does not fit into memory, or `out` is not empty.
-        RunError: a loss is not finite, or a trained tensor did not move.
+        InputError: the plan does not fit into memory or the Run onto the disk, or `out` is not empty.
+        RunError: numbers stayed not finite, a trained tensor did not move, or the result could not be written.
+        Interrupted: a signal ended the run, after a save.
     """
-    plan, started = prepared.plan, time.time()
-    require_memory(plan)
+    require_memory(prepared.plan)
     require_free(out)
-    with allocator_keeps_memory(plan.facts.machine.device):
-        ready = make_ready(plan)  # what is wrong with the model shows here, before anything is written
+    with on_this_machine(prepared.plan):
+        ready = make_ready(prepared.plan)  # what is wrong with the model shows here, before anything is written
         ready = with_objective(ready, prepared, observer)
+        disk = _require_disk(prepared.plan, ready, out)
         with closing(RunDir(out)) as directory:
-
-            def tell(event: Event) -> None:
-                directory.record(event)
-                observer(event)
-
-            directory.write(RECIPE, recipe_to_yaml(plan.recipe))
-            directory.write(PLAN, plan_to_yaml(plan))
-            for text in (*prepared.notes, *(text for text in ready.notes if text not in plan.warnings)):
-                tell(Note(text))
-            start_hashes = _hashes(ready.engine.trained)
-            if before_training is not None:
-                before_training(ready)
-            with packed_model(ready.model):
-                before = _evaluated(ready, prepared, 0, tell)
-                seconds, tokens, after = _loop(ready, prepared, tell)
-            result = RunResult(
-                path=out,
-                engine=ready.engine,
-                updates=plan.updates,
-                before=before,
-                after=after if after is not None else before,
-                checks=_verify_and_save(ready.engine, prepared, directory, start_hashes),
-                seconds=time.time() - started,
-                tokens_per_second=tokens / seconds,
-                peak_memory=memory_used(plan.facts.machine.device).peak,
-            )
-            directory.write_json(RUN, _summary(prepared, ready, result))
-    return result
+            begin(directory, prepared, identity_of(prepared))
+            course = Course(prepared, ready, directory, observer, make_watch, notes=disk)
+            return course.run(before_training)
 
 
 def with_objective(ready: Ready, prepared: Prepared, observer: Observer) -> Ready:
@@ -183,76 +183,124 @@ def with_objective(ready: Ready, prepared: Prepared, observer: Observer) -> Read
     return replace(ready, objective=objective, notes=(*ready.notes, *notes))
 
 
-def _evaluated(ready: Ready, prepared: Prepared, step: int, tell: Observer) -> Evaluation | None:
-    if not prepared.held_out:
-        return None
-    found = ready.objective.evaluate(ready.engine, prepared.held_out)
-    tell(Evaluated(step, found.loss, found.standard_error, found.measures, found.samples))
-    for text in found.notes:
-        tell(Note(text))
-    return found
+def begin(directory: RunDir, prepared: Prepared, identity: Mapping[str, Any], before: Started | None = None) -> None:
+    """Write what the run is asked and planned to be; a run that goes on changed keeps its id."""
+    run = before.run if before is not None else secrets.token_hex(8)
+    with _disk_errors(directory.path):
+        directory.write(RECIPE, recipe_to_yaml(prepared.recipe))
+        directory.write(PLAN, plan_to_yaml(prepared.plan))
+        started = Started(run=run, directory=os.getcwd(), identity=identity)
+        directory.write_json(STARTED, {"format": 1, "time": time.time(), **asdict(started), "versions": versions()})
 
 
-def _loop(ready: Ready, prepared: Prepared, tell: Observer) -> tuple[float, int, Evaluation | None]:
-    """All updates; (seconds and tokens spent in updates, the last evaluation)."""
-    engine, plan, rows, mixture = ready.engine, prepared.plan, prepared.train, prepared.mixture
-    seed, batch, total = plan.value("seed"), plan.value("effective_batch_size"), plan.updates
-    schedule = Schedule(
-        kind=Scheduler(plan.value("lr_scheduler_type")),
-        peak=plan.value("learning_rate"),
-        warmup_steps=plan.value("warmup_steps"),
-        total_steps=total,
-    )
-    optimizer = FlatAdamW(engine.trained.flat_KP, engine.trained.grad_KP, engine.trained.decayed, adamw_settings(plan))
-    engine.trained.claim_gradients()
-    per_epoch = mixture.steps_per_epoch(batch)
-    seconds, tokens, last = 0.0, 0, None
-    for step in range(total):
-        started = time.perf_counter()
-        chosen = mixture.update(batch, step)
-        optimizer.zero_grad()
-        keys = [_dropout_key(seed, step, i) for i in chosen]
-        made = ready.objective.accumulate_gradient(engine, [rows[i] for i in chosen], keys)
-        norm = clip_(engine.trained.grad_KP, plan.value("max_grad_norm"))[0]
-        if not norm < float("inf"):
-            raise RunError(f"the gradient of update {step + 1} is not finite; lower the learning rate")
-        optimizer.step([schedule.rate(step)])
-        spent = time.perf_counter() - started
-        due = bool(prepared.held_out) and ((step + 1) % plan.value("eval_steps") == 0 or step + 1 == total)
-        seconds, tokens = seconds + spent, tokens + made.tokens
-        tell(
-            Updated(
-                step=step + 1,
-                total_steps=total,
-                loss=made.loss,
-                learning_rate=schedule.rate(step),
-                grad_norm=norm,
-                tokens=made.tokens,
-                supervised_tokens=made.supervised_tokens,
-                tokens_per_second=made.tokens / spent,
-                epoch=(step + 1) / per_epoch,
-                memory_bytes=memory_used(plan.facts.machine.device).now,
-                seconds_left=seconds / (step + 1) * (total - step - 1),
-                evaluation_follows=due,
-                measures=made.measures,
-            )
+@dataclass(frozen=True, slots=True)
+class Course:
+    """One process's part of a run: from the start, or from a checkpoint, to the verified adapter."""
+
+    prepared: Prepared
+    ready: Ready
+    directory: RunDir
+    observer: Observer
+    make_watch: MakeWatch
+    notes: tuple[str, ...] = ()
+    found: Checkpoint | None = None
+
+    def run(self, before_training: Callable[[Ready], None] | None = None) -> RunResult:
+        prepared, ready, directory, plan = self.prepared, self.ready, self.directory, self.prepared.plan
+        started = read_started(directory.path)
+        start_hashes = _hashes(ready.engine.trained)
+        keeper = Keeper(directory.path, plan.value("save_total_limit"), directory.sync_metrics)
+        setting = Setting(
+            engine=ready.engine,
+            objective=ready.objective,
+            prepared=prepared,
+            directory=directory,
+            keeper=keeper,
+            origin=Origin(started.run, started.identity, versions()),
         )
-        for text in made.notes:
-            tell(Note(text))
-        if due:
-            last = _evaluated(ready, prepared, step + 1, tell)
-    return seconds, tokens, last
+        with interruptible() as asked, _disk_errors(directory.path):
+            loop = Loop(setting, self.observer, self.make_watch, asked)
+            if self.found is None:
+                directory.cut_metrics(0)
+                for text in (*prepared.notes, *(text for text in ready.notes if text not in plan.warnings)):
+                    loop.tell(Note(text))
+                if before_training is not None:
+                    before_training(ready)
+            else:
+                loop.restore(self.found)
+            for text in (*self.notes, *((directory.lock.note,) if directory.lock.note else ())):
+                loop.tell(Note(text))
+            try:
+                with packed_model(ready.model):
+                    loop.run()
+                    loop.take_best()
+                return self._finished(loop, start_hashes)
+            except BaseException:
+                with suppress(Exception):  # what ended the run is what is told
+                    keeper.join()
+                raise
+
+    def _finished(self, loop: Loop, start_hashes: dict[str, str]) -> RunResult:
+        """Verify and save the result; run.json comes last."""
+        at, device = loop.at, self.prepared.plan.facts.machine.device
+        result = RunResult(
+            path=self.directory.path,
+            engine=replace(self.ready.engine, token_budget=at.token_budget),
+            updates=at.step,
+            before=at.before,
+            after=at.last if at.last is not None else at.before,
+            checks=_verify_and_save(self.ready.engine, self.prepared, self.directory, start_hashes, at),
+            seconds=at.elapsed + loop.since_save(),
+            tokens_per_second=at.tokens / at.seconds if at.seconds else 0.0,
+            peak_memory=memory_used(device).peak,
+        )
+        summary = _summary(self.prepared, self.ready, result)
+        self.directory.write_json(
+            RUN, {**summary, "healed": _healed(at, loop), "saving": asdict(loop.setting.keeper.cost)}
+        )
+        remember_speed(self.prepared.plan, result.tokens_per_second, at.seconds)
+        return result
 
 
-def adamw_settings(plan: Plan) -> AdamWSettings:
-    return AdamWSettings(
-        beta1=plan.value("adam_beta1"), beta2=plan.value("adam_beta2"), weight_decay=plan.value("weight_decay")
-    )
+def _healed(at: Position, loop: Loop) -> dict[str, Any]:
+    """What the run did about its own faults."""
+    return {
+        "updates_left_out": at.skipped,
+        "returns_to_a_checkpoint": at.returns,
+        "rate_factor": at.rate_factor,
+        "token_budget": at.token_budget,
+        "ended_early": at.ended,
+        "best_update": loop.watch.best_step,
+    }
 
 
-def _dropout_key(seed: int, step: int, row: int) -> int:
-    """Names an example's dropout masks in one update."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{row}".encode(), digest_size=7).digest())
+@contextmanager
+def on_this_machine(plan: Plan) -> Iterator[None]:
+    """The allocator's settings for a run; out of memory while a model is loaded is a sentence."""
+    with allocator_keeps_memory(plan.facts.machine.device):
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            mend = "close other programs, use --tune qlora, or a smaller model"
+            raise RunError(f"there is not enough memory for this model; {mend}") from error
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """What the disk refuses ends a run with a sentence."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or path
+        raise RunError(f"{place} could not be written ({error.strerror}); what was saved before is intact") from error
+
+
+def _require_disk(plan: Plan, ready: Ready, out: Path) -> tuple[str, ...]:
+    trained = ready.engine.trained.flat_KP.nbytes
+    note = require_disk(out, 3 * trained, trained, plan.value("save_total_limit"))
+    return () if note is None else (note,)
 
 
 def _hashes(trained: Trained) -> dict[str, str]:
@@ -263,23 +311,37 @@ def _hashes(trained: Trained) -> dict[str, str]:
 
 
 def _verify_and_save(
-    engine: Engine, prepared: Prepared, directory: RunDir, start_hashes: dict[str, str]
+    engine: Engine, prepared: Prepared, directory: RunDir, start_hashes: dict[str, str], at: Position
 ) -> tuple[TensorCheck, ...]:
+    """Compare every trained tensor with its start, and write the result: beside its place, durable, then renamed."""
     trained, plan = engine.trained, prepared.plan
+    made = at.step - at.skipped
     if isinstance(trained, AdapterBank):
         checks = check_tensors(trained.tensors(), trained.tensors_at_start())
-        require_learned(checks, plan.updates)
-        save_adapter(trained, directory.path / ADAPTER, base=str(engine.model.config.name_or_path))
-    else:
-        with reloaded(plan) as start:
-            changed = [name for name, digest in start_hashes.items() if sha256(start[name]) != digest]
-            if changed:
-                raise RunError(f"the base model on disk changed while it was trained ({changed[0]})")
-            checks = check_tensors(trained.tensors(), start)
-        require_learned(checks, plan.updates)
-        save_model(engine.model, plan.recipe.method, directory.path / MODEL)
-        prepared.tokenizer.save_pretrained(directory.path / MODEL)
+        require_learned(checks, made)
+        with _beside(directory.path / ADAPTER) as folder:
+            save_adapter(trained, folder, base=str(engine.model.config.name_or_path))
+        return checks
+    with reloaded(plan) as start:
+        changed = [name for name, digest in start_hashes.items() if sha256(start[name]) != digest]
+        if changed:
+            raise RunError(f"the base model on disk changed while it was trained ({changed[0]})")
+        checks = check_tensors(trained.tensors(), start)
+    require_learned(checks, made)
+    with _beside(directory.path / MODEL) as folder:
+        save_model(engine.model, plan.recipe.method, folder)
+        prepared.tokenizer.save_pretrained(folder)
     return checks
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A folder to be filled, which gets its name once all in it is on the disk."""
+    beside = target.with_name(target.name + BESIDE)
+    if beside.exists():
+        remove_folder(beside)
+    yield beside
+    settle_folder(beside, target)
 
 
 @contextmanager

@@ -72,10 +72,25 @@ class Evaluation:
     notes: tuple[str, ...] = ()
 
 
+class NotFinite(RunError):
+    """A loss is not finite: the update is not made, or the held-out rows cannot be judged."""
+
+
+class Row(Protocol):
+    """What an objective trains on: all that the loop asks is where it comes from."""
+
+    @property
+    def origin(self) -> str: ...
+
+
 class Objective(Protocol):
     """What a run optimises: how the rows of an update become a gradient, and how held-out rows are judged.
 
-    Both are called within `packed_model(engine.model)`. What a row is, is the objective's matter.
+    Both are called within `packed_model(engine.model)`. What a row is, is the objective's matter, but it has an origin.
+    An objective remembers nothing from one update to the next that is not a function of its arguments and of the
+    trained weights: that is why a checkpoint holds no state of it. It may be asked again for the same update, with
+    fewer rows or a smaller `engine.token_budget`, after the gradient buffer was cleared. A loss that is not finite is
+    `NotFinite`; running out of memory is passed on as torch raises it.
     """
 
     def accumulate_gradient(self, engine: Engine, rows: Sequence[Any], keys: Sequence[int]) -> Gradient:
@@ -104,7 +119,7 @@ def accumulate_gradient(engine: Engine, examples: Sequence[Example], keys: Seque
         keys: a number for each example that names its dropout masks; the same example and update give the same masks.
 
     Raises:
-        RunError: no token of the update is supervised, or an example's loss is not finite; the examples are named.
+        RunError: no token of the update is supervised. NotFinite: a loss is not; the examples are named.
     """
     supervised = sum(supervised_tokens(e) for e in examples)
     if supervised == 0:
@@ -123,7 +138,7 @@ def accumulate_gradient(engine: Engine, examples: Sequence[Example], keys: Seque
     losses = torch.stack(sums).tolist()  # the one time that an update waits for the GPU
     for chosen, summed in zip(origins, losses, strict=True):
         if not math.isfinite(summed):
-            raise RunError(
+            raise NotFinite(
                 f"the loss is not finite in {origins_of(chosen)}; lower the learning rate or look at the rows"
             )
     return Gradient(sum(losses), sum(len(e.ids) for e in examples), supervised)
@@ -149,7 +164,7 @@ def evaluate(engine: Engine, examples: Sequence[Example]) -> Evaluation:
     broken = [e for e, finite in zip(examples, torch.isfinite(sums).tolist(), strict=True) if not finite]
     if broken:
         what = f"the held-out loss is not finite in {origins_of(broken)}"
-        raise RunError(f"{what}; lower the learning rate, or look at the model and the rows")
+        raise NotFinite(f"{what}; lower the learning rate, or look at the model and the rows")
     return _summary(sums, torch.tensor([supervised_tokens(e) for e in examples], dtype=torch.float64))
 
 

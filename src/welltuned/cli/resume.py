@@ -1,0 +1,30 @@
+"""welltuned resume: go on with a run that was interrupted."""
+
+import argparse
+from pathlib import Path
+
+from rich.markup import escape
+
+from welltuned.cli.terminal import Progress, console, quiet_libraries
+from welltuned.cli.train import print_command, print_json, print_result
+from welltuned.training.rundir import is_finished
+
+
+def run(arguments: argparse.Namespace) -> int:
+    path = Path(arguments.run)
+    if is_finished(path):  # not an error: a script may ask again and again until the run is done
+        console.print(f"[bold]{escape(str(path))}[/] is finished. Use it with:")
+        print_command(f"welltuned chat {path}")
+    else:
+        from welltuned.training.resume import resume  # brings torch
+
+        quiet_libraries()
+        progress = Progress()
+        try:
+            result = resume(path, progress, accept_changes=arguments.accept_changes)
+        finally:
+            progress.close()
+        print_result(result)
+    if arguments.json:
+        print_json(path)
+    return 0

@@ -1,0 +1,370 @@
+"""One checkpoint: a folder of safetensors and JSON, no pickle, with a manifest by which every byte is verified.
+
+    trained.safetensors     the trained tensors by name
+    optimizer.safetensors   AdamW's two moments in the flat layout, and its step counts
+    state.json              position, monitor, what the run was (training/identity.py)
+    manifest.json           written last: size and sha256 of the other three, and of itself
+
+It is written beside its name, fsynced, read back and renamed, so that a folder with its name is whole. Everything
+random in a run is a function of (seed, update, row), so there is no random state to keep, and nothing in a checkpoint
+depends on how many devices share the work.
+"""
+
+import json
+import re
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from welltuned.advice.codec import to_plain
+from welltuned.errors import InputError, RunError
+from welltuned.models.lora import Slot
+from welltuned.training import durable
+from welltuned.training.durable import (
+    BESIDE,
+    Written,
+    checksum,
+    publish_folder,
+    remove_folder,
+    sync_folder,
+    write_file,
+)
+from welltuned.training.step import Evaluation
+
+FORMAT = 1
+CHECKPOINTS, DAMAGED = "checkpoints", "damaged"
+TRAINED, OPTIMIZER, STATE, MANIFEST = "trained.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+_NAME = re.compile(r"step-(\d{6,})")
+_NO_STATE: Mapping[str, Any] = MappingProxyType({})
+
+
+class Damaged(RunError):
+    """A checkpoint is not what was written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Position:
+    """Where a run is, beside its weights and moments.
+
+    Attributes:
+        step: updates done, those that were skipped among them.
+        rate_factor: what every rate is multiplied by since the run went back.
+        skipped, in_a_row: updates left out because something was not finite: all, and the latest without a break.
+        returns: how often the run went back to a checkpoint.
+        seconds, tokens: spent in updates. elapsed: all of the run's time.
+        before, last: evaluations before the first update and the latest.
+        best: the update that the monitor holds for the best; its checkpoint stays.
+        monitor: the monitor's own state.
+        ended: why the run ended before its last planned update, if it did.
+    """
+
+    step: int = 0
+    token_budget: int
+    rate_factor: float = 1.0
+    skipped: int = 0
+    in_a_row: int = 0
+    returns: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    elapsed: float = 0.0
+    before: Evaluation | None = None
+    last: Evaluation | None = None
+    best: int | None = None
+    monitor: Mapping[str, Any] = field(default_factory=lambda: _NO_STATE)
+    ended: str | None = None
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> "Position":
+        """What `to_plain` made of one."""
+        return cls(**{**plain, "before": _evaluation(plain["before"]), "last": _evaluation(plain["last"])})
+
+
+def _evaluation(plain: Mapping[str, Any] | None) -> Evaluation | None:
+    if plain is None:
+        return None
+    return Evaluation(**{**plain, "loss_of_example": tuple(plain["loss_of_example"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """What a checkpoint is written from, in host memory, and not changed while it is written.
+
+    Attributes:
+        flat_KP, exp_avg_KP, exp_avg_sq_KP: trained numbers and AdamW's moments, fp32. steps_G: AdamW's step counts.
+        slots: names and places in a row of flat_KP.
+        run: the run's id.
+        metrics_bytes: length of metrics.jsonl at this position.
+        identity: what the run is of, to be compared when it goes on.
+    """
+
+    flat_KP: Tensor
+    exp_avg_KP: Tensor
+    exp_avg_sq_KP: Tensor
+    steps_G: Tensor
+    slots: Sequence[Slot]
+    position: Position
+    run: str
+    metrics_bytes: int
+    identity: Mapping[str, Any]
+    versions: Mapping[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        """About what its checkpoint takes on disk."""
+        return sum(t.nbytes for t in (self.flat_KP, self.exp_avg_KP, self.exp_avg_sq_KP)) + 2**16
+
+
+# ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / CHECKPOINTS / f"step-{step:06d}"
+
+
+def write_checkpoint(run: Path, snapshot: Snapshot) -> Path:
+    """Write one checkpoint durably and read it back. One that is there already and whole is left as it is.
+
+    Raises:
+        OSError: as the disk says. Damaged: what was read back is not what was written.
+    """
+    target = folder_of(run, snapshot.position.step)
+    if target.exists():
+        try:
+            verify(target)
+            return target
+        except Damaged as damage:
+            set_aside(target, str(damage))
+    durable.require_room(run, snapshot.bytes)
+    beside = target.with_name(target.name + BESIDE)
+    if beside.exists():
+        remove_folder(beside)
+    if not target.parent.is_dir():
+        durable.SYSTEM.make_folder(target.parent)
+        sync_folder(run)
+    durable.SYSTEM.make_folder(beside)
+    files = {
+        TRAINED: write_file(beside / TRAINED, _safetensors(named(snapshot.flat_KP, snapshot.slots))),
+        OPTIMIZER: write_file(beside / OPTIMIZER, _safetensors(_optimizer_tensors(snapshot))),
+        STATE: write_file(beside / STATE, [_json(_state(snapshot))]),
+    }
+    write_file(beside / MANIFEST, [_manifest(snapshot, files)])
+    verify(beside)
+    publish_folder(beside, target)
+    return target
+
+
+def named(flat_KP: Tensor, slots: Sequence[Slot]) -> dict[str, Tensor]:
+    """The trained tensors by name, in the order of the flat buffer; with several adapters their number comes first."""
+    several = flat_KP.shape[0] > 1
+    return {
+        (f"{k}/" if several else "") + s.name: flat_KP[k, s.start : s.start + s.size].view(s.shape)
+        for k in range(flat_KP.shape[0])
+        for s in slots
+    }
+
+
+def _optimizer_tensors(snapshot: Snapshot) -> dict[str, Tensor]:
+    return {"exp_avg": snapshot.exp_avg_KP, "exp_avg_sq": snapshot.exp_avg_sq_KP, "step": snapshot.steps_G}
+
+
+def _state(snapshot: Snapshot) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "run": snapshot.run,
+        "position": to_plain(snapshot.position),
+        "metrics_bytes": snapshot.metrics_bytes,
+        "identity": dict(snapshot.identity),
+        "versions": dict(snapshot.versions),
+    }
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file of fp32 tensors, piece by piece: safetensors' own writer would hold all of it once more."""
+    header, at = {}, 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        at += tensor.nbytes
+    text = json.dumps(header).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for tensor in tensors.values():
+        if tensor.numel():
+            yield tensor.detach().cpu().contiguous().view(-1).numpy().data.cast("B")
+
+
+def _json(value: Any) -> bytes:
+    """As Python writes it, NaN and all: a monitor's numbers come back as they were."""
+    return (json.dumps(value, ensure_ascii=True, indent=1) + "\n").encode("utf-8")
+
+
+def _manifest(snapshot: Snapshot, files: Mapping[str, Written]) -> bytes:
+    body = {
+        "format": FORMAT,
+        "run": snapshot.run,
+        "step": snapshot.position.step,
+        "files": {name: asdict(file) for name, file in files.items()},
+    }
+    return _json({**body, "sha256": sha256(_json(body)).hexdigest()})
+
+
+# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a checkpoint says of itself. `extra` are files that it does not know."""
+
+    run: str
+    step: int
+    extra: tuple[str, ...]
+
+
+def verify(folder: Path) -> Manifest:
+    """Compare every byte with the manifest.
+
+    Raises:
+        Damaged: with the reason. InputError: a newer version wrote it.
+    """
+    plain = _read_manifest(folder)
+    for name, wanted in plain["files"].items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != wanted["size"]:
+                raise Damaged(f"{name} has {size:,} bytes instead of {wanted['size']:,}")
+            if checksum(path).sha256 != wanted["sha256"]:
+                raise Damaged(f"{name} is not what was written: its sha256 differs")
+        except FileNotFoundError as error:
+            raise Damaged(f"{name} is missing") from error
+        except OSError as error:
+            raise Damaged(f"{name} cannot be read ({error.strerror})") from error
+    known = {*plain["files"], MANIFEST}
+    extra = tuple(sorted(path.name for path in folder.iterdir() if path.name not in known and path.name[0] != "."))
+    return Manifest(run=plain["run"], step=plain["step"], extra=extra)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        text = (folder / MANIFEST).read_bytes()
+        plain: dict[str, Any] = json.loads(text)
+        body = {key: value for key, value in plain.items() if key != "sha256"}
+        whole = text == _json({**body, "sha256": sha256(_json(body)).hexdigest()})
+        newer = whole and plain["format"] > FORMAT
+        known = whole and not newer and plain["files"].keys() == {TRAINED, OPTIMIZER, STATE}
+    except FileNotFoundError as error:
+        raise Damaged(f"{MANIFEST} is missing: the save was cut short") from error
+    except OSError as error:
+        raise Damaged(f"{MANIFEST} cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{MANIFEST} is not what was written ({error})") from error
+    if newer:
+        what = f"the checkpoint has format {plain['format']}, and this version reads up to {FORMAT}"
+        raise InputError(what, where=str(folder), mend="use the version of welltuned that wrote it, or a newer one")
+    if not known:
+        raise Damaged(f"{MANIFEST} is not what was written: its sha256 differs")
+    return plain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A verified checkpoint, read. `trained` are the tensors by name."""
+
+    folder: Path
+    trained: Mapping[str, Tensor]
+    exp_avg_KP: Tensor
+    exp_avg_sq_KP: Tensor
+    steps_G: Tensor
+    position: Position
+    run: str
+    metrics_bytes: int
+    identity: Mapping[str, Any]
+    versions: Mapping[str, Any]
+    extra: tuple[str, ...] = ()
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Verify and read. Raises as `verify` does."""
+    manifest = verify(folder)
+    try:
+        state = json.loads((folder / STATE).read_bytes())
+        optimizer = load_file(folder / OPTIMIZER)
+        return Checkpoint(
+            folder=folder,
+            trained=load_file(folder / TRAINED),
+            exp_avg_KP=optimizer["exp_avg"],
+            exp_avg_sq_KP=optimizer["exp_avg_sq"],
+            steps_G=optimizer["step"],
+            position=Position.from_json(state["position"]),
+            run=state["run"],
+            metrics_bytes=state["metrics_bytes"],
+            identity=state["identity"],
+            versions=state["versions"],
+            extra=manifest.extra,
+        )
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"it cannot be read ({error})") from error
+
+
+def checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of all that have a checkpoint's name, newest first; by their names, never by clocks."""
+    root = run / CHECKPOINTS
+    if not root.is_dir():
+        return []
+    named_ = [(_NAME.fullmatch(path.name), path) for path in root.iterdir()]
+    return sorted(((int(match[1]), path) for match, path in named_ if match and path.is_dir()), reverse=True)
+
+
+def set_aside(folder: Path, reason: str) -> Path:
+    """Move a damaged checkpoint out of the way, never delete it, and leave the reason beside it."""
+    room = folder.parent / DAMAGED
+    room.mkdir(exist_ok=True)
+    number = 1
+    while (place := room / (folder.name if number == 1 else f"{folder.name}-{number}")).exists():
+        number += 1
+    durable.SYSTEM.rename(folder, place)
+    (place.with_name(place.name + ".reason.txt")).write_text(reason + "\n", encoding="utf-8")
+    sync_folder(room)
+    return place
+
+
+def newest(run: Path, run_id: str | None) -> tuple[Checkpoint | None, tuple[str, ...]]:
+    """The newest checkpoint that verifies and belongs to this run; sentences on those that were set aside for it."""
+    notes = []
+    for step, folder in checkpoints(run):
+        try:
+            found = read_checkpoint(folder)
+            if found.position.step != step:
+                raise Damaged(f"it holds update {found.position.step} under the name of update {step}")
+            if run_id is not None and found.run != run_id:
+                raise Damaged("it belongs to another run")
+        except Damaged as damage:
+            place = set_aside(folder, str(damage))
+            notes.append(f"the checkpoint of update {step} was set aside as {place.relative_to(run)}: {damage}")
+            continue
+        if found.extra:
+            notes.append(f"{folder.relative_to(run)} holds files that no checkpoint has: {', '.join(found.extra)}")
+        return found, tuple(notes)
+    return None, tuple(notes)
+
+
+def rotate(run: Path, keep: int, best: int | None, run_id: str) -> None:
+    """Remove the oldest checkpoints of this run beyond `keep`, never the best; call with the newest one verified."""
+    ours = [(step, folder) for step, folder in checkpoints(run) if _run_of(folder) == run_id]
+    for step, folder in ours[max(1, keep) :]:
+        if step != best:
+            remove_folder(folder)
+
+
+def _run_of(folder: Path) -> str | None:
+    try:
+        return str(_read_manifest(folder)["run"])
+    except (Damaged, InputError):
+        return None

@@ -1,0 +1,388 @@
+"""All updates of a run: what is made, evaluated, saved and told, and what is done where something goes wrong."""
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+
+from welltuned.errors import RunError
+from welltuned.models.lora import AdapterBank
+from welltuned.models.oom import is_out_of_memory, release_memory
+from welltuned.training.checkpoint import (
+    Checkpoint,
+    Damaged,
+    Position,
+    Snapshot,
+    folder_of,
+    newest,
+    read_checkpoint,
+)
+from welltuned.training.events import Evaluated, Event, Note, Observer, Skipped, Updated
+from welltuned.training.healing import (
+    IN_A_ROW,
+    MOST_RETURNS,
+    OnNonfinite,
+    culprits,
+    finite_alone,
+    halved,
+    is_sound,
+    policy_of,
+)
+from welltuned.training.interrupt import Asked, Interrupted
+from welltuned.training.keeper import Keeper
+from welltuned.training.memory_guard import MemoryGuard
+from welltuned.training.optimizer import FlatAdamW, clip_
+from welltuned.training.prepare import Prepared
+from welltuned.training.process import memory_used
+from welltuned.training.rundir import RunDir
+from welltuned.training.settings import adamw_settings, schedule_of
+from welltuned.training.snapshot import Origin, restore_weights, take
+from welltuned.training.step import Engine, Evaluation, Gradient, NotFinite, Objective
+from welltuned.training.watcher import MakeWatch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What the loop works on."""
+
+    engine: Engine
+    objective: Objective
+    prepared: Prepared
+    directory: RunDir
+    keeper: Keeper
+    origin: Origin
+
+
+class Loop:
+    """The updates from a position on.
+
+    Attributes:
+        at: where the run is.
+        engine: the engine with the token budget that memory allows.
+    """
+
+    def __init__(self, setting: Setting, observer: Observer, make_watch: MakeWatch, asked: Asked):
+        self.setting, self.asked = setting, asked
+        self._observer, self._make_watch = observer, make_watch
+        plan = setting.prepared.plan
+        self.plan, self.trained, self.engine = plan, setting.engine.trained, setting.engine
+        self.at = Position(token_budget=setting.engine.token_budget)
+        self.watch = make_watch(plan, self.at.monitor)
+        self.optimizer = FlatAdamW(
+            self.trained.flat_KP, self.trained.grad_KP, self.trained.decayed, adamw_settings(plan)
+        )
+        self.trained.claim_gradients()
+        self.schedule = schedule_of(plan)
+        self.batch = plan.value("effective_batch_size")
+        self._guard = MemoryGuard(plan)
+        self._most_tokens: int | None = None
+        self._clock = time.monotonic()
+        self._warned_of_metrics = False
+        self._metrics_at_start = setting.directory.metrics_bytes
+
+    # ── telling ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def tell(self, event: Event) -> None:
+        """The one place where events are told: to the Run's files, to the observer, to whoever watches."""
+        self._pass_on(event)
+        for finding in self.watch.see(event):
+            self._pass_on(finding)
+
+    def _pass_on(self, event: Event) -> None:
+        directory = self.setting.directory
+        directory.record(event)
+        self._observer(event)
+        if directory.trouble is not None and not self._warned_of_metrics:
+            text = f"metrics.jsonl cannot be written ({directory.trouble}); its lines wait in memory, training goes on"
+            self._observer(Note(text))
+        self._warned_of_metrics = directory.trouble is not None
+
+    def _say(self, sentences: Sequence[str]) -> None:
+        for sentence in sentences:
+            self.tell(Note(sentence))
+
+    # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def run(self) -> None:
+        """Make all updates that are left, and save the last position.
+
+        Raises:
+            RunError: the run cannot go on; its newest checkpoint is intact. Interrupted: the user ended it.
+        """
+        if self.at.step == 0 and self.at.before is None:
+            self.at = replace(self.at, before=self._evaluated())
+        self._metrics_at_start = self.setting.directory.metrics_bytes
+        while not self._over():
+            self._stop_where_asked()
+            step = self.at.step
+            if not self._update():
+                continue
+            due = bool(self.setting.prepared.held_out) and self._due(step + 1)
+            if due and not self._evaluate():
+                continue
+            self._say(self.setting.keeper.news())
+            if self._over():
+                break
+            if (step + 1) % self.plan.value("save_steps") == 0 or (due and self._may_be_best()):
+                self.save()
+        if self.watch.stop_reason is not None and self.at.ended is None:
+            self.at = replace(self.at, ended=self.watch.stop_reason)
+        self.save(wait=True)
+
+    def _may_be_best(self) -> bool:
+        """Whether the weights just evaluated may be wanted at the end; where nothing can tell yet, they may."""
+        return self.plan.value("load_best_model_at_end") and self.watch.best_step in (None, self.at.step)
+
+    def _over(self) -> bool:
+        return self.at.step >= self.plan.updates or self.watch.stop_reason is not None or self.at.ended is not None
+
+    def _due(self, done: int) -> bool:
+        return done % self.plan.value("eval_steps") == 0 or done == self.plan.updates
+
+    def _stop_where_asked(self) -> None:
+        if self.asked.number is None:
+            return
+        run, step = self.setting.directory.path, self.at.step
+        if step == 0:
+            raise Interrupted(self.asked.number, f"ended by {self.asked.name} before the first update: nothing is lost")
+        self.save(wait=True)
+        saved = self.setting.keeper.saved
+        where = "nothing could be saved" if saved is None else f"update {saved} of {self.plan.updates} is saved"
+        text = f"ended by {self.asked.name} after update {step}; {where}; go on with: welltuned resume {run}"
+        raise Interrupted(self.asked.number, text)
+
+    # ── one update ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _update(self) -> bool:
+        """One update, or the decision to leave it out; False where the run went back instead."""
+        started, step = time.perf_counter(), self.at.step
+        prepared = self.setting.prepared
+        chosen = prepared.mixture.update(self.batch, step)
+        rows = [prepared.train[i] for i in chosen]
+        keys = [dropout_key(self.plan.value("seed"), step, i) for i in chosen]
+        try:
+            made = self._gradient(rows, keys)
+            norm = clip_(self.trained.grad_KP, self.plan.value("max_grad_norm"))[0]
+            what = (
+                None
+                if is_sound(norm, made)
+                else f"the gradient of update {step + 1} is not finite (its length: {norm})"
+            )
+        except NotFinite as error:
+            what = str(error)
+        if what is not None:
+            return self._left_out(what, rows, keys)
+        rate = self.schedule.rate(step) * self.at.rate_factor
+        self.optimizer.step([rate])
+        spent = time.perf_counter() - started
+        self._guard.learn(self.engine.token_budget)
+        self._most_tokens = max(made.tokens, self._most_tokens or 0)
+        self.at = replace(
+            self.at, step=step + 1, in_a_row=0, seconds=self.at.seconds + spent, tokens=self.at.tokens + made.tokens
+        )
+        self._tell_update(made, norm, rate, spent)
+        self._say(made.notes)
+        return True
+
+    def _tell_update(self, made: Gradient, norm: float, rate: float, spent: float) -> None:
+        step, total, prepared = self.at.step, self.plan.updates, self.setting.prepared
+        self.tell(
+            Updated(
+                step=step,
+                total_steps=total,
+                loss=made.loss,
+                learning_rate=rate,
+                grad_norm=norm,
+                tokens=made.tokens,
+                supervised_tokens=made.supervised_tokens,
+                tokens_per_second=made.tokens / spent,
+                epoch=step / prepared.mixture.steps_per_epoch(self.batch),
+                memory_bytes=memory_used(self.plan.facts.machine.device).now,
+                seconds_left=self.at.seconds / step * (total - step),
+                evaluation_follows=bool(prepared.held_out) and self._due(step),
+                measures=made.measures,
+            )
+        )
+
+    def _gradient(self, rows: Sequence[Any], keys: Sequence[int]) -> Gradient:
+        """The update's gradient, in smaller pieces where memory does not suffice; always from a cleared buffer."""
+        where = f"update {self.at.step + 1}"
+        while (lacking := self._guard.short_of(self.engine.token_budget)) > 0:
+            self._shrink(f"{where} would need {lacking / 1e6:,.0f} MB more than are free")
+
+        def make() -> Gradient:
+            self.optimizer.zero_grad()
+            return self.setting.objective.accumulate_gradient(self.engine, rows, keys)
+
+        return self._with_memory(make, where)
+
+    def _with_memory(self, make: Callable[[], T], where: str) -> T:
+        """What `make` gives, tried again with a smaller token budget each time that memory is out."""
+        while True:
+            try:
+                return make()
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Here the failed pass is gone, which the traceback kept alive.
+            self._shrink(f"{where} ran out of memory")
+
+    def _shrink(self, why: str) -> None:
+        budget = self.engine.token_budget
+        release_memory()
+        if budget <= 1:
+            mend = "set gradient_checkpointing: true, a lower max_length, or use a smaller model"
+            raise RunError(f"{why}, though every example is computed by itself; {mend}")
+        smaller = halved(budget, self._most_tokens)
+        self.engine = replace(self.engine, token_budget=smaller)
+        self.at = replace(self.at, token_budget=smaller)
+        text = f"{why}: micro-batches hold at most {smaller:,} tokens from here on, not {budget:,}"
+        self.tell(Note(f"{text}; the effective batch, and with it the result, stays the same"))
+
+    # ── evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _evaluated(self) -> Evaluation | None:
+        prepared = self.setting.prepared
+        if not prepared.held_out:
+            return None
+        found = self._with_memory(
+            lambda: self.setting.objective.evaluate(self.engine, prepared.held_out), "the evaluation"
+        )
+        self.tell(Evaluated(self.at.step, found.loss, found.standard_error, found.measures, found.samples))
+        self._say(found.notes)
+        return replace(found, samples=(), notes=())  # told, and nothing for a checkpoint to hold
+
+    def _evaluate(self) -> bool:
+        """Evaluate here; False where that was impossible and the run went back."""
+        try:
+            self.at = replace(self.at, last=self._evaluated())
+        except NotFinite as error:
+            self._back_or_stop(str(error))
+            return False
+        return True
+
+    # ── numbers that are not finite ──────────────────────────────────────────────────────────────────────────────────
+
+    def _left_out(self, what: str, rows: Sequence[Any], keys: Sequence[int]) -> bool:
+        """Leave this update out: nothing of it reaches weights or moments. False where the run went back."""
+        self.optimizer.zero_grad()
+        if not bool(torch.isfinite(self.trained.flat_KP).all()):
+            self._back_or_stop(f"trained weights are not finite at update {self.at.step + 1}")
+            return False
+        finite = finite_alone(self.setting.objective, self.engine, self.trained.grad_KP, rows, keys)
+        found = tuple(rows[i].origin for i in culprits(rows, finite))
+        self.at = replace(self.at, step=self.at.step + 1, skipped=self.at.skipped + 1, in_a_row=self.at.in_a_row + 1)
+        self.tell(Skipped(self.at.step, self.plan.updates, what, found))
+        if self.at.in_a_row >= IN_A_ROW:
+            self._back_or_stop(f"{IN_A_ROW} updates in a row were not finite, the last: {what}")
+            return False
+        return True
+
+    def _back_or_stop(self, why: str) -> None:
+        """Back to the newest checkpoint, from there with half the rate; or an end, by the policy."""
+        self._say(self.setting.keeper.join())
+        run = self.setting.directory.path
+        mend = f"lower learning_rate in {run}/recipe.yaml and: welltuned resume {run} --accept-changes"
+        if policy_of(self.plan) is OnNonfinite.STOP or self.at.returns >= MOST_RETURNS:
+            after = f" after {self.at.returns} returns to a checkpoint" if self.at.returns else ""
+            raise RunError(f"{why}{after}; the last checkpoint is as it was; look at the rows, or {mend}")
+        found, notes = newest(run, self.setting.origin.run)
+        before = self.at
+        if found is not None:
+            self.restore(found)
+        else:
+            self._start_over(why)
+        self.at = replace(
+            self.at,
+            rate_factor=before.rate_factor / 2,
+            returns=before.returns + 1,
+            skipped=before.skipped,
+            in_a_row=0,
+            token_budget=before.token_budget,
+        )
+        self._say(notes)
+        text = f"{why}: back to update {self.at.step}, from there with {self.at.rate_factor:g} of the planned rate"
+        self.tell(Note(f"{text} (return {self.at.returns} of at most {MOST_RETURNS})"))
+
+    def _start_over(self, why: str) -> None:
+        if not isinstance(self.trained, AdapterBank):
+            raise RunError(f"{why}; there is no checkpoint yet to go back to; lower learning_rate, or look at the rows")
+        self.trained.flat_KP.copy_(self.trained.start_KP)
+        zeros_KP, zeros_G = torch.zeros_like(self.trained.flat_KP), torch.zeros_like(self.optimizer.steps_G)
+        self.optimizer.restore(zeros_KP, zeros_KP, zeros_G)
+        self.at = replace(self.at, step=0, last=None, monitor={})
+        self.setting.directory.cut_metrics(self._metrics_at_start)
+        self.watch = self._make_watch(self.plan, {})
+
+    # ── saving and going on ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def save(self, *, wait: bool = False) -> None:
+        """Begin to save this position; with `wait`, until it is on the disk."""
+        keeper, now = self.setting.keeper, time.monotonic()
+        if wait:
+            self._say(keeper.join())
+        self.at = replace(
+            self.at,
+            elapsed=self.at.elapsed + now - self._clock,
+            best=self.watch.best_step,
+            monitor=self.watch.state(),
+        )
+        self._clock = now
+        if keeper.saved != self.at.step or keeper.failed is not None:
+            self._say(keeper.save(self._snapshot, wait=wait))
+
+    def _snapshot(self, copied: bool) -> Snapshot:
+        length = self.setting.directory.metrics_bytes
+        return take(self.trained, self.optimizer, self.at, self.setting.origin, length, copied=copied)
+
+    def since_save(self) -> float:
+        """Seconds since the last position that knows its time."""
+        return time.monotonic() - self._clock
+
+    def restore(self, found: Checkpoint) -> None:
+        """Go on from a checkpoint: weights, moments, position, the monitor, and the length of metrics.jsonl.
+
+        Raises:
+            RunError: it holds other tensors than the model has.
+        """
+        restore_weights(self.trained, found)
+        self.optimizer.restore(found.exp_avg_KP, found.exp_avg_sq_KP, found.steps_G)
+        self.optimizer.zero_grad()
+        self.at, self._clock = found.position, time.monotonic()
+        self.engine = replace(self.engine, token_budget=self.at.token_budget)
+        self.watch = self._make_watch(self.plan, self.at.monitor)
+        self.setting.keeper.resumed(self.at.step, self.at.best, found.run)
+        missing = self.setting.directory.cut_metrics(found.metrics_bytes)
+        if missing:
+            self.tell(Note(f"metrics.jsonl had lost {missing:,} bytes that belong before update {self.at.step}"))
+
+    def take_best(self) -> None:
+        """Put the best evaluated update's weights in the place of the last, where the plan asks for it."""
+        best = self.watch.best_step
+        if best is None or best == self.at.step or not self.plan.value("load_best_model_at_end"):
+            return
+        if best == 0:
+            self.tell(Note("no update made the held-out loss lower than it was: the last weights are kept"))
+            return
+        try:
+            found = read_checkpoint(folder_of(self.setting.directory.path, best))
+        except Damaged as damage:
+            self.tell(Note(f"the weights of update {best} were the best, but {damage}: the last ones are kept"))
+            return
+        restore_weights(self.trained, found)
+        last = self._with_memory(
+            lambda: self.setting.objective.evaluate(self.engine, self.setting.prepared.held_out), "the evaluation"
+        )
+        self.at = replace(self.at, last=last)
+        text = f"the weights of update {best} are the result: their held-out loss {last.loss:.4f} is the lowest"
+        self.tell(Note(f"{text}; the last update was {self.at.step}"))
+
+
+def dropout_key(seed: int, step: int, row: int) -> int:
+    """Names an example's dropout masks in one update."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{row}".encode(), digest_size=7).digest())

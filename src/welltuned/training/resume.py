@@ -1,0 +1,151 @@
+"""Go on with a run that was ended by whatever: from its newest checkpoint that verifies, or from the start."""
+
+import os
+from collections.abc import Mapping
+from contextlib import chdir, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from welltuned.advice.plan import Plan, plan_from_yaml
+from welltuned.errors import InputError
+from welltuned.facts.machine import Device
+from welltuned.recipe import Recipe, load_recipe, recipe_to_dict
+from welltuned.training import durable
+from welltuned.training.checkpoint import CHECKPOINTS, Checkpoint, newest
+from welltuned.training.events import Observer, silent
+from welltuned.training.identity import differences, identity_of, versions
+from welltuned.training.prepare import prepare
+from welltuned.training.run import Course, RunResult, begin, make_ready, on_this_machine, with_objective
+from welltuned.training.rundir import (
+    ADAPTER,
+    MODEL,
+    PLAN,
+    RECIPE,
+    STARTED,
+    RunDir,
+    Started,
+    is_finished,
+    read_started,
+)
+from welltuned.training.snapshot import same_tensors
+from welltuned.training.step import Trained
+from welltuned.training.watcher import MakeWatch, unwatched
+
+
+def resume(
+    path: Path,
+    observer: Observer = silent,
+    *,
+    accept_changes: bool = False,
+    make_watch: MakeWatch = unwatched,
+) -> RunResult:
+    """Finish an unfinished run. On a CPU with the same libraries the result is that of an undisturbed run, bit for bit.
+
+    Args:
+        accept_changes: go on although recipe, plan, data, base model or tokenizer are not what they were; a changed
+            recipe is planned anew.
+
+    Raises:
+        InputError: there is no run, it is finished, or something changed. And what `train` raises.
+    """
+    require_unfinished(path)
+    path = path.resolve()
+    with closing(RunDir(path, resumed=True)) as directory:
+        left = _left_over(path)
+        with chdir(_place(left.started)):
+            prepared = prepare(left.recipe, planned=left.plan)
+            now = identity_of(prepared)
+            changed = differences(left.identity, now) if left.identity is not None else []
+            if changed and not accept_changes:
+                raise InputError(
+                    "; ".join(changed),
+                    where=str(path),
+                    mend="put it back as it was, or go on with what is there now: --accept-changes",
+                )
+            if changed or left.started is None:
+                begin(directory, prepared, now, left.started)
+            require_device(prepared.plan, path)
+            with on_this_machine(prepared.plan):
+                ready = with_objective(make_ready(prepared.plan), prepared, observer)
+                if left.found is not None:
+                    require_same_tensors(left.found, ready.engine.trained, path)
+                notes = (*left.notes, *_sentences(left.found, changed, prepared.plan))
+                return Course(prepared, ready, directory, observer, make_watch, notes, left.found).run()
+
+
+def require_unfinished(path: Path) -> None:
+    """Refuse what cannot be gone on with."""
+    if not path.is_dir() or not (path / RECIPE).is_file():
+        mend = "give the folder that `welltuned train --out` was given"
+        raise InputError(f"there is no run here: {RECIPE} is missing", where=str(path), mend=mend)
+    if is_finished(path):
+        raise InputError("the run is finished", where=str(path), mend=f"use it: welltuned chat {path}")
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOver:
+    """What an unfinished run left: `started` and `plan` are None where it ended before they were written."""
+
+    recipe: Recipe
+    plan: Plan | None
+    started: Started | None
+    found: Checkpoint | None
+    notes: tuple[str, ...]
+
+    @property
+    def identity(self) -> Mapping[str, Any] | None:
+        if self.found is not None:
+            return self.found.identity
+        return None if self.started is None else self.started.identity
+
+
+def _left_over(path: Path) -> LeftOver:
+    """Read what is there, and clear away what was being written or is written again at the end."""
+    recipe = load_recipe(str(path / RECIPE))
+    started = read_started(path) if (path / STARTED).is_file() else None
+    durable.sweep(path)
+    durable.sweep(path / CHECKPOINTS)
+    for name in (ADAPTER, MODEL):
+        if (path / name).is_dir():
+            durable.remove_folder(path / name)
+    found, notes = newest(path, started.run if started is not None else None)
+    plan = None
+    if started is not None:
+        plan = plan_from_yaml((path / PLAN).read_text(encoding="utf-8"), where=str(path / PLAN))
+        if recipe_to_dict(recipe) != recipe_to_dict(plan.recipe):
+            plan = None  # the recipe was edited: planned anew, and compared
+    return LeftOver(recipe, plan, started, found, notes)
+
+
+def _place(started: Started | None) -> str:
+    """The folder that the run's relative paths are meant from, if it is still there."""
+    return started.directory if started is not None and os.path.isdir(started.directory) else os.getcwd()
+
+
+def require_device(plan: Plan, path: Path) -> None:
+    """A plan for a GPU is not silently carried out on a processor."""
+    if plan.facts.machine.device is Device.CUDA and not torch.cuda.is_available():
+        raise InputError("the run was planned for a GPU, and there is none here", where=str(path))
+
+
+def require_same_tensors(found: Checkpoint, trained: Trained, path: Path) -> None:
+    """A changed recipe may change rates and data, not what is trained."""
+    if not same_tensors(found, trained):
+        what = "the checkpoint holds other tensors than this recipe trains"
+        raise InputError(what, where=str(path), mend="put r, target_modules, tune and model back as they were")
+
+
+def _sentences(found: Checkpoint | None, changed: list[str], plan: Plan) -> list[str]:
+    if found is None:
+        return ["there is no checkpoint: the run starts over", *changed]
+    said = [f"goes on after update {found.position.step:,} of {plan.updates:,}", *changed]
+    now = versions()
+    for name in dict.fromkeys((*found.versions, *now)):
+        if found.versions.get(name) != now.get(name):
+            said.append(
+                f"{name} was {found.versions.get(name)} and is {now.get(name)}: the run goes on, but not bit for bit"
+            )
+    return said

@@ -1,0 +1,549 @@
+"""A run that mends itself: no memory, numbers that are not finite, a disk that is full."""
+
+import errno
+import json
+import math
+import os
+
+import pytest
+import torch
+from faulty import Faulty, failing
+
+import welltuned
+from welltuned.errors import InputError, RunError
+from welltuned.training import durable, memory_guard
+from welltuned.training import step as step_module
+from welltuned.training.checkpoint import checkpoints, newest
+from welltuned.training.events import Note, Skipped, Updated
+from welltuned.training.healing import culprits, halved
+from welltuned.training.memory_guard import MemoryGuard
+from welltuned.training.resume import resume
+
+UPDATES = 9
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to …"),
+]
+
+
+@pytest.fixture(scope="module")
+def options(tiny_model_dir, data_file):
+    return dict(
+        model=str(tiny_model_dir), data=data_file, effective_batch_size=16, max_steps=UPDATES, r=4, lora_dropout=0.1,
+        token_budget=4096, eval_steps=3, save_steps=2, save_total_limit=20, load_best_model_at_end=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def straight(options, tmp_path_factory):
+    out = tmp_path_factory.mktemp("straight") / "out"
+    welltuned.train(out=out, learning_rate=2e-2, **options)
+    return out
+
+
+def trained(out, options, **changes):
+    """Events of a run with a rate of the user's own; the error that ended it, or None."""
+    seen, error = [], None
+    try:
+        welltuned.train(out=out, observer=seen.append, **{**options, "learning_rate": 2e-2, **changes})
+    except RunError as caught:
+        error = caught
+    return seen, error
+
+
+def texts(seen):
+    return [event.text for event in seen if isinstance(event, Note)]
+
+
+def updates(run):
+    return [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
+
+
+def adapter(run):
+    from safetensors.torch import load_file
+
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def nearly_same(run, straight):
+    """Up to the rounding of another cut."""
+    a, b = adapter(run), adapter(straight)
+    return a.keys() == b.keys() and all(torch.allclose(a[name], b[name], rtol=1e-2, atol=2e-4) for name in a)
+
+
+# ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def out_of_memory_above(monkeypatch, tokens, error, phase):
+    """Passes over more than so many tokens find no memory: in their forward or in their backward part."""
+    real = step_module._loss
+
+    def loss(engine, batch, weight):
+        value = real(engine, batch, weight)
+        if len(batch.packed.ids_N) > tokens:
+            if phase == "forward":
+                raise error
+
+            def fail(gradient):
+                raise error
+
+            value.register_hook(fail)
+        return value
+
+    monkeypatch.setattr(step_module, "_loss", loss)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_out_of_memory_in_an_update(options, straight, tmp_path, monkeypatch, error, phase):
+    out_of_memory_above(monkeypatch, 300, error, phase)
+    seen, failed = trained(tmp_path / "run", options)
+    assert failed is None and nearly_same(tmp_path / "run", straight)
+    assert [u["tokens"] for u in updates(tmp_path / "run")] == [u["tokens"] for u in updates(straight)]
+    said = [t for t in texts(seen) if "ran out of memory" in t]
+    assert said and said[0].startswith("update 1 ran out of memory: micro-batches hold at most 2,048 tokens")
+    budget = json.loads((tmp_path / "run" / "run.json").read_text())["healed"]["token_budget"]
+    assert budget <= 300 and newest(tmp_path / "run", None)[0].position.token_budget == budget
+    assert len(said) < 6  # it is remembered, not found out again in each update
+
+
+def test_what_a_failed_pass_added_does_not_count(options, straight, tmp_path, monkeypatch):
+    """The third micro-batch of an update fails: the first two must not be in the gradient twice."""
+    real, passes = step_module._loss, []
+
+    def loss(*arguments):
+        passes.append(1)
+        if len(passes) == 7:
+            raise MemoryError
+        return real(*arguments)
+
+    monkeypatch.setattr(step_module, "_loss", loss)
+    seen, failed = trained(tmp_path / "run", options, token_budget=200)
+    assert failed is None and nearly_same(tmp_path / "run", straight)
+    assert sum("ran out of memory" in text for text in texts(seen)) == 1
+
+
+def test_a_gradient_that_is_not_cleared_would_be_seen(options, straight, tmp_path, monkeypatch):
+    """Planted: the retry adds to what the failed pass left."""
+    from welltuned.training.optimizer import FlatAdamW
+
+    real, clears = FlatAdamW.zero_grad, []
+
+    def forgetful(self):
+        clears.append(1)
+        if len(clears) != 4:  # the retry in update 3
+            real(self)
+
+    monkeypatch.setattr(FlatAdamW, "zero_grad", forgetful)
+    test_real, passes = step_module._loss, []
+
+    def loss(*arguments):
+        passes.append(1)
+        if len(passes) == 11:
+            raise MemoryError
+        return test_real(*arguments)
+
+    monkeypatch.setattr(step_module, "_loss", loss)
+    trained(tmp_path / "run", options, token_budget=200)
+    assert not nearly_same(tmp_path / "run", straight)
+
+
+def test_no_memory_for_even_one_row(options, tmp_path, monkeypatch):
+    out_of_memory_above(monkeypatch, 0, MemoryError(), "forward")
+    _, failed = trained(tmp_path / "run", options)
+    assert "though every example is computed by itself" in str(failed) and "max_length" in str(failed)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
+def test_out_of_memory_in_an_evaluation(options, straight, tmp_path, monkeypatch, error):
+    real, calls = step_module.evaluate, []
+
+    def evaluate(engine, rows):
+        calls.append(engine.token_budget)
+        if engine.token_budget > 500 and len(calls) > 1:
+            raise error
+        return real(engine, rows)
+
+    monkeypatch.setattr(step_module, "evaluate", evaluate)
+    seen, failed = trained(tmp_path / "run", options)
+    assert failed is None and nearly_same(tmp_path / "run", straight)
+    assert any("the evaluation ran out of memory" in text for text in texts(seen))
+
+
+def test_out_of_memory_in_a_save(options, straight, tmp_path, monkeypatch):
+    """No room for a copy of the numbers: they are written from where they are."""
+    from welltuned.training import loop
+
+    real = loop.take
+
+    def take(*arguments, copied):
+        if copied:
+            raise MemoryError
+        return real(*arguments, copied=copied)
+
+    monkeypatch.setattr(loop, "take", take)
+    seen, failed = trained(tmp_path / "run", options)
+    assert failed is None and len(checkpoints(tmp_path / "run")) == 5
+    name = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (straight / name).read_bytes()
+
+
+def test_out_of_memory_in_generation(options, straight, monkeypatch):
+    from welltuned.models import generate
+
+    tuned = welltuned.load(straight, device="cpu")
+    prompts = [list(range(5, 5 + n)) for n in (3, 9, 4, 7, 5)]
+    decoding = generate.Decoding(max_new_tokens=6)
+    expected = generate.replies(tuned.model, tuned.tokenizer, prompts, decoding)
+    real, sizes = generate._batch, []
+
+    def batch(model, tokenizer, some, decoding):
+        sizes.append(len(some))
+        if len(some) > 2:
+            raise ERRORS[0]
+        return real(model, tokenizer, some, decoding)
+
+    monkeypatch.setattr(generate, "_batch", batch)
+    assert generate.replies(tuned.model, tuned.tokenizer, prompts, decoding) == expected
+    assert sizes == [5, 3, 2, 2, 1]
+
+
+def test_out_of_memory_while_the_model_is_loaded(options, tmp_path, monkeypatch):
+    from welltuned.training import run
+
+    def load_model(*_, **__):
+        raise ERRORS[2]
+
+    monkeypatch.setattr(run, "load_model", load_model)
+    _, failed = trained(tmp_path / "run", options)
+    assert "not enough memory for this model" in str(failed) and not (tmp_path / "run").exists()
+
+
+def test_other_errors_are_not_taken_for_it(options, tmp_path, monkeypatch):
+    def loss(*_):
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(step_module, "_loss", loss)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        trained(tmp_path / "run", options)
+
+
+def test_memory_that_would_not_suffice_is_seen_beforehand(options, straight, tmp_path, monkeypatch):
+    """Linux kills without a word: the growth that an update brings is compared with what is free."""
+    from welltuned.training.process import MemoryUsed
+
+    monkeypatch.setattr(MemoryGuard.__init__, "__defaults__", (lambda: memory_guard.RESERVE + 40_000,))
+    monkeypatch.setattr(memory_guard, "memory_used", lambda device: MemoryUsed(10**8, 10**8))
+    seen, failed = trained(tmp_path / "run", options)
+    assert failed is None and nearly_same(tmp_path / "run", straight)
+    said = [text for text in texts(seen) if "more than are free" in text]
+    assert said and said[0].startswith("update 1 would need ")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["healed"]["token_budget"] <= 512
+
+
+def test_halved():
+    assert [halved(4096, None), halved(4096, 300), halved(3, None), halved(1, None)] == [2048, 150, 1, 1]
+
+
+# ── not finite ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def spoil_rows(monkeypatch, where, bad, value=math.nan, once=False):
+    """The loss, or the gradient, of passes that hold one of these rows is not finite."""
+    real = step_module.accumulate_gradient
+    done = []
+
+    def spoiled(engine, rows, keys):
+        made = real(engine, rows, keys)
+        if not any(row.origin.endswith(tuple(bad)) for row in rows) or (once and len(done) > 20):
+            return made
+        done.append(1)
+        if where == "loss":
+            raise step_module.NotFinite(f"the loss is not finite in {rows[0].origin}")
+        engine.trained.grad_KP[0, 3] = value
+        return made
+
+    monkeypatch.setattr(step_module, "accumulate_gradient", spoiled)
+
+
+@pytest.mark.parametrize("where,value", [("loss", math.nan), ("gradient", math.nan), ("gradient", math.inf)])
+def test_a_bad_row_is_left_out_with_its_update_and_named(options, tmp_path, monkeypatch, where, value):
+    spoil_rows(monkeypatch, where, [":17"], value)
+    seen, failed = trained(tmp_path / "run", options)
+    assert failed is None
+    skipped = [event for event in seen if isinstance(event, Skipped)]
+    assert skipped and all(len(event.rows) == 1 and event.rows[0].endswith(":17") for event in skipped)
+    assert where in skipped[0].what
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["healed"]["updates_left_out"] == len(skipped) and run["updates"] == UPDATES
+    assert all(torch.isfinite(tensor).all() for tensor in adapter(tmp_path / "run").values())
+    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events if e.get("event") == "skipped"] == [event.step for event in skipped]
+    steps = [line["step"] for line in updates(tmp_path / "run")] + [event.step for event in skipped]
+    assert sorted(steps) == list(range(1, UPDATES + 1))
+
+
+def test_nothing_of_a_left_out_update_stays(options, straight, tmp_path, monkeypatch):
+    """Weights and moments are those of before, to the bit: the update is repeated by hand and compared."""
+    from welltuned.training.optimizer import FlatAdamW
+
+    before, after = {}, {}
+    real_loss, steps = step_module._loss, []
+
+    def loss(engine, batch, weight):
+        value = real_loss(engine, batch, weight)
+        if len(steps) == 4 and not after:
+            before.setdefault("flat", engine.trained.flat_KP.clone())
+            return value * math.nan
+        return value
+
+    real_step = FlatAdamW.step
+
+    def step(self, rates):
+        if len(steps) == 4:
+            after["flat"], after["moments"] = None, (self.exp_avg_KP.clone(), self.exp_avg_sq_KP.clone())
+        real_step(self, rates)
+        steps.append((self.exp_avg_KP.clone(), self.exp_avg_sq_KP.clone()))
+
+    monkeypatch.setattr(step_module, "_loss", loss)
+    monkeypatch.setattr(FlatAdamW, "step", step)
+
+    def observer(event):
+        if isinstance(event, Skipped):
+            after["flat"] = True
+
+    welltuned.train(out=tmp_path / "run", observer=observer, learning_rate=2e-2, **options)
+    assert len(steps) == UPDATES - 1
+    assert torch.equal(after["moments"][0], steps[3][0]) and torch.equal(after["moments"][1], steps[3][1])
+
+
+def test_an_activation_that_overflows_is_named(options, tmp_path, monkeypatch):
+    """Not the loss is spoiled here but what a layer puts out, for one row's own tokens."""
+    from welltuned.objectives import supervised
+
+    real = supervised.hidden_states
+
+    def hidden_states(model, batch):
+        hidden_NH, start = real(model, batch), 0
+        for n in batch.lengths:
+            if n == longest:
+                hidden_NH = hidden_NH.clone()
+                hidden_NH[start : start + n] = math.inf
+            start += n
+        return hidden_NH
+
+    from welltuned.recipe import load_recipe
+    from welltuned.training.prepare import prepare
+
+    rows = prepare(load_recipe(None, {**options, "learning_rate": 2e-2})).train
+    longest = max(len(row.ids) for row in rows)
+    bad = {row.origin for row in rows if len(row.ids) == longest}
+    monkeypatch.setattr(supervised, "hidden_states", hidden_states)
+    seen, _ = trained(tmp_path / "run", options)
+    skipped = [event for event in seen if isinstance(event, Skipped)]
+    assert skipped and all(set(event.rows) <= bad for event in skipped)
+
+
+def spoil_from(monkeypatch, first, until=10**9):
+    """From so many calls on, and until so many, every gradient is not finite."""
+    real, calls = step_module.accumulate_gradient, []
+
+    def spoiled(engine, rows, keys):
+        made = real(engine, rows, keys)
+        if len(rows) > 8:  # whole updates; the search for rows at fault asks for fewer
+            calls.append(1)
+            if first <= len(calls) < until:
+                engine.trained.grad_KP[0, 0] = math.nan
+        return made
+
+    monkeypatch.setattr(step_module, "accumulate_gradient", spoiled)
+
+
+def test_three_in_a_row_stop_a_run_whose_rate_is_the_users(options, tmp_path, monkeypatch):
+    spoil_from(monkeypatch, 6)
+    seen, failed = trained(tmp_path / "run", options)
+    assert "3 updates in a row were not finite" in str(failed) and "--accept-changes" in str(failed)
+    assert len([event for event in seen if isinstance(event, Skipped)]) == 3
+    found, _ = newest(tmp_path / "run", None)
+    assert found.position.step == 4 and not (tmp_path / "run" / "run.json").exists()
+
+
+def test_three_in_a_row_go_back_where_the_advice_chose_the_rate(options, tmp_path, monkeypatch):
+    spoil_from(monkeypatch, 6, until=9)
+    seen = []
+    welltuned.train(out=tmp_path / "run", observer=seen.append, **options)
+    said = [text for text in texts(seen) if "back to update 4, from there with 0.5 of the planned rate" in text]
+    assert len(said) == 1
+    rates = {event.step: event.learning_rate for event in seen if isinstance(event, Updated)}
+    planned = {line["step"]: line["learning_rate"] for line in updates(tmp_path / "run")}
+    assert [line["step"] for line in updates(tmp_path / "run")] == list(range(1, UPDATES + 1))
+    assert rates == planned and rates[5] < 0.7 * rates[4]
+    healed = json.loads((tmp_path / "run" / "run.json").read_text())["healed"]
+    assert healed["returns_to_a_checkpoint"] == 1 and healed["rate_factor"] == 0.5 and healed["updates_left_out"] == 3
+
+
+def test_the_policy_can_be_said(options, tmp_path, monkeypatch):
+    spoil_from(monkeypatch, 6, until=9)
+    seen, failed = trained(tmp_path / "back", options, on_nonfinite="back")
+    assert failed is None and any("back to update 4" in text for text in texts(seen))
+    monkeypatch.undo()
+    spoil_from(monkeypatch, 6)
+    with pytest.raises(RunError, match="3 updates in a row"):
+        welltuned.train(out=tmp_path / "stop", on_nonfinite="stop", **options)
+
+
+def test_before_the_first_checkpoint_it_goes_back_to_the_start(options, tmp_path, monkeypatch):
+    spoil_from(monkeypatch, 2, until=5)
+    seen = []
+    welltuned.train(out=tmp_path / "run", observer=seen.append, **{**options, "save_steps": 100, "eval_steps": 100})
+    assert any("back to update 0, from there with 0.5" in text for text in texts(seen))
+    assert [line["step"] for line in updates(tmp_path / "run")] == list(range(1, UPDATES + 1))
+
+
+def test_it_does_not_go_back_for_ever(options, tmp_path, monkeypatch):
+    spoil_from(monkeypatch, 6)
+    with pytest.raises(RunError, match="after 3 returns to a checkpoint"):
+        welltuned.train(out=tmp_path / "run", **options)
+
+
+def test_a_weight_that_is_not_finite_is_taken_from_the_last_checkpoint(options, tmp_path, monkeypatch):
+    """A memory error in a weight: no row is at fault, and nothing can be learned from there."""
+    engines = []
+    real = step_module.accumulate_gradient
+
+    def seen_by(engine, rows, keys):
+        engines[:] = [engine]
+        return real(engine, rows, keys)
+
+    monkeypatch.setattr(step_module, "accumulate_gradient", seen_by)
+    hits, seen = [], []
+
+    def observer(event):
+        seen.append(event)
+        if isinstance(event, Updated) and event.step == 5 and not hits:
+            hits.append(1)
+            engines[0].trained.flat_KP[0, 7] = math.nan
+
+    welltuned.train(out=tmp_path / "run", observer=observer, **options)
+    assert any("trained weights are not finite at update 6: back to update 4" in text for text in texts(seen))
+    assert not any(isinstance(event, Skipped) for event in seen)
+    assert all(torch.isfinite(tensor).all() for tensor in adapter(tmp_path / "run").values())
+
+
+def test_culprits():
+    def finite(bad):
+        return lambda some: not bad & set(some)
+
+    rows = list(range(13))
+    for bad in ({0}, {12}, {3, 4}, {0, 6, 12}, set(rows)):
+        assert culprits(rows, finite(bad)) == sorted(bad)
+    together = culprits(rows, lambda some: len(some) < 13)  # none alone
+    assert together == rows and culprits([1], finite({0})) == [0]
+
+
+# ── the disk ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Full(Faulty):
+    """A disk on which saves of checkpoints fail between two updates of the run."""
+
+    def __init__(self, name, number):
+        super().__init__(lambda call: self.broken and call == name, failing(number))
+        self.broken = False
+
+
+@pytest.mark.parametrize(
+    "name,number", [("write", errno.ENOSPC), ("fsync", errno.EIO), ("make_folder", errno.EROFS), ("open", errno.EACCES)]
+)
+def test_a_save_that_fails_is_told_and_the_next_one_tries_again(options, straight, tmp_path, monkeypatch, name, number):
+    disk = Full(name, number)
+    monkeypatch.setattr(durable, "SYSTEM", disk)
+    seen = []
+
+    def observer(event):
+        seen.append(event)
+        if isinstance(event, Updated):
+            disk.broken = event.step in (4, 5)
+
+    welltuned.train(out=tmp_path / "run", observer=observer, learning_rate=2e-2, **options)
+    said = [text for text in texts(seen) if "could not be written" in text and "checkpoint" in text]
+    assert said == [
+        f"the checkpoint of update 4 could not be written ({os.strerror(number)}); that of update 2 is safe"
+    ]
+    assert [step for step, _ in checkpoints(tmp_path / "run")] == [9, 8, 6, 2]
+    file = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "run" / file).read_bytes() == (straight / file).read_bytes()
+    assert [line["step"] for line in updates(tmp_path / "run")] == list(range(1, UPDATES + 1))
+
+
+def test_a_disk_that_stays_full_ends_the_run_after_training_with_the_last_checkpoint_intact(
+    options, tmp_path, monkeypatch
+):
+    disk = Full("write", errno.ENOSPC)
+    monkeypatch.setattr(durable, "SYSTEM", disk)
+    seen = []
+
+    def observer(event):
+        seen.append(event)
+        disk.broken = disk.broken or (isinstance(event, Updated) and event.step == 5)
+
+    with pytest.raises(RunError, match="No space left on device"):
+        welltuned.train(out=tmp_path / "run", observer=observer, learning_rate=2e-2, **options)
+    assert any("metrics.jsonl cannot be written (No space left on device)" in text for text in texts(seen))
+    assert [event.step for event in seen if isinstance(event, Updated)] == list(range(1, UPDATES + 1))
+    found, notes = newest(tmp_path / "run", None)
+    assert found.position.step == 4 and not notes
+    disk.broken = False
+    resume(tmp_path / "run")
+    assert [line["step"] for line in updates(tmp_path / "run")] == list(range(1, UPDATES + 1))
+
+
+def test_a_disk_without_room_is_refused_before_training(options, tmp_path, monkeypatch):
+    disk = Faulty()
+    disk.free = lambda path: 1000
+    monkeypatch.setattr(durable, "SYSTEM", disk)
+    with pytest.raises(InputError, match="GB free, and a checkpoint with the result takes"):
+        trained(tmp_path / "run", options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_with_little_room_is_said(options, tmp_path, monkeypatch):
+    disk = Faulty()
+    disk.free = lambda path: 500_000
+    monkeypatch.setattr(durable, "SYSTEM", disk)
+    seen, failed = trained(tmp_path / "run", options)
+    assert failed is None and any("a lower save_total_limit would fit" in text for text in texts(seen))
+
+
+def test_what_goes_wrong_in_the_writing_thread_is_raised(options, tmp_path, monkeypatch):
+    """A fault of ours is no full disk."""
+    from welltuned.training import keeper
+
+    def write_checkpoint(run, snapshot):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(keeper, "write_checkpoint", write_checkpoint)
+    with pytest.raises(KeyError, match="a bug"):
+        trained(tmp_path / "run", options)
+
+
+def test_guard(monkeypatch, options):
+    """By the forecast before anything is measured, by what was measured afterwards."""
+    from welltuned.recipe import load_recipe
+    from welltuned.training.prepare import prepare
+    from welltuned.training.process import MemoryUsed
+
+    plan = prepare(load_recipe(None, {**options, "learning_rate": 2e-2})).plan
+    used = [10**9]
+    monkeypatch.setattr(memory_guard, "memory_used", lambda device: MemoryUsed(used[0], used[0]))
+    passing = plan.memory.parts["activations"] + plan.memory.parts["workspace"]
+    room = memory_guard.RESERVE + passing // 2
+    guard = MemoryGuard(plan, lambda: room)
+    assert guard.short_of(4096) == pytest.approx(passing // 2, abs=2) and guard.short_of(2048) <= 2
+    assert guard.short_of(256) == 0
+    used[0] += passing
+    guard.learn(4096)
+    assert guard.short_of(4096) == 0  # it holds that memory already
+    used[0] -= passing
+    assert guard.short_of(4096) == pytest.approx(passing // 2, abs=2)
