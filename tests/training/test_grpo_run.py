@@ -1,13 +1,18 @@
 """`method: grpo` from a recipe to a verified adapter on a tiny model, and what is refused before any of it."""
 
 import json
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
+import welltuned
 from welltuned.data.conversation import Kind
 from welltuned.errors import InputError
 from welltuned.recipe import load_recipe
+from welltuned.training.events import Updated
 from welltuned.training.prepare import prepare
+from welltuned.training.resume import resume
 
 LETTERS = "abcdefgh"
 
@@ -74,6 +79,33 @@ def test_the_same_run_again_is_bit_for_bit_the_same(run, options, finished):
     again = run(**options)
     for name, tensor in finished.adapter.items():
         assert (tensor == again.adapter[name]).all()
+
+
+class CutOff(Exception):
+    """The run ends here, as it would by a kill."""
+
+
+def test_a_run_that_was_cut_off_goes_on_bit_for_bit(options, finished, rewards, tmp_path):
+    """Completions too are functions of seed, update and row: nothing of the sampler is in a checkpoint."""
+
+    def observer(event):
+        if isinstance(event, Updated) and event.step == 3:
+            raise CutOff
+
+    out, own = tmp_path / "run", tmp_path / "rewards.py"
+    text = Path(rewards).read_text()
+    own.write_text(text)
+    with pytest.raises(CutOff):
+        welltuned.train(out=out, observer=observer, **{**options, "rewards": [f"{own}:vowels"], "save_steps": 1})
+    own.write_text(text + "# another\n")
+    with pytest.raises(InputError, match=r"rewards\.py changed"):
+        resume(out)
+    own.write_text(text)
+    resume(out)
+    again = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert again.keys() == finished.adapter.keys()
+    for name, tensor in finished.adapter.items():
+        assert (tensor == again[name]).all()
 
 
 def test_a_broken_reward_is_told_and_counted_and_ends_nothing(run, options, rewards):

@@ -223,7 +223,8 @@ class _Reader:
             raise InputError("no row can be read", where=source.name, mend="see what is wrong with on_bad_row: error")
         detected = detect(rows[:SAMPLE], format=self.reading.format, mapping=self.reading.mapping)
         self.formats.append(str(detected.format))
-        self.notes.append(f"{source.name}: prompts to sample from; {detected.sentence()}")
+        read = "; rewards may ask for every column (`--set format=…` and `--map` change what is a prompt or an answer)"
+        self.notes.append(f"{source.name}: {detected.format} rows, whose prompts are answered by sampling{read}")
         for row in rows:
             try:
                 yield self._prompt(row, detected)

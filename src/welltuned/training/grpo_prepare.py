@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from welltuned.advice.plan import Plan, make_plan, with_problems
-from welltuned.data.dataset import open_sources
+from welltuned.data.dataset import Sources, open_sources
 from welltuned.data.prompts import GroupMixture, Prompt, Prompts, read_prompts
 from welltuned.errors import InputError
+from welltuned.facts.adapter import read_adapter_facts
 from welltuned.facts.data import DatasetFacts, prompt_facts
 from welltuned.facts.machine import MachineFacts, read_machine_facts
 from welltuned.facts.model import ModelFacts, read_model_facts
@@ -16,7 +17,7 @@ from welltuned.objectives.rewards import Reward, load_rewards, require_columns
 from welltuned.objectives.rewards.answers import final_number
 from welltuned.recipe import Recipe
 from welltuned.training.prepare import Prepared, digests_of, others_parts, trusted
-from welltuned.training.start_adapter import start_adapter, with_start_reasons, with_start_values
+from welltuned.training.start_adapter import start_adapter
 
 SHOWN = 3  # rows named in a note
 
@@ -41,9 +42,8 @@ def prepare_grpo(
     require_columns(rewards, prompts.columns)
     notes = _answer_notes(rewards, (*prompts.train, *prompts.held_out))
     machine = machine or (planned.facts.machine if planned is not None else read_machine_facts(ask_gpu=True))
-    plan, prompts = _planned(with_start_values(recipe, start), prompts, model, machine)
+    plan, prompts = _planned(recipe, prompts, model, machine)
     recipe = replace(recipe, tune=plan.recipe.tune)  # the advice may have taken 4-bit weights, where nobody chose
-    plan = with_start_reasons(plan, recipe, start)
     report = prompts.audit()
     problems = report.problems()
     weighed = [(problem.weight, problem.sentence) for problem in problems]
@@ -66,6 +66,16 @@ def prepare_grpo(
     )
 
 
+def _digests(sources: Sources, rewards: Sequence[Reward], start: StartAdapter | None) -> dict[str, str]:
+    """Of what a run that goes on must find as it was: data, files of rewards, the adapter that it began with."""
+    digests = {source.name: source.fingerprint() for source in (*sources.train, *sources.held_out)}
+    for file in {reward.where for reward in rewards if reward.where}:
+        digests[file] = hashlib.blake2b(Path(file).expanduser().read_bytes(), digest_size=16).hexdigest()
+    if start is not None:
+        digests["the adapter to go on from"] = start.digest
+    return digests
+
+
 def grouped(prompts: Prompts, plan: Plan) -> GroupMixture:
     """Which prompts make an update, which the plan counts in completions."""
     mixed = prompts.mixture
@@ -76,8 +86,9 @@ def grouped(prompts: Prompts, plan: Plan) -> GroupMixture:
 
 def _planned(recipe: Recipe, prompts: Prompts, model: ModelFacts, machine: MachineFacts) -> tuple[Plan, Prompts]:
     """The plan, and the prompts that leave room for a completion. Those left out make it another plan."""
+    adapter = None if recipe.adapter is None else read_adapter_facts(recipe.adapter)
     while True:
-        plan = make_plan(recipe, model, _facts(prompts), machine)
+        plan = make_plan(recipe, model, _facts(prompts), machine, adapter=adapter)
         completion = plan.value("max_completion_length")
         limits = [
             (model.context_length, "the model's context"),

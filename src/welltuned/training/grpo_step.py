@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from welltuned.data.prompts import Prompt
-from welltuned.errors import RunError
 from welltuned.kernels.lora import mixed
 from welltuned.models.generate import stop_ids
 from welltuned.models.lora import AdapterBank
@@ -34,7 +33,7 @@ from welltuned.objectives.grpo import (
 )
 from welltuned.objectives.rewards import Fault, Judged, Reward, Scores, score
 from welltuned.training.prepare import Prepared
-from welltuned.training.step import Engine, Evaluation, Gradient
+from welltuned.training.step import Engine, Evaluation, Gradient, NotFinite
 
 SHOWN_FAULTS = 5  # faults of one reward that are told one by one; all are counted
 KEPT_SAMPLES = 8  # held-out completions that an evaluation keeps
@@ -81,7 +80,7 @@ def grpo_objective(prepared: Prepared, engine: Engine) -> "Grpo":
         stop_ids=tuple(stop_ids(engine.model, prepared.tokenizer)),
         tokens_at_once=SAMPLING_TOKENS * value("token_budget"),
     )
-    return Grpo(
+    objective = Grpo(
         settings,
         sampling,
         prepared.rewards,
@@ -89,6 +88,8 @@ def grpo_objective(prepared: Prepared, engine: Engine) -> "Grpo":
         generations=value("num_generations"),
         iterations=value("num_iterations"),
     )
+    objective.remember_start(engine)  # now, before a checkpoint may be restored
+    return objective
 
 
 class Grpo:
@@ -121,7 +122,7 @@ class Grpo:
 
     def accumulate_gradient(self, engine: Engine, rows: Sequence[Prompt], keys: Sequence[int]) -> Gradient:
         """Sample, reward and add the gradient. A group without signal adds exactly nothing, and is not computed."""
-        self._remember_start(engine)
+        self.remember_start(engine)
         origins = tuple(row.origin for row in rows)
         notes: tuple[str, ...] = ()
         seconds: dict[str, float] = {}
@@ -198,7 +199,7 @@ class Grpo:
         for batch, value in zip(batches, loss, strict=True):
             if not math.isfinite(value):
                 names = ", ".join(dict.fromkeys(self._origin(sampled, group) for group in batch))
-                raise RunError(f"the loss is not finite in {names}; lower the learning rate or look at the rows")
+                raise NotFinite(f"the loss is not finite in {names}; lower the learning rate or look at the rows")
         tokens = max(1, sampled.supervised_tokens)
         measures = {"clip_ratio": clipped / tokens}
         if self.settings.beta > 0:
@@ -231,7 +232,7 @@ class Grpo:
                 ref_M = token_logprobs(engine.model, engine.head, laid, self.sampling.temperature)
                 sampled.reference.update(_by_sequence(ref_M, batch))
 
-    def _remember_start(self, engine: Engine) -> None:
+    def remember_start(self, engine: Engine) -> None:
         """A bank keeps its own start; of all of a model a copy is needed, where there is a pull to it."""
         if self._start is None and self.settings.beta > 0:
             trained = engine.trained
@@ -300,7 +301,7 @@ class Grpo:
 
         Greedy, so that nothing but the weights tells two evaluations apart: they are paired by prompt.
         """
-        self._remember_start(engine)
+        self.remember_start(engine)
         greedy = Sampling(
             max_new_tokens=self.sampling.max_new_tokens,
             temperature=0.0,

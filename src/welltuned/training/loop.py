@@ -261,7 +261,7 @@ class Loop:
         rows = found.loss_of_example, found.tokens_of_example
         self.tell(Evaluated(self.at.step, found.loss, found.standard_error, found.measures, *rows, found.samples))
         self._say(found.notes)
-        return found
+        return replace(found, samples=(), notes=())  # told, and nothing for a checkpoint to hold
 
     def _evaluate(self) -> bool:
         """Evaluate here; False where that was impossible and the run went back."""

@@ -80,7 +80,6 @@ class RunDir:
             case Evaluated():
                 line = {**(self._awaiting or {"event": "evaluation"}), **_flat(event)}
                 self._awaiting = None
-                self._keep_samples(event)
             case Skipped():
                 line = {"event": "skipped", "step": event.step, "what": event.what, "rows": list(event.rows)}
             case Note():
@@ -88,6 +87,8 @@ class RunDir:
             case Finding():
                 line = {"event": "finding", **event.to_json()}
         self._append(line)
+        if isinstance(event, Evaluated) and event.samples:
+            self._keep_samples(event)
 
     @property
     def metrics_bytes(self) -> int:
