@@ -100,15 +100,21 @@ def schooled_dir(watched):
 
 
 @pytest.fixture(scope="session")
-def noise_file(write_rows, tmp_path_factory):
-    """Rows whose answers follow from nothing: all that can be done with them is to learn them by heart."""
-    draw = random.Random(1)
+def noise(write_rows, tmp_path_factory):
+    """A function that writes rows whose answers follow from nothing: they can only be learned by heart."""
 
-    def row(i):
-        answer = " ".join(draw.choices(WORDS, k=6))
-        return {"messages": [{"role": "user", "content": f"item {i}"}, {"role": "assistant", "content": answer}]}
+    def noise(count, seed):
+        draw = random.Random(seed)
 
-    return write_rows(tmp_path_factory.mktemp("noise") / "noise.jsonl", [row(i) for i in range(90)])
+        def row(i):
+            answer = " ".join(draw.choices(WORDS, k=6))
+            return {"messages": [{"role": "user", "content": f"item {i}"}, {"role": "assistant", "content": answer}]}
+
+        first = 1000 * seed  # no question of one file stands in another
+        rows = [row(first + i) for i in range(count)]
+        return write_rows(tmp_path_factory.mktemp("noise") / f"noise{seed}.jsonl", rows)
+
+    return noise
 
 
 @pytest.fixture(scope="session")

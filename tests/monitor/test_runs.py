@@ -11,11 +11,11 @@ from welltuned.training.monitor.thresholds import limit
 
 
 @pytest.fixture(scope="module")
-def learned_by_heart(watched, noise_file):
-    """60 rows of noise, 30 times: a few would do."""
+def learned_by_heart(watched, noise):
+    """45 rows of noise, 30 times: a few would do."""
     return watched(
-        data=noise_file, eval_fraction=0.33, num_train_epochs=30, lr_scheduler_type="constant_with_warmup",
-        early_stopping_patience=3, eval_steps=8, load_best_model_at_end=False,
+        data=noise(45, seed=1), eval_data=noise(60, seed=2), eval_fraction="auto", num_train_epochs=30, eval_steps=9,
+        early_stopping_patience=3, load_best_model_at_end=False,
     )  # fmt: skip
 
 
@@ -73,22 +73,22 @@ def test_overfitting(learned_by_heart):
     best = min(run.evaluations, key=lambda e: e.eval_loss)
     assert found.severity is Severity.WARNING and found.step > best.step
     assert f"{best.eval_loss:.3f} (update {best.step})" in found.what and "training loss" in found.what
-    assert "60 rows" in found.cause
+    assert "45 rows" in found.cause
     texts = [remedy.text for remedy in found.remedies]
     assert texts[0] == f"use the weights of update {best.step}, where the held-out loss was lowest"
     assert found.remedies[0].changes == {"load_best_model_at_end": True}
     keys = [key for remedy in found.remedies for key in remedy.changes]
     assert keys.index("learning_rate") < keys.index("lora_dropout")
     assert {"num_train_epochs", "learning_rate", "lora_dropout"} <= set(keys)
-    assert any("add rows: 60 rows" in text for text in texts) and any("scale the finished adapter" in t for t in texts)
+    assert any("add rows: 45 rows" in text for text in texts) and any("scale the finished adapter" in t for t in texts)
     epochs = next(r.changes["num_train_epochs"] for r in found.remedies if "num_train_epochs" in r.changes)
-    assert epochs == pytest.approx(best.step / 4, abs=0.01)  # 4 updates an epoch
+    assert epochs == pytest.approx(best.step / 3, abs=0.01)  # 3 updates an epoch
 
 
 def test_a_run_stops_when_its_held_out_loss_has_turned(learned_by_heart):
     run = learned_by_heart
     assert run.summary["stop_reason"].startswith(f"stopped after {run.updates[-1].step} updates: the held-out loss is")
-    assert run.updates[-1].step < run.updates[0].total_steps == 120
+    assert run.updates[-1].step < run.updates[0].total_steps == 90
     assert any(isinstance(event, Note) and event.text == run.summary["stop_reason"] for event in run.events)
     assert run.summary["updates"] == len(run.updates)
     best = min(run.evaluations, key=lambda e: e.eval_loss)
@@ -195,13 +195,14 @@ def test_throughput_collapse(watched, monkeypatch):
     assert found.step >= 22 and "tokens/s" in found.what
 
 
-def test_too_few_held_out_rows(watched, noise_file):
+def test_too_few_held_out_rows(watched, noise):
     """Eight rows cannot say when to stop, so they do not."""
-    run = watched(data=noise_file, eval_fraction=0.09, num_train_epochs=8, early_stopping_patience=1, eval_steps=4)
+    data = noise(45, seed=1)
+    run = watched(data=data, eval_fraction=0.18, num_train_epochs=8, early_stopping_patience=1, eval_steps=4)
     found = run.findings["heldout_too_small"]
     last = run.evaluations[0]
     assert found.step == 0 and f"standard error ± {last.eval_loss_se:.3f}, over 8 rows" in found.what
-    assert "early stopping is off" in found.cause and found.changes["eval_fraction"] > 0.1
+    assert "early stopping is off" in found.cause and found.changes["eval_fraction"] > 0.18
     assert run.summary["stop_reason"] is None and run.summary["best_step"] is None
     assert "overfitting" not in run.findings
 
