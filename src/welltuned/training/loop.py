@@ -128,7 +128,8 @@ class Loop:
             self._say(self.setting.keeper.news())
             if self._over():
                 break
-            if (step + 1) % self.plan.value("save_steps") == 0 or (due and self._may_be_best()):
+            wanted = (step + 1) % self.plan.value("save_steps") == 0 or (due and self._may_be_best())
+            if wanted and self.at.in_a_row == 0:  # a checkpoint to go back to is one that a sound update led to
                 self.save()
         if self.watch.stop_reason is not None and self.at.ended is None:
             self.at = replace(self.at, ended=self.watch.stop_reason)
