@@ -130,7 +130,8 @@ class Loop:
             self._say(self.setting.keeper.news())
             if self._over():
                 break
-            if (step + 1) % self.plan.value("save_steps") == 0 or (due and self._may_be_best()):
+            wanted = (step + 1) % self.plan.value("save_steps") == 0 or (due and self._may_be_best())
+            if wanted and self.at.in_a_row == 0:  # a checkpoint to go back to is one that a sound update led to
                 self.save()
         if self.watch.stop_reason is not None and self.at.ended is None:
             self.at = replace(self.at, ended=self.watch.stop_reason)
@@ -285,7 +286,8 @@ class Loop:
         self.at = replace(self.at, step=self.at.step + 1, skipped=self.at.skipped + 1, in_a_row=self.at.in_a_row + 1)
         self.tell(Skipped(self.at.step, self.plan.updates, what, found))
         if self.at.in_a_row >= IN_A_ROW:
-            self._back_or_stop(f"{IN_A_ROW} updates in a row were not finite, the last: {what}")
+            named = ", ".join(found[:5]) if len(found) < len(rows) else "no row alone"
+            self._back_or_stop(f"{IN_A_ROW} updates in a row were not finite, the last: {what} (at fault: {named})")
             return False
         return True
 
@@ -311,6 +313,7 @@ class Loop:
             in_a_row=0,
             token_budget=before.token_budget,
         )
+        self.engine = replace(self.engine, token_budget=before.token_budget)
         self._say(notes)
         text = f"{why}: back to update {self.at.step}, from there with {self.at.rate_factor:g} of the planned rate"
         self.tell(Note(f"{text} (return {self.at.returns} of at most {MOST_RETURNS})"))
@@ -386,8 +389,8 @@ class Loop:
             lambda: self.setting.objective.evaluate(self.engine, self.setting.prepared.held_out), "the evaluation"
         )
         self.at = replace(self.at, last=last)
-        text = f"the weights of update {best} are the result: their held-out loss {last.loss:.4f} is the lowest"
-        self.tell(Note(f"{text}; the last update was {self.at.step}"))
+        text = f"the weights of update {best}, the best on the held-out rows (loss {last.loss:.4f}), are the result"
+        self.tell(Note(f"{text}, not those of the last, {self.at.step}"))
 
 
 def dropout_key(seed: int, step: int, row: int) -> int:
