@@ -289,9 +289,7 @@ def attach(
 ) -> AdapterBank:
     """Freeze the model and put adapters on it, in place of the modules that `target_modules` names.
 
-    Args:
-        device: where the adapters' numbers lie; unset: where the model's do. A model without numbers ("meta") can so
-            say what its adapters are.
+    `device` is where the adapters' numbers lie; unset, where the model's do (which may have none, on "meta").
     """
     return AdapterBank(model, [settings] if isinstance(settings, LoraSettings) else settings, device)
 
