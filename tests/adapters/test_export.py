@@ -159,7 +159,7 @@ def test_templates_that_ollama_has_no_words_for(tiny_tokenizer):
     with pytest.raises(InputError, match="export --to gguf"):
         turns_of(tiny_tokenizer, THINKING)
     with pytest.raises(InputError, match="cannot hold"):
-        modelfile("x", turns_of(tiny_tokenizer, CHATML.replace("user", 'us"""er')), [])
+        modelfile("x", turns_of(tiny_tokenizer, CHATML.replace("<|im_end|>", '"""')), [])
 
 
 def test_for_ollama(trained_run, tmp_path):

@@ -232,10 +232,12 @@ def test_the_sweep_command(trained_run, tmp_path, capsys):
     assert main(["adapter", "scale", str(trained_run("full")), "--sweep"]) == 2
 
 
-def test_a_sweep_that_the_base_wins(trained_run, tmp_path, capsys):
-    """Planted: strengths at which the adapter only does harm."""
-    run, out = str(trained_run()), tmp_path / "chosen"
-    assert main(["adapter", "scale", run, "--sweep", "--strengths", "0,40", "--out", str(out)]) == 1
+def test_a_sweep_that_the_base_wins(trained_run, tmp_path, capsys, write_rows):
+    """Planted: answers of which the adapter learned the contrary."""
+    run, out = str(trained_run(max_steps=60)), tmp_path / "chosen"
+    other = [{"prompt": f"{i} times the red hat", "completion": "ÄÖÜ ßß %&" + str(i)} for i in range(12)]
+    data = write_rows(tmp_path / "other.jsonl", other)
+    assert main(["adapter", "scale", run, "--sweep", "--strengths", "0,1", "--data", data, "--out", str(out)]) == 1
     assert "the untuned base is as good" in capsys.readouterr().err and not out.exists()
 
 

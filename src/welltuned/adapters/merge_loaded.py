@@ -33,7 +33,7 @@ def merge_loaded(
         _put(model, name, plain)
     for name, module in list(model.named_modules()):
         if isinstance(module, NF4Linear):
-            _put(model, name, _linear(module.frozen.dense(dtype), module.bias, dtype))
+            _put(model, name, _linear(module.frozen.dense(dtype), module._parameters["bias"], dtype))
         elif isinstance(module, NF4Experts):
             _put(model, name, _dense_experts(module, dtype))
     for parameter in model.parameters():

@@ -14,11 +14,12 @@ import yaml
 
 from welltuned.advice import batch as batches
 from welltuned.advice import lora, preference, reinforcement, schedule
+from welltuned.advice.activations import MemorySetting
 from welltuned.advice.codec import from_plain, to_plain
 from welltuned.advice.effort import TimeForecast, forecast_time
 from welltuned.advice.epoch import Epoch, epoch_of
 from welltuned.advice.length import choose_max_length
-from welltuned.advice.memory import Fitted, MemoryForecast, MemorySetting, fit_memory, trained_parameters
+from welltuned.advice.memory import Fitted, MemoryForecast, fit_memory, trained_parameters
 from welltuned.advice.precision import choose_dtype
 from welltuned.advice.rate import choose_rate, rate_setting
 from welltuned.advice.rules import cited, number, rule

@@ -120,7 +120,7 @@ def _bars(title: str, shares: dict[str, float]) -> None:
 
 def _scale(arguments: argparse.Namespace) -> int:
     if not arguments.sweep:
-        for option in ("strengths", "data", "keep", "plot"):
+        for option in ("strengths", "data", "rows", "keep", "plot"):
             if getattr(arguments, option) is not None:
                 raise InputError("belongs to --sweep", where=f"--{option}", mend="add --sweep, or leave it out")
         if arguments.out is None:
@@ -138,7 +138,14 @@ def _scale(arguments: argparse.Namespace) -> int:
     strengths = _numbers(arguments.strengths, "--strengths") if arguments.strengths else STRENGTHS
     if any(by < 0 for by in strengths):
         raise InputError("a strength below 0 would unlearn", where="--strengths", mend="give numbers from 0 on")
-    found = sweep(find(arguments.run), strengths=strengths, data=arguments.data, keep=arguments.keep, watch=_watch)
+    found = sweep(
+        find(arguments.run),
+        strengths=strengths,
+        data=arguments.data,
+        keep=arguments.keep,
+        count=arguments.rows,
+        watch=_watch,
+    )
     _print_sweep(found)
     if arguments.plot is not None:
         from welltuned.finished.plot import sweep_svg

@@ -42,6 +42,7 @@ def _scale(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--sweep", action="store_true", help="measure several strengths on held-out rows, and choose")
     parser.add_argument("--strengths", metavar="LIST", help="for --sweep (default: 0,0.25,0.5,0.75,1,1.25)")
     parser.add_argument("--data", metavar="FILE", help="for --sweep: rows to judge by instead of the run's held-out")
+    parser.add_argument("--rows", type=int, metavar="N", help="for --sweep: the first N rows only, of each")
     parser.add_argument("--keep", metavar="FILE", help="for --sweep: rows that stand for what must not be forgotten")
     parser.add_argument("--plot", metavar="FILE.svg", help="for --sweep: write the curves as a picture")
     _out(parser, required=False)

@@ -41,6 +41,8 @@ class RowSet:
     def first(self, count: int | None) -> "RowSet":
         if count is None or count >= len(self.examples):
             return self
+        if count < 1:
+            raise InputError("must be at least 1", where="--rows")
         return RowSet(self.name, self.examples[:count], self.conversations[:count])
 
 

@@ -13,6 +13,7 @@ from welltuned.errors import InputError
 from welltuned.finished.find import Finished, Loaded, load
 from welltuned.finished.heldout import (
     Difference,
+    RowSet,
     Watch,
     engine_of,
     held_out_rows,
@@ -25,7 +26,7 @@ from welltuned.finished.heldout import (
 from welltuned.finished.scores import Metric, Score, difference, require, score
 from welltuned.models.generate import Decoding, replies
 from welltuned.models.load import load_tokenizer
-from welltuned.training.step import Evaluation
+from welltuned.training.step import Engine, Evaluation
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,33 @@ class Judgement:
     answers: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What both models are asked: rows, and where metrics are wanted, questions with their answers."""
+
+    rows: RowSet
+    metrics: Sequence[Metric]
+    asked: Sequence[tuple[Conversation, str]]
+    template: str | None
+    decoding: Decoding
+    watch: Watch
+
+    def judge(self, loaded: Loaded, engine: Engine, name: str) -> Judged:
+        """One model's loss, and its replies; `name` "base" means without the adapter."""
+        base = name == "base"
+        self.watch(f"{name}: loss on {len(self.rows.examples)} rows")
+        evaluation = (judge_base if base else judge)(engine, self.rows)
+        if not self.metrics:
+            return Judged(evaluation)
+        self.watch(f"{name}: {len(self.asked)} replies")
+        renderer = Renderer(loaded.tokenizer, chat_template=self.template)
+        prompts = [renderer.prompt(question) for question, _ in self.asked]
+        with loaded.bank.disabled() if base and loaded.bank is not None else nullcontext():
+            made = replies(loaded.model, loaded.tokenizer, prompts, self.decoding)
+        answers = [answer for _, answer in self.asked]
+        return Judged(evaluation, tuple(score(metric, made, answers) for metric in self.metrics), tuple(made))
+
+
 def judge_run(
     finished: Finished,
     *,
@@ -73,38 +101,21 @@ def judge_run(
         count: the first so many rows only; None for all.
     """
     require(metrics)
-    if count is not None and count < 1:
-        raise InputError("must be at least 1", where="--rows")
     rows = held_out_rows(finished) if data is None else rows_of(data, load_tokenizer(finished.model), finished)
     rows = rows.first(count)
     asked = [_asked(c) for c in rows.conversations] if metrics else []
-    decoding = Decoding(max_new_tokens=max_new_tokens)
-
-    def judged(loaded: Loaded, evaluation: Evaluation, base: bool) -> Judged:
-        if not metrics:
-            return Judged(evaluation)
-        watch(f"{'base' if base else 'tuned'}: {len(asked)} replies")
-        renderer = Renderer(loaded.tokenizer, chat_template=finished.chat_template)
-        prompts = [renderer.prompt(question) for question, _ in asked]
-        with loaded.bank.disabled() if base and loaded.bank is not None else nullcontext():
-            made = replies(loaded.model, loaded.tokenizer, prompts, decoding)
-        found = tuple(score(metric, made, [answer for _, answer in asked]) for metric in metrics)
-        return Judged(evaluation, found, tuple(made))
-
-    watch(f"tuned: loss on {len(rows.examples)} rows")
+    task = _Task(rows, metrics, asked, finished.chat_template, Decoding(max_new_tokens=max_new_tokens), watch)
     loaded = load(finished)
     engine = engine_of(loaded)
-    tuned = judged(loaded, judge(engine, rows), base=False)
+    tuned = task.judge(loaded, engine, "tuned" if finished.base is not None else "model")
     base = None
     if loaded.bank is not None:
-        watch(f"base: loss on {len(rows.examples)} rows")
-        base = judged(loaded, judge_base(engine, rows), base=True)
+        base = task.judge(loaded, engine, "base")
     elif finished.base is not None:
-        del loaded, engine
+        del loaded, engine  # one model at a time
         gc.collect()
-        watch(f"base: loss on {len(rows.examples)} rows")
         before = load(replace(finished, model=finished.base))
-        base = judged(before, judge(engine_of(before), rows), base=True)
+        base = task.judge(before, engine_of(before), "base")
     return Judgement(
         name=str(finished.path),
         rows=rows.name,
@@ -129,47 +140,35 @@ def _asked(conversation: Conversation) -> tuple[Conversation, str]:
 
 def to_json(found: Judgement) -> dict[str, Any]:
     """One document, with every reply where there are any."""
-
-    def model(judged: Judged | None) -> dict[str, Any] | None:
-        if judged is None:
-            return None
-        return {
-            "loss": judged.loss.loss,
-            "standard_error": judged.loss.standard_error,
-            "perplexity": judged.perplexity,
-            "supervised_tokens": judged.loss.supervised_tokens,
-            "metrics": {
-                str(s.metric): {"value": s.value, "standard_error": s.error, "rows": s.rows, "left_out": s.left_out}
-                for s in judged.scores
-            },
-        }
-
-    gap = found.loss_difference
-    metrics = [s.metric for s in found.tuned.scores]
+    gap, metrics = found.loss_difference, [str(s.metric) for s in found.tuned.scores]
+    gaps = {name: _value(*one) for name, one in zip(metrics, found.differences, strict=False)}
+    base = [None] * len(found.tuned.replies) if found.base is None else found.base.replies
+    told = zip(found.origins, found.answers, found.tuned.replies, base, strict=False)
     return {
         "model": found.name,
         "data": found.rows,
         "rows": found.count,
-        "tuned": model(found.tuned),
-        "base": model(found.base),
-        "difference": None
-        if gap is None
-        else {
-            "loss": {"value": gap.value, "standard_error": gap.error},
-            **{
-                str(m): {"value": value, "standard_error": error}
-                for m, (value, error) in zip(metrics, found.differences, strict=True)
-            },
-        },
+        "tuned": _model(found.tuned),
+        "base": None if found.base is None else _model(found.base),
+        "difference": None if gap is None else {"loss": _value(gap.value, gap.error), **gaps},
         "replies": [
-            {
-                "origin": origin,
-                "answer": answer,
-                "tuned": reply,
-                "base": found.base.replies[i] if found.base is not None else None,
-            }
-            for i, (origin, answer, reply) in enumerate(
-                zip(found.origins, found.answers, found.tuned.replies, strict=False)
-            )
+            {"origin": origin, "answer": answer, "tuned": reply, "base": before}
+            for origin, answer, reply, before in told
         ],
     }
+
+
+def _model(judged: Judged) -> dict[str, Any]:
+    return {
+        "loss": judged.loss.loss,
+        "standard_error": judged.loss.standard_error,
+        "perplexity": judged.perplexity,
+        "supervised_tokens": judged.loss.supervised_tokens,
+        "metrics": {
+            str(s.metric): {**_value(s.value, s.error), "rows": s.rows, "left_out": s.left_out} for s in judged.scores
+        },
+    }
+
+
+def _value(value: float, error: float) -> dict[str, float]:
+    return {"value": value, "standard_error": error}

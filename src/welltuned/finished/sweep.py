@@ -57,6 +57,7 @@ def sweep(
     strengths: Sequence[float] = STRENGTHS,
     data: str | None = None,
     keep: str | None = None,
+    count: int | None = None,
     watch: Watch = quiet,
 ) -> Sweep:
     """Judge the adapter at several strengths, and choose.
@@ -64,6 +65,7 @@ def sweep(
     Args:
         data: rows to judge by; None for those that the Run held out.
         keep: rows that stand for what must not be forgotten.
+        count: the first so many rows only, of each; None for all.
     """
     if finished.adapter is None:
         what = "a whole model has no strength to change"
@@ -71,8 +73,8 @@ def sweep(
     rows = held_out_rows(finished) if data is None else None
     loaded = load(finished)
     _refuse_biases(loaded)
-    rows = rows if rows is not None else rows_of(str(data), loaded.tokenizer, finished)
-    kept = None if keep is None else rows_of(keep, loaded.tokenizer, finished)
+    rows = (rows if rows is not None else rows_of(str(data), loaded.tokenizer, finished)).first(count)
+    kept = None if keep is None else rows_of(keep, loaded.tokenizer, finished).first(count)
     engine = engine_of(loaded)
     found = []
     for by in strengths:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from welltuned.advice.plan import Plan, make_plan, with_problems
-from welltuned.data.dataset import Sources, open_sources
+from welltuned.data.dataset import open_sources
 from welltuned.data.prompts import GroupMixture, Prompt, Prompts, read_prompts
 from welltuned.errors import InputError
 from welltuned.facts.adapter import read_adapter_facts
@@ -62,18 +62,8 @@ def prepare_grpo(
         audit=report,
         notes=(*trusted(recipe), *prompts.notes, *notes, *started, *(problem.sentence for problem in problems)),
         rewards=rewards,
-        data_digests={**digests_of(sources, start), **{f"reward {r.name}": _code(r) for r in rewards if r.where}},
+        data_digests={**digests_of(sources, start), **_code(rewards)},
     )
-
-
-def _digests(sources: Sources, rewards: Sequence[Reward], start: StartAdapter | None) -> dict[str, str]:
-    """Of what a run that goes on must find as it was: data, files of rewards, the adapter that it began with."""
-    digests = {source.name: source.fingerprint() for source in (*sources.train, *sources.held_out)}
-    for file in {reward.where for reward in rewards if reward.where}:
-        digests[file] = hashlib.blake2b(Path(file).expanduser().read_bytes(), digest_size=16).hexdigest()
-    if start is not None:
-        digests["the adapter to go on from"] = start.digest
-    return digests
 
 
 def grouped(prompts: Prompts, plan: Plan) -> GroupMixture:
@@ -149,6 +139,7 @@ def _named(rows: Sequence[Prompt]) -> str:
     return f"{len(rows):,} rows ({', '.join(row.origin for row in rows[:SHOWN])}{more})"
 
 
-def _code(reward: Reward) -> str:
-    """A digest of a reward's own file: another reward makes another run."""
-    return hashlib.sha256(Path(reward.where).read_bytes()).hexdigest()
+def _code(rewards: Sequence[Reward]) -> dict[str, str]:
+    """A digest of each file of rewards: other rewards make another run."""
+    files = {reward.where for reward in rewards if reward.where}
+    return {file: hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest() for file in sorted(files)}
