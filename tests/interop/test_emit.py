@@ -165,6 +165,8 @@ def test_the_best_is_kept_and_the_run_stops_there_too(plan_for, monkeypatch):
     config = values_of(loaded(text, monkeypatch).config)
     assert config["load_best_model_at_end"] and config["save_steps"] == config["eval_steps"] == 4
     assert "callbacks=[EarlyStoppingCallback(2)]" in text and "AutoTokenizer, EarlyStoppingCallback" in text
+    there = emit(plan_for("preference", "dpo", "lora", *sets), Target.LLAMAFACTORY)
+    assert any("the last state is kept there" in sentence for sentence in there.missing)
     plain = emit(plan_for("preference", "dpo", "lora", "early_stopping_patience=0", "save_steps=3"), Target.TRL).text
     assert "EarlyStopping" not in plain and "save_steps=3" in plain
 

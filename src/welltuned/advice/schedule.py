@@ -19,7 +19,7 @@ def choose_epochs(rows: int, *, text: bool = False) -> Choice:
         "and the held-out loss shows when to stop"
     )
     if text:
-        why = f"{passes} over your {counted(rows, 'text')}: repeated texts are memorised before they are understood"
+        why = f"{passes} over your {counted(rows, 'text')}: repeated texts are memorised sooner than answers"
     evidence = cited(table, "epochs_range")
     return Choice(value=value, low=float(span["low"]), high=float(span["high"]), reason=why, evidence=evidence)
 

@@ -34,6 +34,8 @@ def missing_everywhere(plan: Plan, looks: Sequence[Look], shape: Shape) -> Itera
         )
     if plan.value("warmup_steps"):
         yield "warmup_steps: their first update has a rate of 0; here none has"
+    if recipe.adapter is not None:
+        yield f"adapter {recipe.adapter}: load it there yourself (PEFT: PeftModel.from_pretrained, is_trainable=True)"
     yield from _rows(plan, looks, shape)
     if recipe.tune is not Tune.FULL and EXPERTS in plan.value("target_modules"):
         yield f"adapters on the {EXPERTS}: name their parameters in PEFT's target_parameters yourself"

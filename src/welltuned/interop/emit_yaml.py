@@ -81,6 +81,8 @@ def missing_of(job: Job) -> Iterator[str]:
         yield mixed
     if plan.recipe.instruction_part or plan.recipe.response_part:
         yield "instruction_part and response_part: what is trained is found from the chat template there"
+    if plan.value("load_best_model_at_end"):
+        yield "load_best_model_at_end and early_stopping_patience: the last state is kept there, and saved once"
     if "bias" in plan.choices and plan.value("bias") != "none":
         yield f"bias {plan.value('bias')}: no biases are trained there"
 
