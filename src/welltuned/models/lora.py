@@ -165,7 +165,8 @@ class AdapterBank:
             if parameter.dtype.itemsize < 4 and name.rpartition(".")[0] not in self.targets:
                 what = f"{name} is {str(parameter.dtype).removeprefix('torch.')}: too coarse to be trained"
                 raise InputError(what, where="bias", mend="use lora_only, or a float32 model")
-        biases |= {f"{name}.{leaf}": p for name in saved for leaf, p in model.get_submodule(name).named_parameters()}
+        whole = {f"{name}.{leaf}": p for name in saved for leaf, p in model.get_submodule(name).named_parameters()}
+        biases = whole | biases  # weights first: what decays is the first part of the buffer
         self.slots = _layout(model, self.targets, first, biases)
         device = next(model.parameters()).device
         total = sum(slot.size for slot in self.slots)
