@@ -156,7 +156,7 @@ class AdapterBank:
         if any(isinstance(module, (LoraLinear, LoraExperts)) for module in model.modules()):
             raise InputError("the model already carries adapters", mend="detach them first")
         if len(self.settings) > 1 and saved:
-            raise InputError(f"{saved[0]} belongs to the shared base", mend="train one adapter at a time with it")
+            raise InputError(f"{saved[0]} belongs to the base that adapters share", mend="train one adapter with it")
         if len(self.settings) > 1 and first.bias is not Bias.NONE:
             raise InputError(
                 "biases belong to the shared base", where="bias", mend="use bias: none with several adapters"
@@ -171,7 +171,8 @@ class AdapterBank:
             if parameter.dtype.itemsize < 4 and name.rpartition(".")[0] not in self.targets:
                 what = f"{name} is {str(parameter.dtype).removeprefix('torch.')}: too coarse to be trained"
                 raise InputError(what, where="bias", mend="use lora_only, or a float32 model")
-        biases |= {f"{name}.{leaf}": p for name in saved for leaf, p in model.get_submodule(name).named_parameters()}
+        whole = {f"{name}.{leaf}": p for name in saved for leaf, p in model.get_submodule(name).named_parameters()}
+        biases = whole | biases  # weights first, since the buffer's first columns decay
         self.slots = _layout(model, self.targets, first, biases)
         device = device or next(model.parameters()).device
         total = sum(slot.size for slot in self.slots)
