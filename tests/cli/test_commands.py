@@ -73,7 +73,7 @@ def test_users_values_in_the_plan(welltuned, given, tmp_path):
 def test_plan_for_people(welltuned, given):
     said = welltuned("plan", *given, "--set", "learning_rate=0.5")
     assert said.code == 0 and said.out == ""
-    for word in ("learning_rate", "lora_alpha", "Memory", "Updates", "rows are held out"):
+    for word in ("learning_rate", "lora_alpha", "Memory", "Time", "rows are held out"):
         assert word in said.err
     assert "! learning_rate 0.5 (yours) is above the sound range" in " ".join(said.err.split())
 

@@ -50,6 +50,7 @@ ROWS = {
 CASES = [(name, "sft", "lora") for name in ROWS] + [
     ("question", "sft", "qlora"), ("several", "sft", "full"), ("preference", "dpo", "lora"), ("whole", "dpo", "full"),
     ("preference", "orpo", "qlora"), ("kto", "kto", "lora"), ("number", "grpo", "lora"),
+    ("preference", "reward", "lora"), ("preference", "reward", "full"),
 ]  # fmt: skip
 NAMED = ["-".join(case) for case in CASES]
 
@@ -85,7 +86,8 @@ def loaded(text, monkeypatch):
     """The names that a script defines, with stand-ins for the libraries that it imports."""
     kwargs = type("Recorder", (), {"__init__": lambda self, *args, **given: vars(self).update(given, args=args)})
     libraries = ("trl", "trl.experimental.orpo", "peft", "transformers", "unsloth", "datasets", "torch")
-    names = {name for name in re.findall(r"\b[A-Z]\w+(?:Config|Trainer|Model|Tokenizer|CausalLM)\b", text)}
+    ends = "Config|Trainer|Model|Tokenizer|CausalLM|Callback|Classification"
+    names = set(re.findall(rf"\b[A-Z]\w+(?:{ends})\b", text))
     module = SimpleNamespace(**dict.fromkeys(names, kwargs), Dataset=kwargs, load_dataset=read, bfloat16="bfloat16")
     for library in libraries:
         monkeypatch.setitem(sys.modules, library, module)
@@ -138,12 +140,12 @@ def test_settings_are_the_plans(kind, method, tune, plan_for, monkeypatch):
     plan = plan_for(kind, method, tune, device=Device.CUDA if tune == "qlora" else Device.CPU)
     script = loaded(emit(plan, Target.TRL).text, monkeypatch)
     config = values_of(script.config)
-    known = {"ORPOConfig": "ORPOConfig"}.get(method, f"{method.upper()}Config")
+    known = "RewardConfig" if method == "reward" else f"{method.upper()}Config"
     assert set(config) <= set(KEYS["TrainingArguments"]) | set(KEYS[known])
     own = {name: config[name] for name in config if name in plan.choices}
     if method == "grpo":
-        assert own.pop("gradient_accumulation_steps") == 8 * plan.value("gradient_accumulation_steps")
-        assert config["num_generations"] == 8
+        answers = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
+        assert answers == plan.value("effective_batch_size") and answers % config["num_generations"] == 0
     optim = own.pop("optim")
     assert optim.startswith("adamw_torch") and own.pop("packing", False) is False
     assert own == {name: plan.value(name) for name in own}
@@ -155,6 +157,31 @@ def test_settings_are_the_plans(kind, method, tune, plan_for, monkeypatch):
         assert all(adapter[name] == plan.value(name) for name in adapter if name != "task_type")
     if tune == "qlora":
         assert values_of(script.four_bits)["bnb_4bit_compute_dtype"] == "bfloat16"
+
+
+def test_the_best_is_kept_and_the_run_stops_there_too(plan_for, monkeypatch):
+    sets = ("load_best_model_at_end=true", "early_stopping_patience=2", "eval_steps=4", "save_steps=3")
+    text = emit(plan_for("preference", "dpo", "lora", *sets), Target.TRL).text
+    config = values_of(loaded(text, monkeypatch).config)
+    assert config["load_best_model_at_end"] and config["save_steps"] == config["eval_steps"] == 4
+    assert "callbacks=[EarlyStoppingCallback(2)]" in text and "AutoTokenizer, EarlyStoppingCallback" in text
+    plain = emit(plan_for("preference", "dpo", "lora", "early_stopping_patience=0", "save_steps=3"), Target.TRL).text
+    assert "EarlyStopping" not in plain and "save_steps=3" in plain
+
+
+def test_forms_of_the_loss(plan_for, monkeypatch):
+    text = emit(plan_for("number", "grpo", "lora", "loss_type=gspo"), Target.TRL).text
+    config = values_of(loaded(text, monkeypatch).config)
+    assert (config["loss_type"], config["importance_sampling_level"], config["epsilon"]) == ("grpo", "sequence", 3e-4)
+    robust = emit(plan_for("preference", "dpo", "lora", "loss_type=robust"), Target.TRL).text
+    assert 'loss_type="robust"' in robust and "label_smoothing=0.1" in robust
+    simpo = plan_for("preference", "dpo", "lora", "loss_type=simpo")
+    with pytest.raises(InputError, match="simpo is not emitted for trl"):
+        emit(simpo, Target.TRL)
+    there = yaml.safe_load(emit(simpo, Target.LLAMAFACTORY).text)
+    assert (there["pref_loss"], there["pref_beta"], there["simpo_gamma"]) == ("simpo", 2.0, 1.0)
+    script = emit(plan_for("preference", "reward", "lora"), Target.TRL).text
+    assert "AutoModelForSequenceClassification" in script and "num_labels=1" in script and '"SEQ_CLS"' in script
 
 
 USER, ANSWER = [{"role": "user", "content": "q1"}], [{"role": "assistant", "content": "a1"}]

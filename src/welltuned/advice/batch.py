@@ -6,8 +6,9 @@ memory and never changes the result, because one place divides the summed loss b
 
 from dataclasses import dataclass
 
+from welltuned.advice.epoch import Epoch
 from welltuned.advice.rules import by_threshold, cited, number, rule
-from welltuned.advice.settle import counted, settle, shown
+from welltuned.advice.settle import counted, passes_words, settle
 from welltuned.choice import Choice
 from welltuned.data.stream import steps_per_run
 from welltuned.errors import InputError
@@ -37,7 +38,8 @@ def advised_batch(rows: int, epochs: float, max_steps: int | None, method: Metho
         value //= 2
     value = max(1, min(value, rows))
     updates = steps_per_run(rows, value, epochs)
-    run = f"your {counted(rows, 'row')} make {counted(updates, 'update')} of {value} in {shown(float(epochs))} epochs"
+    noun = "pair" if method in (Method.DPO, Method.ORPO, Method.REWARD) else "row"
+    run = f"your {counted(rows, noun)} make {counted(updates, 'update')} of {value} in {passes_words(epochs)}"
     if value < start:
         wish = f"batches of {start} would leave only {steps_per_run(rows, start, epochs):,}"
         why = f"{run}; {wish}, and below about {wanted:.0f} updates a run cannot settle"
@@ -62,14 +64,15 @@ def choose_batch(recipe: Recipe, advised: Choice, typical_length: int, token_bud
         evidence=advised.evidence,
     )
     evidence = cited("token_budget_cpu", "token_budget_cuda")
-    fits = f"{per_device} examples of {typical_length:,} tokens fit the micro-batch's {token_budget:,}"
-    device_reason = f"{fits}; only memory depends on it" if per_device > 1 else f"one example at a time: {fits}"
+    fits = f"{counted(per_device, 'example')} of {typical_length:,} tokens fit{'' if per_device > 1 else 's'} the "
+    fits += f"micro-batch's {token_budget:,}"
+    device_reason = f"{fits}; only memory depends on it" if per_device > 1 else f"one at a time: {fits}"
     device = Choice(value=per_device, low=1, high=effective, reason=device_reason, evidence=evidence)
     steps = Choice(
         value=accumulation,
         low=1,
         high=effective,
-        reason=f"{accumulation} micro-batches of {per_device} make the {effective} examples of an update",
+        reason=_accumulated(accumulation, per_device, effective),
         evidence=evidence,
     )
     return BatchChoices(
@@ -77,6 +80,12 @@ def choose_batch(recipe: Recipe, advised: Choice, typical_length: int, token_bud
         settle(recipe, PER_DEVICE, device),
         settle(recipe, ACCUMULATION, steps),
     )
+
+
+def _accumulated(accumulation: int, per_device: int, effective: int) -> str:
+    if accumulation == 1:
+        return f"one micro-batch of {per_device} is a whole update: nothing is left to add up"
+    return f"{accumulation} micro-batches of {per_device} make the {counted(effective, 'example')} of an update"
 
 
 def _derived_reason(user: dict[str, int | None], effective: int, advised: Choice) -> str:
@@ -108,17 +117,19 @@ def _consistent(user: dict[str, int | None], advised: int, typical: int, budget:
     return whole, device, whole // device
 
 
-def choose_packing(rows: int, mean_length: float, longest: int) -> Choice:
-    padding = 1 - mean_length / longest
+def choose_packing(epoch: Epoch) -> Choice:
+    mean = epoch.tokens / (epoch.examples * epoch.sequences)
+    sequences = counted(epoch.examples * epoch.sequences, "sequence")
     why = (
-        f"your {rows:,} rows have {mean_length:.0f} tokens on average and {longest:,} at most: padded to the longest, "
-        f"{padding:.0%} would be padding; packed, attention still never crosses an example"
+        f"your {sequences} average {mean:.0f} of at most {epoch.longest:,} tokens: {1 - mean / epoch.longest:.0%} "
+        "would be padding; packed, they still never see each other"
     )
     return Choice(value=rule("packing").value, reason=why, evidence=cited("packing"))
 
 
-def choose_assistant_only_loss(supervised: int, tokens: int, documents: bool = False) -> Choice:
-    why = f"{supervised:,} of your {tokens:,} tokens are answers; the prompts are given in use and need no learning"
-    if documents:
-        why = f"your rows are documents without prompts: all of their {tokens:,} tokens count (continued pretraining)"
+def choose_assistant_only_loss(supervised: int, tokens: int, *, text: bool = False) -> Choice:
+    if text:
+        why = f"your rows are plain texts without turns: all {supervised:,} tokens count (continued pretraining)"
+        return Choice(value=False, reason=why, evidence=cited("completions_only"))
+    why = f"{supervised:,} of your {tokens:,} tokens are answers; prompts are given in use and need no learning"
     return Choice(value=rule("completions_only").value, reason=why, evidence=cited("completions_only"))

@@ -29,9 +29,8 @@ def data_line(data: DatasetFacts) -> str:
     """337 training rows, 84 held out · 28,871 tokens, 35% of them trained · lengths …"""
     noun = "pair" if data.sequences_per_row > 1 else "row"
     rows = f"{counted(data.rows, f'training {noun}')}, {data.heldout_rows:,} held out"
-    tokens = f"{data.tokens:,} tokens, {data.supervised_share:.0%} of them trained, the rest masked"
-    if not data.supervised_tokens:
-        tokens = f"{data.tokens:,} tokens of prompts, answered by sampling"
+    trained = f"{data.supervised_share:.0%} of them trained, the rest masked"
+    tokens = f"{data.tokens:,} tokens, {trained if data.supervised_tokens else 'all of prompts: answers are sampled'}"
     lengths = (
         f"lengths {data.length_min:,} to {data.length_max:,}: half up to {data.length_median:,}, 95% up to "
         f"{data.length_p95:,}, 99% up to {data.length_p99:,}"

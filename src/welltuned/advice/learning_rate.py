@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from welltuned.advice.rules import cited, number, rule
-from welltuned.advice.settle import shown, size_words
+from welltuned.advice.settle import counted, shown, size_words, times
 from welltuned.choice import Choice
 from welltuned.recipe import Method, Tune
 
@@ -263,12 +263,12 @@ def _reason(tune: Tune, setting: RateSetting, rate: Rate, rows: int) -> str:
         start = f"the sweep's law for {name} of {size} at r {setting.r} gives {shown(rate.base)} at {where}"
     parts = []
     if rate.alpha_factor != 1:
-        parts.append(f"×{rate.alpha_factor:.2g} for your alpha of {shown(setting.alpha_equivalent)}")
+        parts.append(f"{times(rate.alpha_factor)} for your alpha of {shown(setting.alpha_equivalent)}")
     if rate.batch_factor != 1:
-        parts.append(f"×{rate.batch_factor:.2g} for batches of {setting.batch}")
+        parts.append(f"{times(rate.batch_factor)} for batches of {setting.batch}")
     if rate.updates_factor != 1:
-        parts.append(f"×{rate.updates_factor:.2g} for so short a run")
-    run = f"your {rows:,} rows make {setting.updates:,} updates of {setting.batch}"
+        parts.append(f"{times(rate.updates_factor)} for so short a run")
+    run = f"your {counted(rows, 'row')} make {counted(setting.updates, 'update')} of {setting.batch}"
     reason = f"{run}; {start}" + (f", {', '.join(parts)}" if parts else "")
     if rate.limited:
         reason += f"; {rate.limited}"

@@ -7,14 +7,71 @@ parameters number at least half of the supervised tokens, within the band in whi
 from difflib import get_close_matches
 
 from welltuned.advice.rules import cited, number, rule
-from welltuned.advice.settle import from_rule, shown
-from welltuned.choice import Choice
+from welltuned.advice.settle import counted, from_rule, passes_words, settle, shown
+from welltuned.choice import Choice, SetBy
 from welltuned.errors import InputError
+from welltuned.facts.adapter import AdapterFacts
 from welltuned.facts.architecture import EXPERTS, is_meant
+from welltuned.facts.data import DatasetFacts
 from welltuned.facts.model import ModelFacts
-from welltuned.recipe import ALL_LINEAR
+from welltuned.recipe import ALL_LINEAR, Method, Recipe, Tune
 
 _HEADS = ("lm_head", "embed_out", "embed_tokens")
+
+
+def adapter_choices(
+    choices: dict[str, Choice], recipe: Recipe, model: ModelFacts, data: DatasetFacts, adapter: AdapterFacts | None
+) -> tuple[str, ...] | None:
+    """Add the LoRA choices; the names of the targets, None for all or for full fine-tuning."""
+    if recipe.tune is Tune.FULL:
+        return None
+    if adapter is not None:
+        return _as_it_is(choices, recipe, model, adapter)
+    choices["target_modules"] = settle(recipe, "target_modules", choose_targets(model))
+    targets = target_names(choices["target_modules"].value, model)
+    if recipe.method is Method.GRPO:
+        rank = choose_rank_by_reward(model, targets, data.rows)
+    else:
+        rank = choose_rank(model, targets, data.supervised_tokens)
+    choices["r"] = settle(recipe, "r", rank)
+    r = choices["r"].value
+    choices["lora_alpha"] = settle(recipe, "lora_alpha", choose_alpha(r))
+    choices["use_rslora"] = settle(recipe, "use_rslora", choose_rslora(r))
+    choices["init_lora_weights"] = settle(recipe, "init_lora_weights", choose_init())
+    choices["bias"] = settle(recipe, "bias", choose_bias())
+    return targets
+
+
+def _as_it_is(
+    choices: dict[str, Choice], recipe: Recipe, model: ModelFacts, adapter: AdapterFacts
+) -> tuple[str, ...] | None:
+    """The shape of an adapter that training goes on from is not to be chosen."""
+    targets = target_names(adapter.target_modules, model) if adapter.target_modules else None
+    values = {
+        "target_modules": adapter.target_modules or ALL_LINEAR,
+        "r": adapter.r,
+        "lora_alpha": adapter.lora_alpha,
+        "use_rslora": adapter.use_rslora,
+        "init_lora_weights": True,
+        "bias": adapter.bias,
+    }
+    for name, value in values.items():
+        given = recipe.hyperparameters.get(name, value)
+        if name in ("target_modules", "init_lora_weights") and name in recipe.hyperparameters or given != value:
+            what = f"{name} is the adapter's own ({shown(value)}), and cannot be {shown(given)}"
+            raise InputError(what, where=name, mend="remove it, or leave adapter out to train a new one")
+        rules = {"target_modules": "lora_targets", "r": "lora_rank_range", "lora_alpha": "lora_alpha"}
+        rules |= {"use_rslora": "lora_rslora", "init_lora_weights": "lora_init", "bias": "lora_bias"}
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        choices[name] = Choice(
+            value=value,
+            low=value if number else None,
+            high=value if number else None,
+            reason=f"as it is in the adapter that training goes on from, of rank {adapter.r} ({adapter.folder})",
+            evidence=cited(rules[name]),
+            set_by=SetBy.USER,
+        )
+    return targets
 
 
 def choose_rank(model: ModelFacts, targets: tuple[str, ...] | None, supervised_tokens: int) -> Choice:
@@ -53,15 +110,15 @@ def choose_alpha(r: int) -> Choice:
     """The sweep's own alpha, so that its rates need no conversion; never below r, so that alpha/r stays at least 1."""
     value = float(max(number("lora_alpha"), r))
     why = (
-        f"with r {r} this scales the update by {shown(value / r)}; rates were measured at alpha "
-        f"{shown(number('lora_alpha'))}, and since alpha times rate is what acts, the rate is chosen to match"
+        f"scales the update by {shown(value / r)} at r {r}; rates were measured at alpha "
+        f"{shown(number('lora_alpha'))}, and alpha · rate is what acts"
     )
     return Choice(value=value, low=float(r), high=float(max(2 * r, value)), reason=why, evidence=cited("lora_alpha"))
 
 
 def choose_dropout(epochs: float, rows: int) -> Choice:
     many = epochs > number("lora_dropout_epochs")
-    why = f"{shown(epochs)} epochs over your {rows:,} rows: no dropout, which is exact and fastest"
+    why = f"{passes_words(epochs)} over your {counted(rows, 'row')}: no dropout, which is exact and fastest"
     if many:
         why += f"; should the held-out loss turn up before the end, {shown(number('lora_dropout_try'))} is worth a try"
     return from_rule(rule("lora_dropout"), why)
@@ -76,16 +133,16 @@ def choose_targets(model: ModelFacts) -> Choice:
 
 
 def choose_bias() -> Choice:
-    return from_rule(rule("lora_bias"), "training biases adds files that not every server loads, and no measured gain")
+    return from_rule(rule("lora_bias"), "trained biases are files that not every server loads, for no measured gain")
 
 
 def choose_init() -> Choice:
-    why = "A random, B zero: the run starts at exactly your model; other starts gain 1-2 % at most once rates are tuned"
+    why = "A random, B zero: starts at exactly your model; other starts gain 1-2 % at most once rates are tuned"
     return from_rule(rule("lora_init"), why)
 
 
 def choose_rslora(r: int) -> Choice:
-    why = f"alpha/r scaling, for which the rates were measured; at r {r} alpha/sqrt(r) would only be a larger alpha"
+    why = f"alpha/r, for which the rates were measured; at r {r} alpha/sqrt(r) would only be a larger alpha"
     return from_rule(rule("lora_rslora"), why)
 
 

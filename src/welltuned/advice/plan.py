@@ -23,11 +23,12 @@ from welltuned.advice.precision import choose_dtype
 from welltuned.advice.rate import choose_rate, rate_setting
 from welltuned.advice.rules import cited, number, rule
 from welltuned.advice.safekeeping import Course, safekeeping_choices
-from welltuned.advice.settle import settle, shown
+from welltuned.advice.settle import counted, settle, shown
 from welltuned.advice.warn import all_warnings, ways_to_fit
 from welltuned.choice import Choice
 from welltuned.data.stream import steps_per_run
 from welltuned.errors import InputError
+from welltuned.facts.adapter import AdapterFacts
 from welltuned.facts.data import DatasetFacts
 from welltuned.facts.machine import MachineFacts
 from welltuned.facts.model import ModelFacts
@@ -39,6 +40,7 @@ class Facts:
     model: ModelFacts
     dataset: DatasetFacts
     machine: MachineFacts
+    adapter: AdapterFacts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,10 +155,14 @@ def make_plan(
     data: DatasetFacts,
     machine: MachineFacts,
     flops_per_second: float | None = None,
+    adapter: AdapterFacts | None = None,
 ) -> Plan:
-    """Choose everything that the recipe leaves open. `flops_per_second` is what a run like it has reached here."""
+    """Choose everything that the recipe leaves open.
+
+    `flops_per_second` is what a run like it has reached here, `adapter` the one that training goes on from.
+    """
     choices: dict[str, Choice] = {"dtype": settle(recipe, "dtype", choose_dtype(recipe.tune, machine))}
-    targets = _adapter(choices, recipe, model, data)
+    targets = lora.adapter_choices(choices, recipe, model, data, adapter)
     epoch = _objective(choices, recipe, model, data)
     max_steps: int | None = recipe.hyperparameters.get("max_steps")
     advised = _advised_batch(choices, recipe, epoch, data.rows, max_steps)
@@ -187,7 +193,7 @@ def make_plan(
     return Plan(
         recipe=recipe,
         choices=MappingProxyType(ordered),
-        facts=Facts(model=model, dataset=data, machine=machine),
+        facts=Facts(model=model, dataset=data, machine=machine, adapter=adapter),
         memory=fitted.forecast,
         time=time,
         warnings=all_warnings(recipe, model, data, machine, ordered, fitted.forecast, updates),
@@ -206,29 +212,6 @@ _ORDER = (
 )
 
 
-def _adapter(
-    choices: dict[str, Choice], recipe: Recipe, model: ModelFacts, data: DatasetFacts
-) -> tuple[str, ...] | None:
-    """The LoRA choices; the names of the targets, None for all or for full fine-tuning."""
-    if recipe.tune is Tune.FULL:
-        return None
-    choices["target_modules"] = settle(recipe, "target_modules", lora.choose_targets(model))
-    targets = lora.target_names(choices["target_modules"].value, model)
-    by_reward = recipe.method is Method.GRPO
-    rank = (
-        lora.choose_rank_by_reward(model, targets, data.rows)
-        if by_reward
-        else lora.choose_rank(model, targets, data.supervised_tokens)
-    )
-    choices["r"] = settle(recipe, "r", rank)
-    r = choices["r"].value
-    choices["lora_alpha"] = settle(recipe, "lora_alpha", lora.choose_alpha(r))
-    choices["use_rslora"] = settle(recipe, "use_rslora", lora.choose_rslora(r))
-    choices["init_lora_weights"] = settle(recipe, "init_lora_weights", lora.choose_init())
-    choices["bias"] = settle(recipe, "bias", lora.choose_bias())
-    return targets
-
-
 def _objective(choices: dict[str, Choice], recipe: Recipe, model: ModelFacts, data: DatasetFacts) -> Epoch:
     """What only this method chooses, its epochs, and what an epoch passes through the model."""
     if recipe.method is Method.GRPO:
@@ -237,7 +220,7 @@ def _objective(choices: dict[str, Choice], recipe: Recipe, model: ModelFacts, da
         choices["num_train_epochs"] = settle(recipe, "num_train_epochs", epochs)
         return epoch_of(recipe.method, data, choices["num_generations"].value, choices["max_completion_length"].value)
     if recipe.method is Method.SFT:
-        epochs = schedule.choose_epochs(data.rows)
+        epochs = schedule.choose_epochs(data.rows, text=data.is_text)
     else:
         choices |= preference.preference_choices(recipe, data)
         epochs = preference.choose_epochs(recipe.method, data.rows)
@@ -331,16 +314,17 @@ def _memory_choices(
         evidence=spec.evidence,
     )
     choices["token_budget"] = settle(recipe, "token_budget", budget)
-    cost = f"recomputing costs about {number('checkpointing_cost'):.0%} more arithmetic"
-    again = f"{need}; {cost}, " + (
-        "but without it the run does not fit" if fitted.checkpointing else "and is not needed"
+    cost = f"about {number('checkpointing_cost'):.0%} more arithmetic"
+    again = (
+        f"only so does the run fit into {limit / 1e9:.1f} GB, for {cost}"
+        if fitted.checkpointing
+        else f"all activations fit into your {limit / 1e9:.1f} GB: computing them twice would waste {cost}"
     )
     recompute = Choice(value=fitted.checkpointing, reason=again, evidence=cited("checkpointing_cost"))
     choices["gradient_checkpointing"] = settle(recipe, "gradient_checkpointing", recompute)
-    choices["packing"] = settle(recipe, "packing", batches.choose_packing(data.rows, data.length_mean, data.length_max))
+    choices["packing"] = settle(recipe, "packing", batches.choose_packing(epoch))
     if recipe.method is Method.SFT:
-        documents = data.format_name == "text"
-        loss = batches.choose_assistant_only_loss(data.supervised_tokens, data.tokens, documents)
+        loss = batches.choose_assistant_only_loss(data.supervised_tokens, data.tokens, text=data.is_text)
         choices["assistant_only_loss"] = settle(recipe, "assistant_only_loss", loss)
 
 
@@ -353,7 +337,7 @@ def _updates(choices: dict[str, Choice], recipe: Recipe, rows: int, batch: int, 
     if max_steps is None:
         return by_epochs
     evidence = cited("epochs_by_rows")
-    why = f"{max_steps:,} updates of {batch} are {share:.2g} epochs of your {rows:,} {noun}"
+    why = f"{counted(max_steps, 'update')} of {batch} come to {share:.2g} epochs of your {rows:,} {noun}"
     choices["max_steps"] = settle(recipe, "max_steps", Choice(value=max_steps, reason=why, evidence=evidence))
     if "num_train_epochs" in recipe.hyperparameters:
         return min(by_epochs, max_steps)
@@ -376,13 +360,13 @@ def _rate_and_schedule(
 ) -> None:
     updates = time.updates
     setting = rate_setting(model, choices, batch, updates)
-    advised = choose_rate(recipe.method, recipe.tune, setting, data.rows)
+    advised = choose_rate(recipe.method, recipe.tune, setting, data.rows, data.is_text)
     choices["learning_rate"] = settle(recipe, "learning_rate", advised)
     rate = choices["learning_rate"].value
     if recipe.tune is not Tune.FULL:
         dropout = lora.choose_dropout(choices["num_train_epochs"].value, data.rows)
         choices["lora_dropout"] = settle(recipe, "lora_dropout", dropout)
-    shape = settle(recipe, "lr_scheduler_type", schedule.choose_schedule(updates))
+    shape = settle(recipe, "lr_scheduler_type", schedule.choose_schedule(updates, recipe.method))
     beta1, beta2 = schedule.choose_betas(updates)
     evals = schedule.choose_eval_steps(updates, float(time.tokens), epoch.heldout_tokens, data.heldout_rows)
     for name, choice in {

@@ -35,11 +35,11 @@ def rate_setting(model: ModelFacts, choices: Mapping[str, Choice], batch: int, u
     )
 
 
-def choose_rate(method: Method, tune: Tune, setting: RateSetting, rows: int) -> Choice:
-    """The rate with its range and a reason that names this run's numbers."""
+def choose_rate(method: Method, tune: Tune, setting: RateSetting, rows: int, text: bool = False) -> Choice:
+    """The rate with its range and a reason that names this run's numbers. `text`: of plain texts, not of answers."""
     band = choose_learning_rate(method, tune, setting, rows)
     if method is Method.SFT:
-        return band
+        return _to_keep_what_is_known(band) if text else band
     if method not in MOVED_BY_UPDATES:
         run = f"your {counted(setting.updates, 'update')} of {setting.batch} do not move that"
         return replace(band, reason=f"{band.reason}; {run}")
@@ -54,6 +54,17 @@ def choose_rate(method: Method, tune: Tune, setting: RateSetting, rows: int) -> 
         value=two_digits(band.value * factor),
         reason=f"{band.reason}; {usual} updates, so ×{factor:.2g} for your {setting.updates:,}{held}",
         evidence=tuple(dict.fromkeys((*band.evidence, *cited("preference_updates", "preference_updates_exponent")))),
+    )
+
+
+def _to_keep_what_is_known(band: Choice) -> Choice:
+    """Plain texts are to be learned without losing the rest; what forgetting grows with is alpha · rate."""
+    factor = number("rate_text_factor")
+    why = f"×{shown(factor)} for plain texts: it costs next to nothing in loss, and the model forgets less"
+    evidence = tuple(dict.fromkeys((*band.evidence, *cited("rate_text_factor"))))
+    low = min(band.low, two_digits(band.value * factor))
+    return replace(
+        band, value=two_digits(band.value * factor), low=low, reason=f"{band.reason}; {why}", evidence=evidence
     )
 
 

@@ -58,6 +58,8 @@ def choose_save_steps(course: Course) -> Choice:
         steps = min(_aligned(apart * course.updates / max(course.seconds, cost), course.eval_steps), course.updates)
         lost = span_words(steps * course.seconds / course.updates)
         why = f"a crash costs at most {lost} of your {span_words(course.seconds)}"
+        if steps == course.updates:
+            why = f"only at the end: your run takes {span_words(course.seconds)}"
     why += f"; {size} are written in about {span_words(cost)}"
     high = max(steps, course.updates)
     return Choice(value=steps, low=1, high=high, reason=why, evidence=evidence)
@@ -94,9 +96,9 @@ def choose_best(method: Method, course: Course) -> Choice:
         return Choice(value=False, reason="0 rows are held out, so there is no best to go back to", evidence=evidence)
     rows, what = counted(course.heldout_rows, "held-out row"), "score" if method is Method.GRPO else "loss"
     if tells <= limit:
-        why = f"your {rows} tell changes of the {what} above about {tells:.1%} from noise: enough to know the best"
+        why = f"with {rows} changes of the {what} above about {tells:.1%} stand out from noise: enough to know the best"
     else:
-        why = f"your {rows} tell only changes of the {what} above about {tells:.0%} from noise: the best would be luck"
+        why = f"with {rows} only changes of the {what} above about {tells:.0%} stand out: the best would be luck"
     return Choice(value=tells <= limit, reason=why, evidence=evidence)
 
 

@@ -5,23 +5,29 @@ import math
 from welltuned.advice.rules import by_threshold, cited, number, rule
 from welltuned.advice.settle import counted, from_rule, shown
 from welltuned.choice import Choice
+from welltuned.recipe import Method
 
 
-def choose_epochs(rows: int) -> Choice:
-    value = float(by_threshold("epochs_by_rows", rows))
+def choose_epochs(rows: int, *, text: bool = False) -> Choice:
+    """Passes over answers, or over plain `text`, which is memorised sooner."""
+    table = "text_epochs_by_rows" if text else "epochs_by_rows"
+    value = float(by_threshold(table, rows))
     span = rule("epochs_range").value
-    passes = {1.0: "one pass", 2.0: "two passes"}.get(value, f"{value:.0f} passes")
+    passes = "one pass" if value == 1 else f"{shown(value)} passes"
     why = (
         f"your {counted(rows, 'row')} are worth {passes}; more pays only for long reasoning answers, "
         "and the held-out loss shows when to stop"
     )
-    evidence = cited("epochs_by_rows", "epochs_range")
+    if text:
+        why = f"{passes} over your {counted(rows, 'text')}: repeated texts are memorised before they are understood"
+    evidence = cited(table, "epochs_range")
     return Choice(value=value, low=float(span["low"]), high=float(span["high"]), reason=why, evidence=evidence)
 
 
-def choose_schedule(updates: int) -> Choice:
+def choose_schedule(updates: int, method: Method = Method.SFT) -> Choice:
     run = counted(updates, "update")
-    why = f"linear to zero over your {run}, as in the sweep that the rate is from; cosine is as good"
+    of = "as in the sweep that the rate is from" if method is Method.SFT else "so that the last ones settle"
+    why = f"linear to zero over your {run}, {of}; cosine is as good"
     return from_rule(rule("schedule"), why)
 
 
@@ -61,23 +67,29 @@ def is_inert(rate: float, decay: float, updates: int) -> bool:
 
 
 def choose_optimizer(trained: int) -> Choice:
-    why = (
-        f"AdamW, with which the rates were measured; its state for your {trained:,} trained parameters is kept in fp32"
-    )
+    why = f"AdamW, with which the rates were found; its state for your {trained:,} trained parameters is kept in fp32"
     return from_rule(rule("optimizer"), why)
 
 
 def choose_betas(updates: int) -> tuple[Choice, Choice]:
-    first = from_rule(rule("adam_beta1"), f"the usual 0.9: an average over ten of your {updates:,} updates")
-    second = from_rule(
-        rule("adam_beta2"),
-        f"the usual value; 0.95 to 0.999 made no difference that was measured, nor at {updates:,} updates",
-    )
+    run = f"your {counted(updates, 'update')}"
+    spec = rule("adam_beta1")
+    first = from_rule(spec, f"an average over about {_memory(spec.value)} of {run}, as the rates in use had")
+    spec = rule("adam_beta2")
+    long = _memory(spec.value)
+    corrected = f", which Adam corrects for in {run}" if long > updates else f" of {run}"
+    why = f"over about {long:,} updates{corrected}"
+    second = from_rule(spec, f"{why}; {shown(spec.low)} to {shown(spec.high)} made no measured difference")
     return first, second
 
 
+def _memory(beta: float) -> int:
+    """Updates over which an average with this weight forgets."""
+    return round(1 / (1 - beta))
+
+
 def choose_clip(batch: int) -> Choice:
-    why = f"a gradient of your batches of {batch} longer than this is an outlier; clipping it costs nothing otherwise"
+    why = f"one odd batch of {batch} cannot throw the run; where most updates are clipped, the rate is in effect lower"
     return from_rule(rule("clip"), why)
 
 
@@ -94,8 +106,10 @@ def choose_eval_steps(updates: int, train_tokens: float, heldout_tokens: int, he
     value = max(1, math.ceil(updates / times))
     share = math.ceil(updates / value) * cost / train_tokens
     why = (
-        f"{math.ceil(updates / value)} looks at your {counted(heldout_rows, 'held-out row')} over "
-        f"{counted(updates, 'update')} show when the loss turns, for {share:.0%} of the time"
+        f"{counted(math.ceil(updates / value), 'look')} at your {counted(heldout_rows, 'held-out row')} over "
+        f"{counted(updates, 'update')} to see the loss turn, for {share:.0%} of the time"
     )
+    if not heldout_rows:
+        why = f"0 rows are held out: none of your {counted(updates, 'update')} will be followed by a look at them"
     low, high = max(1, math.ceil(updates / spec.high)), max(1, math.ceil(updates / spec.low))
     return Choice(value=value, low=min(low, value), high=max(high, value), reason=why, evidence=cited("evaluations"))

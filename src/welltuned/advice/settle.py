@@ -55,15 +55,27 @@ def shown(value: Any) -> str:
     return str(value)
 
 
+def times(factor: float) -> str:
+    """×0.42, ×3.5, ×120."""
+    return f"×{factor:.2g}" if factor < 100 else f"×{factor:,.0f}"
+
+
 def counted(number: int, noun: str) -> str:
     """`1 row`, `340 rows`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def passes_words(epochs: float) -> str:
+    """`1 epoch`, `2.5 epochs`."""
+    return f"{shown(float(epochs))} epoch{'' if epochs == 1 else 's'}"
+
+
 def size_words(parameters: int) -> str:
-    """135M, 8.0B."""
-    billions = parameters / 1e9
-    return f"{billions:.1f}B" if billions >= 1 else f"{parameters / 1e6:.0f}M"
+    """135M, 8.0B; 36k for the tiniest."""
+    for letter, unit in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if parameters >= unit:
+            return f"{parameters / unit:.1f}{letter}" if letter == "B" else f"{parameters / unit:.0f}{letter}"
+    return str(parameters)
 
 
 def bytes_words(count: float) -> str:
@@ -75,7 +87,7 @@ def span_words(seconds: float) -> str:
     """0.3 s, 12 s, 4 min, 2 h, 3 days: how long something takes, to be read and not to be computed with."""
     if seconds < 9.5:
         return f"{max(seconds, 0.1):.1f} s"
-    for unit, size in (("s", 1), ("min", 60), ("h", 3600)):
-        if seconds < 90 * size:
+    for unit, size, most in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
+        if seconds < most * size:
             return f"{seconds / size:.0f} {unit}"
-    return f"{seconds / 3600:.0f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.0f} days"
+    return f"{seconds / 86400:.0f} days"

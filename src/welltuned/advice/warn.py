@@ -117,8 +117,9 @@ def _of_run(
     if not data.heldout_rows:
         yield 70, "no held-out rows: nothing will show overfitting"
     batch = choices["effective_batch_size"].value
-    if batch > data.rows:
-        yield 45, f"an update of {batch} takes every one of the {counted(data.rows, 'row')} more than once"
+    group = choices["num_generations"].value if "num_generations" in choices else 1
+    if batch > data.rows * group:
+        yield 45, f"an update of {batch} takes each of the {counted(data.rows, 'row')} more than once"
     if updates < number("updates_wanted"):
         yield 35, f"only {counted(updates, 'update')}: below about {number('updates_wanted'):.0f} a run rarely settles"
     setting = rate_setting(model, choices, batch, updates)

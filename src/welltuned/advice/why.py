@@ -302,6 +302,8 @@ def factors(plan: Plan) -> list[tuple[str, float]]:
     product = rate.base * rate.alpha_factor * rate.batch_factor * rate.updates_factor
     if rate.limited:
         found.append((rate.limited, rate.value / product))
+    if plan.facts.dataset.is_text:
+        found.append(("plain texts, to forget less", number("rate_text_factor")))
     return found
 
 

@@ -21,6 +21,9 @@ from welltuned.training.events import Evaluated, Event, Note, Skipped, Updated
 console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
 
 
+MOST_IDS = 3  # of the evidence, beside a choice
+
+
 def quiet_libraries() -> None:
     """Keep the libraries' own progress bars and notices out of this command's output."""
     from transformers.utils import logging as transformers_logging
@@ -71,8 +74,7 @@ def print_plan(plan: Plan, out: Console = console) -> None:
     table.add_column("why", ratio=1)
     for line in plan_lines(plan):
         user = plan.choices[line.name].set_by is SetBy.USER
-        evidence = f" [{line.evidence}]" if line.evidence else ""
-        reason = Text(line.reason).append(evidence, style="dim")
+        reason = Text(line.reason).append(_evidence(plan.choices[line.name].evidence), style="dim")
         table.add_row(line.name, Text(line.value, style="cyan" if user else "bold green"), line.span, reason)
     out.print()
     out.print(table)
@@ -83,6 +85,12 @@ def print_plan(plan: Plan, out: Console = console) -> None:
     for warning in plan.warnings:
         out.print(Text("! " + visible(warning), style="yellow"))
     out.print()
+
+
+def _evidence(ids: tuple[str, ...]) -> str:
+    """The first few; `why` has all of them."""
+    more = f" +{len(ids) - MOST_IDS}" if len(ids) > MOST_IDS else ""
+    return f" [{' '.join(ids[:MOST_IDS])}{more}]" if ids else ""
 
 
 def _field(out: Console, name: str, text: str) -> None:

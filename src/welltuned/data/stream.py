@@ -61,7 +61,8 @@ def hold_out(
     if not held.any():
         held[_permutation(count, seed, 0)[:target]] = True
         how = f"{share:.0%} of {count:,} rows; most rows share {_one(shared)}, so held-out prompts are also trained on"
-    return Split(held, f"{int(held.sum()):,} rows are held out ({how})")
+    rows = int(held.sum())
+    return Split(held, f"{rows:,} {'row is' if rows == 1 else 'rows are'} held out ({how})")
 
 
 def _one(shared: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from welltuned.data.conversation import Kind, Teaching
+from welltuned.data.conversation import Format, Kind, Teaching
 from welltuned.data.dataset import Dataset
 from welltuned.data.rows import Rows
 from welltuned.errors import InputError
@@ -74,6 +74,11 @@ class DatasetFacts:
     rejected: Lengths | None = None
     answers: Lengths | None = None
     desirable_share: float | None = None
+
+    @property
+    def is_text(self) -> bool:
+        """Whether every row is plain text to go on with: continued pretraining, not instruction tuning."""
+        return self.format_name == str(Format.TEXT)
 
     @property
     def supervised_share(self) -> float:

@@ -16,12 +16,20 @@ class Target(StrEnum):
 
 
 METHODS = {
-    Target.TRL: frozenset(Method) - {Method.REWARD},
+    Target.TRL: frozenset(Method),
     Target.UNSLOTH: frozenset(Method) - {Method.REWARD},
     Target.LLAMAFACTORY: frozenset({Method.SFT, Method.DPO, Method.ORPO, Method.KTO}),
     Target.AXOLOTL: frozenset({Method.SFT, Method.DPO}),
 }
 """What is written for whom. (Axolotl has more; its rows of other methods are no chat messages.)"""
+
+FORMS = {
+    Target.TRL: ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm"),
+    Target.UNSLOTH: ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm"),
+    Target.LLAMAFACTORY: ("sigmoid", "ipo", "hinge", "simpo"),
+    Target.AXOLOTL: ("sigmoid",),
+}
+"""Of DPO's losses, those that are written for whom."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +50,10 @@ def emit(plan: Plan, target: Target) -> Emitted:
     if method not in METHODS[target]:
         others = ", ".join(str(other) for other in Target if method in METHODS[other])
         raise InputError(f"{method} is not emitted for {target}", where="--emit", mend=f"it is for: {others}")
+    form = plan.value("loss_type") if method is Method.DPO else ""
+    if form not in FORMS[target] and method is Method.DPO:
+        others = ", ".join(FORMS[target])
+        raise InputError(f"loss_type {form} is not emitted for {target}", where="--emit", mend=f"it has: {others}")
     if target in (Target.TRL, Target.UNSLOTH):
         from welltuned.interop.emit_python import emit_script
 

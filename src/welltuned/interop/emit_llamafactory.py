@@ -53,6 +53,13 @@ def emit_llamafactory(plan: Plan) -> Written:
     return Written(file_text(job, name, "LLaMA-Factory 0.9.5", commands, missing, body), tuple(missing))
 
 
+_OBJECTIVE = {
+    "beta": "pref_beta",
+    "label_smoothing": "dpo_label_smoothing",
+    "simpo_gamma": "simpo_gamma",
+    "desirable_weight": "kto_chosen_weight",
+    "undesirable_weight": "kto_rejected_weight",
+}
 _SHARED = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2"),
     *("max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
@@ -66,8 +73,11 @@ def _llamafactory(job: Job) -> Iterator[Setting]:
     yield Setting("do_train", True)
     yield from _llamafactory_adapter(job)
     if job.method is not Method.SFT:
-        yield Setting("pref_loss", "orpo" if job.method is Method.ORPO else "sigmoid")
-        yield reasoned(plan, "beta", "pref_beta")
+        form = plan.value("loss_type") if job.method is Method.DPO else "sigmoid"
+        yield Setting("pref_loss", "orpo" if job.method is Method.ORPO else form)
+        for ours, theirs in _OBJECTIVE.items():
+            if ours in plan.choices:
+                yield reasoned(plan, ours, theirs)
     yield Setting("dataset_dir", ".")
     yield Setting("dataset", ",".join(_names(job, held_out=False)))
     if job.evaluates and (job.held_out or job.converted):

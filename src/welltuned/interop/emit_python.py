@@ -22,6 +22,7 @@ TRAINERS = {
     Method.KTO: ("trl", "KTOConfig", "KTOTrainer"),
     Method.GRPO: ("trl", "GRPOConfig", "GRPOTrainer"),
     Method.ORPO: ("trl.experimental.orpo", "ORPOConfig", "ORPOTrainer"),
+    Method.REWARD: ("trl", "RewardConfig", "RewardTrainer"),
 }
 SHARED = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2"),
@@ -132,11 +133,14 @@ def _imports(job: _Job) -> str:
     package, config, trainer = TRAINERS[job.method]
     own = [f"from {package} import {config}, {trainer}"]
     if not job.unsloth:
-        others = "AutoModelForCausalLM, AutoTokenizer" + (
-            ", BitsAndBytesConfig" if job.plan.recipe.tune is Tune.QLORA else ""
-        )
+        names = [_auto_class(job), "AutoTokenizer"]
+        names += ["BitsAndBytesConfig"] if job.plan.recipe.tune is Tune.QLORA else []
+        names += ["EarlyStoppingCallback"] if _stops_early(job) else []
+        others = ", ".join(names)
         peft = [] if job.plan.recipe.tune is Tune.FULL else ["from peft import LoraConfig"]
         own = [*peft, f"from transformers import {others}", *own]
+    if job.unsloth and _stops_early(job):
+        own = ["from transformers import EarlyStoppingCallback", *own]
     first = ["from unsloth import FastLanguageModel  # before the libraries that it changes", ""] if job.unsloth else []
     third = sorted(["from datasets import Dataset, load_dataset", *own], key=lambda line: line.split()[1])
     standard = ["import hashlib", "import json", "import random"]
@@ -156,7 +160,8 @@ def _settings(job: _Job) -> str:
     _, config, _ = TRAINERS[job.method]
     parts = ["\n".join(python_call("config", config, list(_trainer_settings(job))))]
     if job.plan.recipe.tune is not Tune.FULL and not job.unsloth:
-        settings = [*_adapter_settings(job), Setting("task_type", "CAUSAL_LM")]
+        task = "SEQ_CLS" if job.method is Method.REWARD else "CAUSAL_LM"
+        settings = [*_adapter_settings(job), Setting("task_type", task)]
         parts.append("\n".join(python_call("adapter", "LoraConfig", settings)))
     if job.plan.recipe.tune is Tune.QLORA and not job.unsloth:
         quantised = [
@@ -189,7 +194,7 @@ def _trainer_settings(job: _Job) -> Iterator[Setting]:
     else:
         yield reasoned(plan, "num_train_epochs", value=float(plan.value("num_train_epochs")))
     for name in SHARED:
-        yield _of_completions(plan) if _counts_completions(job, name) else reasoned(plan, name)
+        yield reasoned(plan, name)
     yield reasoned(plan, "optim", value="adamw_torch_fused" if cuda else "adamw_torch")
     yield reasoned(plan, "gradient_checkpointing", "activation_checkpointing")
     mixed = job.dtype == "bfloat16"
@@ -202,23 +207,49 @@ def _trainer_settings(job: _Job) -> Iterator[Setting]:
         yield reasoned(plan, "eval_steps")
         size = plan.value("per_device_train_batch_size" if job.method is not Method.GRPO else "num_generations")
         yield Setting("per_device_eval_batch_size", size)
-    yield Setting("save_strategy", "no", "saved once, at the end")
+    yield from _saving(plan)
     yield Setting("logging_steps", 1)
     yield Setting("logging_nan_inf_filter", False, "a loss that is not a number is shown, not averaged away")
     yield Setting("report_to", "none")
 
 
-def _counts_completions(job: _Job, name: str) -> bool:
-    return job.method is Method.GRPO and name == "gradient_accumulation_steps"
+OBJECTIVE = {
+    Method.DPO: ("beta", "label_smoothing"),
+    Method.ORPO: ("beta",),
+    Method.KTO: ("beta", "desirable_weight", "undesirable_weight"),
+    Method.REWARD: ("center_rewards_coefficient",),
+    Method.GRPO: (
+        *("beta", "num_generations", "max_completion_length", "temperature", "top_p", "epsilon", "epsilon_high"),
+        *("scale_rewards", "mask_truncated_completions", "num_iterations"),
+    ),
+}
+"""Choices of a method that TRL has under the same name."""
 
 
-def _of_completions(plan: Plan) -> Setting:
-    """TRL's GRPO counts sampled answers where the plan counts prompts."""
-    own, group = reasoned(plan, "gradient_accumulation_steps"), plan.value("num_generations")
-    why = (
-        f"{own.value} times {group}, since a micro-batch holds answers here, and each prompt has {group}; {own.reason}"
-    )
-    return Setting(own.name, own.value * group, why)
+def _saving(plan: Plan) -> Iterator[Setting]:
+    """TRL keeps the best only among checkpoints, so there must be one at every evaluation."""
+    best = plan.value("load_best_model_at_end")
+    own, between = reasoned(plan, "save_steps"), plan.value("eval_steps")
+    yield Setting("save_strategy", "steps")
+    aligned = not best or own.value % between == 0
+    yield own if aligned else Setting("save_steps", between, "with every evaluation, to keep the best of them")
+    yield reasoned(plan, "save_total_limit")
+    yield reasoned(plan, "load_best_model_at_end")
+
+
+def _stops_early(job: _Job) -> bool:
+    choices = job.plan.choices
+    best = bool(choices["load_best_model_at_end"].value) and job.evaluates
+    return best and choices["early_stopping_patience"].value > 0
+
+
+def _loss_type(plan: Plan) -> Iterator[Setting]:
+    """TRL says gspo by the level of its ratios."""
+    if plan.value("loss_type") == "gspo":
+        yield Setting("importance_sampling_level", "sequence", plan.choices["loss_type"].reason)
+        yield Setting("loss_type", "grpo")
+    else:
+        yield reasoned(plan, "loss_type")
 
 
 def _method_settings(job: _Job) -> Iterator[Setting]:
@@ -229,13 +260,11 @@ def _method_settings(job: _Job) -> Iterator[Setting]:
         yield Setting("packing", False, "as explained at the top")
         yield from _loss(job)
         return
-    yield reasoned(plan, "beta")
-    if method is Method.GRPO:
-        for name in ("num_generations", "max_completion_length", "temperature"):
-            if name in plan.choices:
-                yield reasoned(plan, name)
-            elif name in plan.recipe.hyperparameters:
-                yield Setting(name, plan.recipe.hyperparameters[name], "set by you")
+    if "loss_type" in plan.choices:
+        yield from _loss_type(plan)
+    for name in OBJECTIVE[method]:
+        if name in plan.choices:
+            yield reasoned(plan, name)
 
 
 def _loss(job: _Job) -> Iterator[Setting]:
@@ -275,18 +304,25 @@ def _main(job: _Job) -> str:
     lines += ["        eval_dataset=Dataset.from_list(held_out),"] if job.evaluates else []
     lines += ["        processing_class=tokenizer,"]
     lines += ["        peft_config=adapter,"] if not job.unsloth and job.plan.recipe.tune is not Tune.FULL else []
+    if _stops_early(job):
+        lines.append(f"        callbacks=[EarlyStoppingCallback({job.plan.value('early_stopping_patience')})],")
     lines += ["    )", "    trainer.train()"]
     lines += ["    print(trainer.evaluate())"] if job.evaluates else []
     lines += ["    trainer.save_model(OUT)", "", "", 'if __name__ == "__main__":', "    main()"]
     return "\n".join(lines)
 
 
+def _auto_class(job: _Job) -> str:
+    return "AutoModelForSequenceClassification" if job.method is Method.REWARD else "AutoModelForCausalLM"
+
+
 def _trl_model(job: _Job) -> list[str]:
     quantised = ", quantization_config=four_bits" if job.plan.recipe.tune is Tune.QLORA else ""
+    labels = ", num_labels=1" if job.method is Method.REWARD else ""
     device = ', device_map={"": 0}' if quantised and job.plan.facts.machine.device is Device.CUDA else ""
     return [
         *comment(job.plan.choices["dtype"].reason, "    "),
-        f"    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.{job.dtype}{quantised}{device})",
+        f"    model = {_auto_class(job)}.from_pretrained(MODEL, dtype=torch.{job.dtype}{labels}{quantised}{device})",
         "    tokenizer = AutoTokenizer.from_pretrained(MODEL)",
     ]
 

@@ -165,7 +165,7 @@ def _is_json(value: Any, name: str) -> bool:
 
 def shape_of(recipe: Recipe, looks: Sequence[Look], chat: bool) -> Shape:
     """What the rows become; `chat` says whether the model has a chat template to write messages with."""
-    if recipe.method in (Method.DPO, Method.ORPO):
+    if recipe.method in (Method.DPO, Method.ORPO, Method.REWARD):
         return Shape.PREFERENCE
     if recipe.method is not Method.SFT:
         return Shape.JUDGED if recipe.method is Method.KTO else Shape.PROMPT

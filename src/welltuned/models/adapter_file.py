@@ -121,12 +121,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def adapted_leaves(folder: Path) -> tuple[str, ...]:
-    """The last parts of the names of the modules that an adapter in PEFT's format stands on: q_proj, up_proj, ..."""
-    names = (_from_file(name, {}) for name in _read(folder / WEIGHTS))
-    return tuple(sorted({name.split(".")[-2] for name in names if name.endswith("lora_A")}))
-
-
 def _read(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:

@@ -11,12 +11,13 @@ from welltuned.data.conversation import Conversation
 from welltuned.data.dataset import Dataset, open_sources, read_dataset
 from welltuned.data.mix import Mixture
 from welltuned.errors import InputError
+from welltuned.facts.adapter import read_adapter_facts
 from welltuned.facts.data import facts_of
 from welltuned.facts.machine import MachineFacts, read_machine_facts
 from welltuned.facts.model import ModelFacts, read_model_facts
 from welltuned.recipe import Method, Recipe, Tune
 from welltuned.training.speed import known_speed
-from welltuned.training.start_adapter import start_adapter, with_start_reasons, with_start_values
+from welltuned.training.start_adapter import start_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,8 +84,7 @@ def prepare(
     tokenizer = load_tokenizer(recipe.model)
     dataset = read_dataset(recipe, tokenizer, sources=sources, embedding=model_facts.vocabulary, progress=progress)
     machine = machine or (planned.facts.machine if planned is not None else read_machine_facts(ask_gpu=True))
-    plan, dataset = _planned(with_start_values(recipe, start), dataset, model_facts, machine)
-    plan = with_start_reasons(plan, recipe, start)
+    plan, dataset = _planned(recipe, dataset, model_facts, machine)
     require_sound(recipe, plan.value)
     report = dataset.audit(model_facts.context_length)
     problems = report.problems()
@@ -130,11 +130,12 @@ def targets_of(plan: Plan) -> str | tuple[str, ...] | None:
 
 def _planned(recipe: Recipe, dataset: Dataset, model: ModelFacts, machine: MachineFacts) -> tuple[Plan, Dataset]:
     """The plan, and the data within its max_length. Rows left out for their length make it another plan."""
+    adapter = None if recipe.adapter is None else read_adapter_facts(recipe.adapter)
     while True:
         facts = facts_of(dataset)
-        plan = make_plan(recipe, model, facts, machine)
+        plan = make_plan(recipe, model, facts, machine, adapter=adapter)
         speed = known_speed(plan)
-        plan = plan if speed is None else make_plan(recipe, model, facts, machine, speed)
+        plan = plan if speed is None else make_plan(recipe, model, facts, machine, speed, adapter)
         longest = plan.value("max_length")
         within = dataset.within(longest)
         if len(within.train) == len(dataset.train):
