@@ -8,6 +8,7 @@ from welltuned.advice.plan import Plan, make_plan, with_problems
 from welltuned.data.dataset import Sources, open_sources
 from welltuned.data.prompts import GroupMixture, Prompt, Prompts, read_prompts
 from welltuned.errors import InputError
+from welltuned.facts.adapter import read_adapter_facts
 from welltuned.facts.data import DatasetFacts, prompt_facts
 from welltuned.facts.machine import MachineFacts, read_machine_facts
 from welltuned.facts.model import ModelFacts, read_model_facts
@@ -15,7 +16,8 @@ from welltuned.objectives.rewards import Reward, load_rewards, require_columns
 from welltuned.objectives.rewards.answers import final_number
 from welltuned.recipe import Recipe, Tune
 from welltuned.training.prepare import PLAIN_PARTS, Prepared, targets_of
-from welltuned.training.start_adapter import StartAdapter, start_adapter, with_start_reasons, with_start_values
+from welltuned.training.speed import known_speed
+from welltuned.training.start_adapter import StartAdapter, start_adapter
 
 SHOWN = 3  # rows named in a note
 
@@ -45,8 +47,7 @@ def prepare_grpo(
     require_columns(rewards, prompts.columns)
     notes = _answer_notes(rewards, (*prompts.train, *prompts.held_out))
     machine = machine or (planned.facts.machine if planned is not None else read_machine_facts(ask_gpu=True))
-    plan, prompts = _planned(with_start_values(recipe, start), prompts, model, machine)
-    plan = with_start_reasons(plan, recipe, start)
+    plan, prompts = _planned(recipe, prompts, model, machine)
     report = prompts.audit()
     problems = report.problems()
     weighed = [(problem.weight, problem.sentence) for problem in problems]
@@ -89,8 +90,12 @@ def grouped(prompts: Prompts, plan: Plan) -> GroupMixture:
 
 def _planned(recipe: Recipe, prompts: Prompts, model: ModelFacts, machine: MachineFacts) -> tuple[Plan, Prompts]:
     """The plan, and the prompts that leave room for a completion. Those left out make it another plan."""
+    adapter = None if recipe.adapter is None else read_adapter_facts(recipe.adapter)
     while True:
-        plan = make_plan(recipe, model, _facts(prompts), machine)
+        facts = _facts(prompts)
+        plan = make_plan(recipe, model, facts, machine, adapter=adapter)
+        speed = known_speed(plan)
+        plan = plan if speed is None else make_plan(recipe, model, facts, machine, speed, adapter)
         completion = plan.value("max_completion_length")
         limits = [
             (model.context_length, "the model's context"),
