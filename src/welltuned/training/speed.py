@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from welltuned.advice.plan import Plan
 from welltuned.models.memo import recall, remember
+from welltuned.recipe import Method
+from welltuned.training.events import silent
 
 if TYPE_CHECKING:
     from welltuned.training.prepare import Prepared
@@ -52,11 +54,13 @@ def probe(prepared: "Prepared") -> float:
     """
     from welltuned.advice.plan import require_memory
     from welltuned.models.packed import packed_model
-    from welltuned.training.run import make_ready
+    from welltuned.training.run import make_ready, with_objective
 
     plan = prepared.plan
     require_memory(plan)
     ready = make_ready(plan)
+    if plan.recipe.method is Method.GRPO:  # whose rows are prompts: only its own objective knows what to do with them
+        ready = with_objective(ready, prepared, silent)
     ready.engine.trained.claim_gradients()
     batch, tokens, spent = plan.value("effective_batch_size"), 0, 0.0
     with packed_model(ready.model):
