@@ -153,7 +153,7 @@ def test_equals_the_formula(engine, loss_type):
     assert found.measures["clip_ratio"] == 0
     assert found.measures["frac_reward_zero_std"] == pytest.approx(1 / 3)
     assert found.measures["completions/mean_length"] == pytest.approx(np.mean([len(c.ids) for c in every]))
-    assert found.tokens == sum(len(p.ids) for p in PROMPTS) + sum(len(c.ids) for c in every)
+    assert found.tokens == G * sum(len(p.ids) for p in PROMPTS) + sum(len(c.ids) for c in every)
 
 
 @pytest.mark.parametrize("loss_type", LossType)

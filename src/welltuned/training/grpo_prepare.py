@@ -17,6 +17,7 @@ from welltuned.objectives.rewards import Reward, load_rewards, require_columns
 from welltuned.objectives.rewards.answers import final_number
 from welltuned.recipe import Recipe
 from welltuned.training.prepare import Prepared, digests_of, others_parts, trusted
+from welltuned.training.speed import known_speed
 from welltuned.training.start_adapter import start_adapter
 
 SHOWN = 3  # rows named in a note
@@ -78,7 +79,10 @@ def _planned(recipe: Recipe, prompts: Prompts, model: ModelFacts, machine: Machi
     """The plan, and the prompts that leave room for a completion. Those left out make it another plan."""
     adapter = None if recipe.adapter is None else read_adapter_facts(recipe.adapter)
     while True:
-        plan = make_plan(recipe, model, _facts(prompts), machine, adapter=adapter)
+        facts = _facts(prompts)
+        plan = make_plan(recipe, model, facts, machine, adapter=adapter)
+        speed = known_speed(plan)
+        plan = plan if speed is None else make_plan(recipe, model, facts, machine, speed, adapter)
         completion = plan.value("max_completion_length")
         limits = [
             (model.context_length, "the model's context"),

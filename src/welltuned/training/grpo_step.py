@@ -46,6 +46,7 @@ class Sampled:
 
     Attributes:
         groups: the completions that have a gradient, by prompt.
+        tokens: of all sequences, each with its prompt, however often that is computed: as plans count them.
         old, reference: log-probabilities of a completion's tokens by its number, once they are known.
     """
 
@@ -172,7 +173,7 @@ class Grpo:
             groups=tuple(groups),
             advantage_S=advantage_S,
             weight_S=token_weights(counted_S, settings),
-            tokens=sum(len(row.ids) for row in rows) + int(lengths_S.sum()),
+            tokens=self.generations * sum(len(row.ids) for row in rows) + int(lengths_S.sum()),
             supervised_tokens=int(counted_S.sum()),
             origins=tuple(row.origin for row in rows),
             measures=_measures(every, reward_PG, found.std_P, found.silent_P, scores),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from welltuned.advice.plan import Plan
 from welltuned.models.memo import recall, remember
+from welltuned.training.events import silent
 
 if TYPE_CHECKING:
     from welltuned.training.prepare import Prepared
@@ -52,7 +53,6 @@ def probe(prepared: "Prepared") -> float:
     """
     from welltuned.advice.plan import require_memory
     from welltuned.models.packed import packed_model
-    from welltuned.training.events import silent
     from welltuned.training.run import make_ready, with_objective
 
     plan = prepared.plan
