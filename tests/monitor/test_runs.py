@@ -7,15 +7,16 @@ import pytest
 from welltuned.cli.terminal import Progress, console
 from welltuned.training import step as step_module
 from welltuned.training.events import Note, Severity
+from welltuned.training.monitor.overfitting import ranked
 from welltuned.training.monitor.thresholds import limit
 
 
 @pytest.fixture(scope="module")
 def learned_by_heart(watched, noise):
-    """45 rows of noise, 30 times: a few would do."""
+    """60 rows of noise, 40 times, with every weight free to remember them: a few times would do."""
     return watched(
-        data=noise(45, seed=1), eval_data=noise(60, seed=2), eval_fraction="auto", num_train_epochs=30, eval_steps=9,
-        early_stopping_patience=3, load_best_model_at_end=False,
+        data=noise(60, seed=1), eval_data=noise(60, seed=2), eval_fraction="auto", tune="full", learning_rate=1e-2,
+        num_train_epochs=40, eval_steps=8, early_stopping_patience=3, load_best_model_at_end=False,
     )  # fmt: skip
 
 
@@ -73,22 +74,34 @@ def test_overfitting(learned_by_heart):
     best = min(run.evaluations, key=lambda e: e.eval_loss)
     assert found.severity is Severity.WARNING and found.step > best.step
     assert f"{best.eval_loss:.3f} (update {best.step})" in found.what and "training loss" in found.what
-    assert "45 rows" in found.cause
+    assert "60 rows" in found.cause
     texts = [remedy.text for remedy in found.remedies]
     assert texts[0] == f"use the weights of update {best.step}, where the held-out loss was lowest"
     assert found.remedies[0].changes == {"load_best_model_at_end": True}
-    keys = [key for remedy in found.remedies for key in remedy.changes]
-    assert keys.index("learning_rate") < keys.index("lora_dropout")
-    assert {"num_train_epochs", "learning_rate", "lora_dropout"} <= set(keys)
-    assert any("add rows: 45 rows" in text for text in texts) and any("scale the finished adapter" in t for t in texts)
+    assert any("add rows: 60 rows" in text for text in texts)
     epochs = next(r.changes["num_train_epochs"] for r in found.remedies if "num_train_epochs" in r.changes)
-    assert epochs == pytest.approx(best.step / 3, abs=0.01)  # 3 updates an epoch
+    assert epochs == pytest.approx(best.step / 4, abs=0.01)  # 4 updates an epoch
+    assert 0 < found.remedies[1].changes["learning_rate"] <= 5e-3  # the rate is too high: that comes first
+
+
+@pytest.mark.parametrize(("rate", "first"), [(1e-3, "num_train_epochs"), (1e-2, "learning_rate")])
+def test_remedies_are_ranked_for_the_run(planned, rate, first):
+    """With a sound rate fewer epochs come first, with one above its range a lower rate; what cannot act is left out."""
+    plan = planned(num_train_epochs=20, learning_rate=rate, load_best_model_at_end=True)
+    keys = [key for remedy in ranked(plan, best=plan.updates // 4) for key in remedy.changes]
+    assert keys[0] == first and {"num_train_epochs", "learning_rate", "lora_dropout"} <= set(keys)
+    assert ("weight_decay" in keys) == (rate == 1e-2)  # it acts over 1/(rate · decay) updates
+    texts = [remedy.text for remedy in ranked(plan, best=plan.updates // 4)]
+    assert any("add rows" in text for text in texts) and "scale the finished adapter" in texts[-1]
+    short = planned(num_train_epochs=1, learning_rate=rate)
+    early = ranked(short, best=short.updates // 2)  # the best lies within the first epoch: no epochs to take away
+    assert "learning_rate" in early[1].changes and not any("lora_dropout" in r.changes for r in early)
 
 
 def test_a_run_stops_when_its_held_out_loss_has_turned(learned_by_heart):
     run = learned_by_heart
     assert run.summary["stop_reason"].startswith(f"stopped after {run.updates[-1].step} updates: the held-out loss is")
-    assert run.updates[-1].step < run.updates[0].total_steps == 90
+    assert run.updates[-1].step < run.updates[0].total_steps == 160
     assert any(isinstance(event, Note) and event.text == run.summary["stop_reason"] for event in run.events)
     assert run.summary["updates"] == len(run.updates)
     best = min(run.evaluations, key=lambda e: e.eval_loss)
@@ -105,7 +118,7 @@ def test_findings_are_written_and_printed(learned_by_heart):
     with console.capture() as captured:
         Progress()(found)
     shown = captured.get()
-    assert "above its best" in shown and "--set load_best_model_at_end=true" in shown and "--set lora_dropout" in shown
+    assert "above its best" in shown and "--set load_best_model_at_end=true" in shown and "--set learning_rate" in shown
 
 
 def test_divergence(watched, schooled_dir):

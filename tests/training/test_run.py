@@ -10,7 +10,7 @@ from welltuned.errors import InputError, RunError
 from welltuned.recipe import load_recipe
 from welltuned.training import run as run_module
 from welltuned.training import step as step_module
-from welltuned.training.events import Evaluated, Note, Updated
+from welltuned.training.events import Evaluated, Finding, Note, Updated
 
 FIELDS = {"step", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "tokens_per_second", "epoch"}
 RATES = {"lora": 2e-2, "qlora": 2e-2, "full": 5e-3}
@@ -129,7 +129,7 @@ def test_events_reach_the_observer(run):
     assert [e.step for e in updates] == [1, 2, 3] and {e.total_steps for e in updates} == {3}
     assert [e.evaluation_follows for e in updates] == [False, True, True]
     assert [e.step for e in seen if isinstance(e, Evaluated)] == [0, 2, 3]
-    assert updates[-1].seconds_left == 0 and all(isinstance(e, Note | Updated | Evaluated) for e in seen)
+    assert updates[-1].seconds_left == 0 and all(isinstance(e, Note | Updated | Evaluated | Finding) for e in seen)
     assert [e.loss for e in updates] == done.losses
 
 
