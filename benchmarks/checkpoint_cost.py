@@ -1,9 +1,10 @@
-"""What saving a checkpoint costs beside training: LoRA of SmolLM2-135M on GSM8K's rows, r 16, batch 8, on the CPU.
+"""What a checkpoint every 50 updates adds to LoRA of SmolLM2-135M on GSM8K, r 16, batch 8, on the CPU.
 
-    python benchmarks/checkpoint_cost.py --data gsm8k_train.jsonl [--model FOLDER] [--updates 2] [--saves 5]
+    python benchmarks/checkpoint_cost.py [--saves 6]
 
-Counted is processor time, of the training thread that copies and of the thread that hashes, writes and reads back,
-against that of the updates: where all cores train, that is the time that a run grows by. Wall time is beside it.
+Saves of the same number of trained parameters are measured here: processor time of the training thread, which copies,
+and of the thread that hashes, writes and reads back. The updates' time is that of benchmarks/sft_cpu.py on this machine
+(results/sft_cpu.json), where both cores train, so that processor time is what a run grows by.
 """
 
 import argparse
@@ -11,81 +12,78 @@ import json
 import statistics
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import describe_machine, write_result
+import torch
+from common import RESULTS, describe_machine, write_result
 
-EVERY, R, BATCH = 50, 16, 8
+from welltuned.models.lora import Slot
+from welltuned.training.checkpoint import Position, Snapshot, checkpoints
+from welltuned.training.keeper import Keeper
+
+EVERY, TRAINED = 50, 4_884_480  # r 16 on all linear layers
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="GSM8K's training rows as JSONL (question, answer)")
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="default: %(default)s")
-    parser.add_argument("--updates", type=int, default=2, help="timed, after one that is not (default: %(default)s)")
-    parser.add_argument("--saves", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--saves", type=int, default=6, help="of which the first is not counted (default: %(default)s)")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        result = measured(arguments, Path(folder))
+    speed = json.loads((RESULTS / "sft_cpu.json").read_text(encoding="utf-8"))
+    result = {**measured(arguments.saves, speed), **describe_machine()}
     print(json.dumps(result, indent=1))
     print(write_result("checkpoint_cost", result))
 
 
-def measured(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Processor and wall seconds of updates and of saves, medians."""
-    from welltuned.models.packed import packed_model
-    from welltuned.recipe import load_recipe
-    from welltuned.training.checkpoint import Position, checkpoints
-    from welltuned.training.keeper import Keeper
-    from welltuned.training.optimizer import FlatAdamW
-    from welltuned.training.prepare import prepare
-    from welltuned.training.process import allocator_keeps_memory
-    from welltuned.training.run import adamw_settings, make_ready
-    from welltuned.training.snapshot import Origin, take
-
-    rows = folder / "rows.jsonl"
-    with open(arguments.data, encoding="utf-8") as lines:
-        rows.write_text("".join(line for line, _ in zip(lines, range(64), strict=False)), encoding="utf-8")
-    options = dict(model=arguments.model, data=str(rows), r=R, effective_batch_size=BATCH, dtype="float32")
-    prepared = prepare(load_recipe(None, options))
-    ready = make_ready(prepared.plan)
-    trained = ready.engine.trained
-    optimizer = FlatAdamW(trained.flat_KP, trained.grad_KP, trained.decayed, adamw_settings(prepared.plan))
-    trained.claim_gradients()
-    keeper = Keeper(folder, 2, lambda: None)
-    updates, waits, copies, writes = [], [], [], []
-    with allocator_keeps_memory(prepared.plan.facts.machine.device), packed_model(ready.model):
-        for step in range(arguments.updates + 1):
-            chosen = prepared.mixture.update(BATCH, step)
-            before = time.process_time(), time.perf_counter()
-            optimizer.zero_grad()
-            ready.objective.accumulate_gradient(ready.engine, [prepared.train[i] for i in chosen], chosen)
-            optimizer.step([1e-4])
-            updates.append((time.process_time() - before[0], time.perf_counter() - before[1]))
-    position = Position(token_budget=1)
-    for step in range(arguments.saves + 1):
-        at = replace(position, step=step)
-        before = time.thread_time(), time.perf_counter(), keeper.cost.writing_thread
-        keeper.save(lambda copied, at=at: take(trained, optimizer, at, Origin("cost", {}, {}), 0, copied=copied))
-        copies.append(time.thread_time() - before[0])
-        waits.append(time.perf_counter() - before[1])
-        assert not keeper.join()
-        writes.append(keeper.cost.writing_thread - before[2])
-    update, update_wall = (statistics.median(part) for part in zip(*updates[1:], strict=True))
-    copy, wait, write = (statistics.median(part[1:]) for part in (copies, waits, writes))
-    size = sum(path.stat().st_size for path in checkpoints(folder)[0][1].iterdir())
+def measured(saves: int, speed: dict[str, Any]) -> dict[str, Any]:
+    """Medians of a save's processor seconds, beside an update's."""
+    buffers = [torch.randn(1, TRAINED) for _ in range(3)]
+    copies, writes = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        keeper = Keeper(Path(folder), 2, lambda: None)
+        for step in range(saves):
+            before = time.thread_time(), keeper.cost.writing_thread
+            keeper.save(lambda copied, step=step: snapshot(buffers, step, copied))
+            copies.append(time.thread_time() - before[0])
+            assert not keeper.join()
+            writes.append(keeper.cost.writing_thread - before[1])
+        size = sum(path.stat().st_size for path in checkpoints(Path(folder))[0][1].iterdir())
+    copy, write = statistics.median(copies[1:]), statistics.median(writes[1:])
+    update, cores = update_seconds(speed), int(speed["machine"]["cores"])
     return {
-        "what": f"LoRA of {arguments.model} on GSM8K, r {R}, batches of {BATCH}, float32, a checkpoint every {EVERY}",
-        "trained_numbers": trained.flat_KP.numel(),
+        "what": f"a checkpoint every {EVERY} updates of LoRA on SmolLM2-135M, GSM8K, r 16, batch 8, float32",
+        "trained_numbers": TRAINED,
         "checkpoint_bytes": size,
-        "processor_seconds": {"update": update, "save_training_thread": copy, "save_writing_thread": write},
-        "wall_seconds": {"update": update_wall, "save_training_thread": wait},
-        "overhead": (copy + write) / (EVERY * update),
+        "processor_seconds": {"save_training_thread": copy, "save_writing_thread": write},
+        "update_seconds": update,
+        "update_cores": cores,
+        "overhead": (copy + write) / (EVERY * update * cores),
         "overhead_of_training_thread": copy / (EVERY * update),
-        **describe_machine(),
     }
+
+
+def snapshot(buffers: list[torch.Tensor], step: int, copied: bool) -> Snapshot:
+    flat, first, second = (buffer.to("cpu", copy=copied) for buffer in buffers)
+    assert all(bool(torch.isfinite(buffer).all()) for buffer in (flat, first, second))  # as a run's snapshot does
+    return Snapshot(
+        flat_KP=flat,
+        exp_avg_KP=first,
+        exp_avg_sq_KP=second,
+        steps_G=torch.zeros(1),
+        slots=[Slot("all", 0, (TRAINED,))],
+        position=Position(step=step, token_budget=1),
+        run="cost",
+        metrics_bytes=0,
+        identity={},
+        versions={},
+    )
+
+
+def update_seconds(speed: dict[str, Any]) -> float:
+    """Wall seconds of an update, by benchmarks/sft_cpu.py: its tokens over tokens a second."""
+    updates = speed["rows"] / speed["effective_batch_size"]
+    tokens: int = speed["runs"]["welltuned"][0]["tokens"]
+    return tokens / updates / float(speed["median"]["welltuned"]["tokens_per_s"])
 
 
 if __name__ == "__main__":
