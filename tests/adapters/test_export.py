@@ -36,7 +36,7 @@ def test_for_peft(trained_run, tmp_path, plain, tiny_model_dir, logits):
     assert load(tmp_path / "out", device="cpu").chat_template == load(run, device="cpu").chat_template
 
 
-@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("tune", [pytest.param("lora", marks=pytest.mark.slow), "full"])
 def test_merged(trained_run, tmp_path, plain, logits, tune):
     run = trained_run(tune)
     found = export(run, to="merged", out=tmp_path / "out", dtype="float32")
@@ -58,7 +58,7 @@ def test_the_card(trained_run, tmp_path):
     assert "colours.jsonl" in body and "same" in body and "12 updates" in body
 
 
-@pytest.mark.parametrize("quantize", ["f16", "q8_0"])
+@pytest.mark.parametrize("quantize", ["f16", pytest.param("q8_0", marks=pytest.mark.slow)])
 def test_gguf(trained_run, tmp_path, logits, quantize):
     run = trained_run()
     found = export(run, to="gguf", out=tmp_path / "out", quantize=quantize)
@@ -80,6 +80,7 @@ def test_a_gguf_file_that_is_wrong(trained_run, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_base_that_is_a_gguf_file(trained_run, tmp_path, logits, data_file):
     import welltuned
 
@@ -162,6 +163,7 @@ def test_templates_that_ollama_has_no_words_for(tiny_tokenizer):
         modelfile("x", turns_of(tiny_tokenizer, CHATML.replace("<|im_end|>", '"""')), [])
 
 
+@pytest.mark.slow
 def test_for_ollama(trained_run, tmp_path):
     found = export(trained_run(), to="ollama", out=tmp_path / "out", quantize="q8_0")
     text = (tmp_path / "out" / "Modelfile").read_text()

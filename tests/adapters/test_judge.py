@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def held_out(run):
     return json.loads((run / "run.json").read_text())["held_out"]
 
 
-@pytest.mark.parametrize("tune", ["lora", "qlora", "full"])
+@pytest.mark.parametrize("tune", ["lora", pytest.param("qlora", marks=pytest.mark.slow), "full"])
 def test_the_run_is_as_good_as_it_said(trained_run, tune):
     """Base and tuned on the rows that the run held out, found again: the numbers of run.json."""
     if tune == "qlora":
@@ -61,6 +62,7 @@ def test_a_model_by_itself(tiny_model_dir, data_file, capsys):
     assert document["tuned"]["loss"] == pytest.approx(math.log(document["tuned"]["perplexity"]))
 
 
+@pytest.mark.slow
 def test_replies(trained_run, capsys):
     """Each metric is of the replies that the document holds."""
     run = trained_run(max_steps=60)
@@ -232,12 +234,19 @@ def test_the_sweep_command(trained_run, tmp_path, capsys):
     assert main(["adapter", "scale", str(trained_run("full")), "--sweep"]) == 2
 
 
-def test_a_sweep_that_the_base_wins(trained_run, tmp_path, capsys, write_rows):
-    """Planted: answers of which the adapter learned the contrary."""
-    run, out = str(trained_run(max_steps=60)), tmp_path / "chosen"
-    other = [{"prompt": f"{i} times the red hat", "completion": "ÄÖÜ ßß %&" + str(i)} for i in range(12)]
-    data = write_rows(tmp_path / "other.jsonl", other)
-    assert main(["adapter", "scale", run, "--sweep", "--strengths", "0,1", "--data", data, "--out", str(out)]) == 1
+def test_a_sweep_that_the_base_wins(trained_run, tmp_path, capsys, monkeypatch):
+    """Planted: the adapter makes every row worse."""
+    from welltuned.finished import sweep as sweeping
+
+    real = sweeping.judge
+
+    def worse(engine, rows):
+        found = real(engine, rows)
+        return replace(found, loss=found.loss + 9, loss_of_example=tuple(x + 9 for x in found.loss_of_example))
+
+    monkeypatch.setattr(sweeping, "judge", worse)
+    run, out = str(trained_run()), tmp_path / "chosen"
+    assert main(["adapter", "scale", run, "--sweep", "--strengths", "0,1", "--rows", "6", "--out", str(out)]) == 1
     assert "the untuned base is as good" in capsys.readouterr().err and not out.exists()
 
 

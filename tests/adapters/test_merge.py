@@ -38,18 +38,16 @@ def others(make_model_dir):
     ("kind", "options", "streamed"),
     [
         ("usual", {}, True),
-        ("usual", {"use_rslora": True, "r": 8, "lora_alpha": 4}, True),
-        ("untied", {}, True),
-        ("biases", {}, True),
+        pytest.param("usual", {"use_rslora": True, "r": 8, "lora_alpha": 4}, True, marks=pytest.mark.slow),
+        pytest.param("untied", {}, True, marks=pytest.mark.slow),
+        pytest.param("biases", {}, True, marks=pytest.mark.slow),
         ("biases", {"bias": "lora_only"}, False),
         ("conv1d", {}, False),
-        ("experts", {"target_modules": "[all-linear, experts]"}, False),
+        pytest.param("experts", {"target_modules": ("all-linear", "experts")}, False, marks=pytest.mark.slow),
     ],
 )
 def test_merged_weights(trained_run, others, tiny_model_dir, tmp_path, plain, logits, kind, options, streamed):
     """In float32 the merged model is base and adapter, by transformers alone; from file to file wherever it can be."""
-    if "target_modules" in options:
-        options = {**options, "target_modules": ("all-linear", "experts")}
     base = tiny_model_dir if kind == "usual" else others[kind]
     run = trained_run(model=str(base), **options)
     found = merge(run, out=tmp_path / "merged", dtype="float32")
@@ -58,6 +56,7 @@ def test_merged_weights(trained_run, others, tiny_model_dir, tmp_path, plain, lo
     assert close(merged, tuned, 1e-4) and not close(merged, logits(plain(base)), 0.02)
 
 
+@pytest.mark.slow
 def test_like_pefts_merge(trained_run, tiny_model_dir, tmp_path, plain):
     run = trained_run()
     merge(run, out=tmp_path / "merged", dtype="float32")
@@ -68,7 +67,7 @@ def test_like_pefts_merge(trained_run, tiny_model_dir, tmp_path, plain):
         assert torch.allclose(tensor, theirs[name], atol=1e-6), name
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_16_bits(trained_run, tmp_path, dtype):
     found = merge(trained_run(), out=tmp_path / "merged", dtype=dtype)
     tensors = load_file(tmp_path / "merged" / "model.safetensors")
@@ -94,6 +93,7 @@ def test_qlora_becomes_what_it_was_trained_on(trained_run, tiny_model_dir, tmp_p
     assert not close(logits(plain(tmp_path / "onto")), tuned, 0.01)
 
 
+@pytest.mark.slow
 def test_qlora_with_experts(trained_run, others, tmp_path, plain, logits):
     pytest.importorskip("bitsandbytes")
     run = trained_run("qlora", model=str(others["experts"]), target_modules=("all-linear", "experts"))
@@ -239,6 +239,7 @@ def test_one_layer_that_was_forgotten(trained_run, tmp_path, monkeypatch):
         merge(trained_run(), out=tmp_path / "merged", dtype="float32")
 
 
+@pytest.mark.slow
 def test_an_effect_lost_in_rounding(copied, tmp_path):
     run = copied()
 
@@ -309,6 +310,7 @@ def test_the_command(trained_run, tmp_path, capsys):
     assert "there is no adapter to merge" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_base_changed_on_disk(trained_run, tiny_model_dir, tmp_path, copied):
     """The same place, and other weights in it since."""
     moved = tmp_path / "base"

@@ -161,15 +161,14 @@ def _refuse_vocabulary(
             what = f"the adapter holds all of {_plain(name)} with {len(adapter.tensors[name]):,} rows: its vocabulary "
             mend = "merge it with PEFT, after resizing the base"
             raise InputError(f"{what}was resized or trained (the base has {rows:,})", where=str(job.adapter), mend=mend)
-    largest = max(tokenizer.get_vocab().values())
     own = job.adapter / "tokenizer.json"
     if own.is_file():
         added = json.loads(own.read_text(encoding="utf-8")).get("added_tokens") or []
-        largest = max([largest, *(token["id"] for token in added)])
-    used = [index for index in (largest,) if index >= rows]
-    if used and own.is_file():
-        what = f"its tokenizer has token {used[0]}, and the base's embedding ends with {rows - 1}"
-        raise InputError(what, where=str(own), mend="resize the base's vocabulary first, as it was for training")
+        largest = max((token["id"] for token in added), default=0)
+        known = max(tokenizer.get_vocab().values())  # Gemma 3 1B's own has one more than its embedding, an image's
+        if largest >= rows and largest > known:
+            what = f"its tokenizer has token {largest}, and the base's embedding ends with {rows - 1}"
+            raise InputError(what, where=str(own), mend="resize the base's vocabulary first, as it was for training")
 
 
 def refuse_other_base(job: Job, model: PreTrainedModel) -> None:

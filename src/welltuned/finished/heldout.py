@@ -21,6 +21,7 @@ from welltuned.models.fuse import find_head, fuse
 from welltuned.models.lora import AdapterBank
 from welltuned.models.packed import packed_model, packs
 from welltuned.objectives.supervised import supervised_tokens
+from welltuned.recipe import Method
 from welltuned.training.prepare import prepare
 from welltuned.training.step import Engine, Evaluation, evaluate
 
@@ -62,6 +63,9 @@ def held_out_rows(finished: Finished) -> RowSet:
     """
     if finished.plan is None:
         raise InputError("only a Run knows its held-out rows", where=str(finished.path), mend="give --data FILE")
+    if finished.plan.recipe.method is not Method.SFT:
+        what = f"the rows of a {finished.plan.recipe.method} run are not answers whose loss could be measured"
+        raise InputError(what, where=str(finished.path), mend="give --data FILE")
     prepared = prepare(finished.plan.recipe)
     noted = finished.facts.get("held_out") or {}
     origins = [e.origin for e in prepared.held_out[: len(noted.get("origins", []))]]

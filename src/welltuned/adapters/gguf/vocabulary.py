@@ -54,7 +54,8 @@ class Vocabulary:
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
-    """Read a fast tokenizer; `rows` of the embedding beyond its tokens become unused tokens.
+    """Read a fast tokenizer; `rows` of the embedding beyond its tokens become unused tokens, and added tokens beyond
+    the embedding, which the model could not read, are left out.
 
     Raises:
         InputError: a kind of tokenizer, or a way of splitting text, that is not known here.
@@ -67,9 +68,9 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
         raise InputError(f"tokenizers of type {model.get('type')} are not exported to GGUF", mend=MEND)
     added = {token["id"]: token for token in said["added_tokens"]}
     by_id = {index: text for text, index in model["vocab"].items()} | {i: t["content"] for i, t in added.items()}
-    last = max(by_id)
-    if last >= rows:
-        raise InputError(f"the tokenizer has token {last}, and the embedding ends with {rows - 1}", mend=MEND)
+    beyond = [index for index in by_id if index >= rows and index not in added]
+    if beyond:  # added ones may be: Gemma 3 1B's tokenizer has one more than its embedding, an image's
+        raise InputError(f"the tokenizer has token {max(beyond)}, and the embedding ends with {rows - 1}", mend=MEND)
     tokens = tuple(by_id.get(index, f"[UNUSED{index}]") for index in range(rows))
     kinds = tuple(_kind(index, by_id, added, model) for index in range(rows))
     merges = tuple(m if isinstance(m, str) else " ".join(m) for m in model["merges"])
