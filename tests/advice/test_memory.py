@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from welltuned.advice.memory import MemorySetting, forecast_memory
+from welltuned.advice.activations import MemorySetting
+from welltuned.advice.memory import forecast_memory
 from welltuned.advice.plan import make_plan, require_memory
 from welltuned.advice.rules import rule
 from welltuned.choice import SetBy

@@ -14,9 +14,10 @@ import yaml
 
 from welltuned.advice import batch as batches
 from welltuned.advice import learning_rate, lora, schedule
+from welltuned.advice.activations import MemorySetting
 from welltuned.advice.codec import from_plain, to_plain
 from welltuned.advice.effort import TimeForecast, forecast_time
-from welltuned.advice.memory import Fitted, MemoryForecast, MemorySetting, fit_memory, trained_parameters
+from welltuned.advice.memory import Fitted, MemoryForecast, fit_memory, trained_parameters
 from welltuned.advice.rules import cited, number, rule
 from welltuned.advice.settle import from_rule, settle, shown
 from welltuned.advice.warn import all_warnings, ways_to_fit

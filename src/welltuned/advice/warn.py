@@ -4,8 +4,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from welltuned.advice.activations import MemorySetting
 from welltuned.advice.learning_rate import family_of
-from welltuned.advice.memory import MemoryForecast, MemorySetting, forecast_memory
+from welltuned.advice.memory import MemoryForecast, forecast_memory
 from welltuned.advice.rules import number, rule
 from welltuned.advice.settle import counted, shown
 from welltuned.choice import Choice, SetBy
