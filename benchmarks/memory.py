@@ -15,7 +15,6 @@ compares what was measured with today's forecast.
 import argparse
 import gc
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -117,7 +116,7 @@ def main() -> None:
     if arguments.case is not None:
         print(json.dumps(measure(CASES[arguments.case], recorded=False)))
         return
-    found = [] if not arguments.again else recorded_cases()
+    found = recorded_cases(arguments.resident) if arguments.again else []
     for index, case in enumerate(CASES):
         if arguments.again or arguments.only not in case.name:
             continue
@@ -130,12 +129,14 @@ def main() -> None:
         print(write_result("memory", result_of(found)))
 
 
-def recorded_cases() -> list[dict[str, Any]]:
-    """The cases as they were measured, with today's forecast."""
+def recorded_cases(resident: bool) -> list[dict[str, Any]]:
+    """The cases as they were measured, with today's forecast; `resident` measures whole processes anew."""
     before = json.loads((RESULTS / "memory.json").read_text(encoding="utf-8"))["cases"]
     by_name, again = {case.name: case for case in CASES}, []
     for run in before:
-        again.append(compared(by_name[run["name"]], {key: run[key] for key in MEASURED if key in run}))
+        case = by_name[run["name"]]
+        process = in_a_process(CASES.index(case)) if resident and case.whole_process else {}
+        again.append(compared(case, {key: run[key] for key in MEASURED if key in run} | process))
         print(sentence(again[-1]), file=sys.stderr, flush=True)
     return again
 
@@ -200,7 +201,7 @@ def measure(case: Case, *, recorded: bool = True, updates: int = 1, compute: boo
     computed = compute or case.tune == "full"
     with ExitStack() as stack:
         stack.enter_context(allocator_keeps_memory(Device.CPU))
-        before_model = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        before_model = most_resident()
         engine, update = made_ready(case)
         alive = alive_bytes()
         record = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
@@ -211,7 +212,7 @@ def measure(case: Case, *, recorded: bool = True, updates: int = 1, compute: boo
             stack.enter_context(without_products())
         for _ in range(updates):
             update()
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        resident = most_resident()
     if not recorded:
         return {"resident": resident, "resident_before_model": before_model}
     return {"allocated": alive + peak_of(record), "alive_before": alive, "computed": computed}
@@ -281,7 +282,8 @@ def made_ready(case: Case) -> tuple[Any, Any]:
 
 
 def forecast_parts(case: Case) -> dict[str, int]:
-    from welltuned.advice.memory import MemorySetting, forecast_memory
+    from welltuned.advice.activations import MemorySetting
+    from welltuned.advice.memory import forecast_memory
     from welltuned.facts.machine import Device
     from welltuned.facts.model import read_model_facts
     from welltuned.recipe import Tune
@@ -298,6 +300,12 @@ def forecast_parts(case: Case) -> dict[str, int]:
     )
     with configuration(case) as folder:
         return dict(forecast_memory(read_model_facts(folder, weights_needed=False), setting).parts)
+
+
+def most_resident() -> int:
+    """The kernel's highest figure for this process; `ru_maxrss` would be its parent's where that was larger."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def without_products() -> Any:

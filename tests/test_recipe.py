@@ -252,7 +252,7 @@ def test_round_trip_of_data_keys(tmp_path_factory, data, numbers, policies, loss
 
 
 def test_every_key_is_explained():
-    assert set(FIELDS) | {"policies", "hyperparameters"} == set(Recipe.__dataclass_fields__)
+    assert set(FIELDS) | {"policies", "hyperparameters", "tune_given"} == set(Recipe.__dataclass_fields__)
     assert set(KEYS) == {*FIELDS, *POLICIES, *HYPERPARAMETERS}
     for name, key in KEYS.items():
         assert key.doc.endswith(".") and len(key.doc) > 15, name

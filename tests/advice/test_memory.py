@@ -1,7 +1,11 @@
 """The memory forecast: its parts, its bounds, and that it agrees with what an update allocates."""
 
+import importlib.util
+import json
 import math
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from welltuned.advice.memory import MemorySetting, forecast_memory
+from welltuned.advice.activations import MemorySetting
+from welltuned.advice.memory import forecast_memory
 from welltuned.advice.plan import make_plan, require_memory
 from welltuned.advice.rules import rule
 from welltuned.choice import SetBy
@@ -18,6 +23,7 @@ from welltuned.facts.machine import Device
 from welltuned.facts.model import read_model_facts
 from welltuned.recipe import Tune, load_recipe
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = MemorySetting(
     tune=Tune.LORA, dtype="float32", device=Device.CPU, micro_tokens=512, checkpointing=False, r=16, lengths=(128,)
 )
@@ -93,8 +99,6 @@ def layers_of(smollm2):
 
 @pytest.fixture(scope="module")
 def facts_of(tmp_path_factory, shapes):
-    import json
-
     def read(shape, **more):
         folder = tmp_path_factory.mktemp(shape)
         config = {"model_type": "llama", "max_position_embeddings": 8192, **shapes[shape], **more}
@@ -226,3 +230,18 @@ def measured(setting, folder):
         now += event.nbytes() if event.name() == "[memory]" else 0
         peak = max(peak, now)
     return read_model_facts(str(folder), weights_needed=False), peak, state
+
+
+def test_every_measured_configuration_is_forecast_within_a_tenth(monkeypatch):
+    """A change of a rule must not undo the benchmark: its measurements against today's forecast."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("benchmark_of_memory", BENCHMARKS / "memory.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, benchmark)
+    spec.loader.exec_module(benchmark)
+    recorded = json.loads((BENCHMARKS / "results" / "memory.json").read_text(encoding="utf-8"))["cases"]
+    measured_of = {run["name"]: run["allocated"] for run in recorded}
+    assert len(measured_of) >= 12 and set(measured_of) == {case.name for case in benchmark.CASES}
+    for case in benchmark.CASES:
+        parts = benchmark.forecast_parts(case)
+        assert sum(parts.values()) - parts["overhead"] == pytest.approx(measured_of[case.name], rel=0.1), case.name

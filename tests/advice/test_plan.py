@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from welltuned.advice.activations import MemorySetting
 from welltuned.advice.effort import SpeedFrom, flops_per_token
 from welltuned.advice.evidence import row
-from welltuned.advice.memory import MemorySetting, forecast_memory
+from welltuned.advice.memory import forecast_memory
 from welltuned.advice.plan import make_plan, plan_from_yaml, plan_lines, plan_to_yaml, require_memory
 from welltuned.choice import SetBy
 from welltuned.errors import InputError
