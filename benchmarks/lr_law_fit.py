@@ -130,9 +130,15 @@ def _of_evidence(dataset: str, updates: int, batch: int, alpha: float, ids: Sequ
 
 def vertex(x: np.ndarray, loss: np.ndarray) -> float:
     """ln(alpha · rate) of the lowest point of the parabola through the lowest of three neighbours and those."""
-    best = min(max(int(np.argmin(loss)), 1), len(x) - 2)
-    a, b, _ = np.polyfit(x[best - 1 : best + 2], loss[best - 1 : best + 2], 2)
-    return float(np.clip(-b / (2 * a), x[best - 1], x[best + 1])) if a > 0 else float(x[np.argmin(loss)])
+    near = three(loss)
+    a, b, _ = np.polyfit(x[near], loss[near], 2)
+    return float(np.clip(-b / (2 * a), x[near][0], x[near][-1])) if a > 0 else float(x[np.argmin(loss)])
+
+
+def three(loss: np.ndarray) -> slice:
+    """The lowest loss and its neighbours; where it lies at an end, the three at that end."""
+    middle = min(max(int(np.argmin(loss)), 1), len(loss) - 2)
+    return slice(middle - 1, middle + 2)
 
 
 def vertex_error(cell: Measured) -> float | None:
@@ -216,8 +222,7 @@ def regret(cell: Measured, x: float) -> float:
 
 def described(cell: Measured) -> dict[str, Any]:
     error = vertex_error(cell)
-    best = int(np.argmin(cell.loss))
-    curvature = np.polyfit(cell.x[best - 1 : best + 2], cell.loss[best - 1 : best + 2], 2)[0] / cell.loss.min()
+    curvature = np.polyfit(cell.x[three(cell.loss)], cell.loss[three(cell.loss)], 2)[0] / cell.loss.min()
     return {
         "dataset": cell.dataset,
         "updates": cell.updates,

@@ -43,7 +43,7 @@ def choose_alpha(r: int) -> Choice:
     value = float(max(number("lora_alpha"), r))
     why = (
         f"with r {r} this scales the update by {shown(value / r)}; rates were measured at alpha "
-        f"{shown(number('lora_alpha'))}, and since alpha times rate is what acts, the rate is chosen to match"
+        f"{shown(number('lora_alpha'))}, and the rate is chosen to match"
     )
     return Choice(value=value, low=float(r), high=float(max(2 * r, value)), reason=why, evidence=cited("lora_alpha"))
 
