@@ -6,8 +6,9 @@ A cell's **optimum** is the vertex of the parabola in ln(alpha · rate) through 
 Its error is the standard deviation of that vertex over bootstrap samples of the held-out rows (the same rows at every
 rate). M001 to M007 and M009 to M011 of the evidence are two more cells, whose rows were not kept.
 
-**The law**: the sweep's, as regret.py fits it, is where it is at 780 updates of 128. What our optima are above or below
-it is put down to o + b ln(batch / 128) + p ln(780 / updates), by least squares, and to less than that in `FORMS`.
+**The law** is the sweep's (regret.py) + a ln(alpha / 32) + b ln(batch / 128) + p ln(780 / updates).
+All constants come from one regression on the sweep's optima and ours; the sweep's cells have none of the three terms.
+Below `rate_knee` parameters the rate falls faster with size: where that begins is what fits best.
 
 **Regret** is that of regret.py, in per cent of loss: of the law fitted without the cell that is judged (nor its repeat
 with another seed), and of rates that others set by default. A default below the lowest measured rate counts with the
@@ -129,9 +130,15 @@ def _of_evidence(dataset: str, updates: int, batch: int, alpha: float, ids: Sequ
 
 def vertex(x: np.ndarray, loss: np.ndarray) -> float:
     """ln(alpha · rate) of the lowest point of the parabola through the lowest of three neighbours and those."""
-    best = min(max(int(np.argmin(loss)), 1), len(x) - 2)
-    a, b, _ = np.polyfit(x[best - 1 : best + 2], loss[best - 1 : best + 2], 2)
-    return float(np.clip(-b / (2 * a), x[best - 1], x[best + 1])) if a > 0 else float(x[np.argmin(loss)])
+    near = three(loss)
+    a, b, _ = np.polyfit(x[near], loss[near], 2)
+    return float(np.clip(-b / (2 * a), x[near][0], x[near][-1])) if a > 0 else float(x[np.argmin(loss)])
+
+
+def three(loss: np.ndarray) -> slice:
+    """The lowest loss and its neighbours; where it lies at an end, the three at that end."""
+    middle = min(max(int(np.argmin(loss)), 1), len(loss) - 2)
+    return slice(middle - 1, middle + 2)
 
 
 def vertex_error(cell: Measured) -> float | None:
@@ -146,40 +153,59 @@ def vertex_error(cell: Measured) -> float | None:
 
 # ── the law ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-FORMS = {"batch, updates": (1, 2), "offset, batch, updates": (0, 1, 2), "offset, batch": (0, 1), "offset": (0,)}
-SHIPPED = "offset, batch, updates"
+NAMES = (*published.FAMILIES, "size_exponent", "small_exponent", "rank_exponent")
+OURS = ("alpha_exponent", "batch_exponent", "updates_exponent")
+POOLED = ("unknown", *NAMES[len(published.FAMILIES) :])
+KNEES = (2e9, 3e9, 4e9, 6e9, 8e9, 1.2e10)
 
 
-def terms(cell: Measured) -> np.ndarray:
-    return np.array([1.0, math.log(cell.batch / number("rate_batch")), math.log(number("rate_updates") / cell.updates)])
+@dataclass(frozen=True, slots=True)
+class Law:
+    """Coefficients by name, their standard errors, and the deviation of an optimum from the law, all in ln(rate)."""
+
+    by_family: bool
+    coefficients: np.ndarray
+    errors: np.ndarray
+    deviation: float
+
+    @property
+    def constants(self) -> dict[str, float]:
+        names = (*(NAMES if self.by_family else POOLED), *OURS)
+        return dict(zip(names, self.coefficients, strict=True))
 
 
-def residual(cell: Measured, sweep: np.ndarray) -> float:
-    """ln of the optimum over the sweep's law at this size and rank."""
-    at_sweep = float(np.dot(published.features(cell.as_cell, True), sweep)) + math.log(number("rate_alpha"))
-    return vertex(cell.x, cell.loss) - at_sweep
+def terms(cell: Measured) -> list[float]:
+    batch, updates = cell.batch / number("rate_batch"), number("rate_updates") / cell.updates
+    return [math.log(cell.alpha / number("rate_alpha")), math.log(batch), math.log(updates)]
 
 
-def fit(cells: Sequence[Measured], sweep: np.ndarray, form: str) -> tuple[np.ndarray, np.ndarray]:
-    """Coefficients [offset, batch, updates], zero where the form has none, and their standard errors."""
-    columns = list(FORMS[form])
-    matrix, target = np.array([terms(cell)[columns] for cell in cells]), np.array([residual(c, sweep) for c in cells])
-    found = np.linalg.lstsq(matrix, target, rcond=None)[0]
-    left = target - matrix @ found
-    variance = left @ left / max(1, len(cells) - len(columns))
-    coefficients, errors = np.zeros(3), np.zeros(3)
-    coefficients[columns] = found
-    errors[columns] = np.sqrt(np.diag(np.linalg.pinv(matrix.T @ matrix)) * variance)
-    return coefficients, errors
+def features(cell: Measured, by_family: bool) -> list[float]:
+    return [*published.features(cell.as_cell, by_family), *terms(cell)]
 
 
-def left_out(cells: Sequence[Measured], sweep: np.ndarray, form: str) -> dict[str, float]:
-    """ln(alpha · rate) for every cell by the law fitted without it and its repeats."""
+def fit(cells: Sequence[Measured], sweep: Sequence[published.Cell], by_family: bool = True) -> Law:
+    """One censored regression of ln(rate) on the sweep's cells and ours."""
+    matrix = [features(cell, by_family) for cell in cells]
+    matrix += [[*published.features(cell, by_family), 0.0, 0.0, 0.0] for cell in sweep]
+    optima = [(vertex(cell.x, cell.loss) - math.log(cell.alpha),) * 2 for cell in cells]
+    low, high = np.array(optima + [published.optimum(cell) for cell in sweep]).T
+    x = np.array(matrix)
+    coefficients, deviation = published.censored_fit(x, low, high)
+    errors = deviation * np.sqrt(np.diag(np.linalg.pinv(x.T @ x)))
+    return Law(by_family, coefficients, errors, deviation)
+
+
+def predicted(law: Law, cell: Measured) -> float:
+    """ln(alpha · rate)."""
+    return float(np.dot(features(cell, law.by_family), law.coefficients)) + math.log(cell.alpha)
+
+
+def left_out(cells: Sequence[Measured], sweep: Sequence[published.Cell]) -> dict[str, float]:
+    """ln(alpha · rate) of every cell by the law fitted without it and its repeats."""
     found = {}
-    for cell in cells:
-        others = [other for other in cells if other.group != cell.group]
-        coefficients, _ = fit(others, sweep, form)
-        found[cell.name] = vertex(cell.x, cell.loss) - residual(cell, sweep) + float(terms(cell) @ coefficients)
+    for group in dict.fromkeys(cell.group for cell in cells):
+        law = fit([cell for cell in cells if cell.group != group], sweep)
+        found |= {cell.name: predicted(law, cell) for cell in cells if cell.group == group}
     return found
 
 
@@ -196,8 +222,7 @@ def regret(cell: Measured, x: float) -> float:
 
 def described(cell: Measured) -> dict[str, Any]:
     error = vertex_error(cell)
-    best = int(np.argmin(cell.loss))
-    curvature = np.polyfit(cell.x[best - 1 : best + 2], cell.loss[best - 1 : best + 2], 2)[0] / cell.loss.min()
+    curvature = np.polyfit(cell.x[three(cell.loss)], cell.loss[three(cell.loss)], 2)[0] / cell.loss.min()
     return {
         "dataset": cell.dataset,
         "updates": cell.updates,
@@ -223,22 +248,24 @@ def judged(cells: Sequence[Measured], rates: Mapping[str, float]) -> dict[str, A
 
 
 def measure() -> dict[str, Any]:
-    cells = read_cells()
-    sweep = published.fit(published.read_cells())[0]
-    laws = {form: left_out(cells, sweep, form) for form in FORMS}
-    optima = {cell.name: vertex(cell.x, cell.loss) for cell in cells}
+    cells, sweep = read_cells(), published.read_cells()
+    law, pooled, rates = fit(cells, sweep), fit(cells, sweep, by_family=False), left_out(cells, sweep)
     shipped = {cell.name: math.log(lora_rate(cell.setting).value * cell.alpha) for cell in cells}
-    peers = {name: judged(cells, dict.fromkeys(optima, math.log(value))) for name, value in PEERS.items()}
+    peers = {name: judged(cells, dict.fromkeys(rates, math.log(value))) for name, value in PEERS.items()}
     best_peer = min(peers, key=lambda name: peers[name]["mean"])
-    ours = judged(cells, laws[SHIPPED])
+    ours = judged(cells, rates)
+    apart = [vertex(cell.x, cell.loss) - rates[cell.name] for cell in cells]
     return {
         "what": __doc__.splitlines()[0],
         "unit": "alpha · rate; regret in per cent of held-out loss above the cell's lowest",
         "model": "SmolLM2-135M-Instruct",
         "cells": {cell.name: described(cell) for cell in cells},
-        "forms": {form: _form(cells, sweep, form, laws[form], optima) for form in FORMS},
-        "shipped_form": SHIPPED,
-        "left_out": {**ours, "predicted": {name: float(f"{math.exp(x):.3g}") for name, x in laws[SHIPPED].items()}},
+        "constants": {name: _round(value) for name, value in law.constants.items()},
+        "standard_errors": dict(zip(law.constants, (_round(error) for error in law.errors), strict=True)),
+        "deviation": _round(law.deviation),
+        "constants_without_family": {name: _round(value) for name, value in pooled.constants.items()},
+        "left_out": {**ours, "predicted": {name: float(f"{math.exp(x):.3g}") for name, x in rates.items()}},
+        "left_out_deviation": _round(math.sqrt(np.mean(np.square(apart)))),
         "as_shipped": judged(cells, shipped),
         "peers": peers,
         "best_peer": best_peer,
@@ -246,22 +273,15 @@ def measure() -> dict[str, Any]:
     }
 
 
-def _form(
-    cells: Sequence[Measured],
-    sweep: np.ndarray,
-    form: str,
-    law: Mapping[str, float],
-    optima: Mapping[str, float],
-) -> dict[str, Any]:
-    coefficients, errors = fit(cells, sweep, form)
-    names = ("offset", "batch_exponent", "updates_exponent")
-    apart = [optima[name] - law[name] for name in optima]
-    return {
-        **{name: _round(value) for name, value in zip(names, coefficients, strict=True)},
-        "standard_errors": [_round(value) for value in errors],
-        "left_out_deviation": _round(math.sqrt(np.mean(np.square(apart)))),
-        "left_out_mean_regret": judged(cells, law)["mean"],
-    }
+def knees() -> dict[str, float]:
+    """Deviation from the law, fitted with its knee elsewhere: where the sweep and our cells want it."""
+    cells, sweep = read_cells(), published.read_cells()
+    with_knee = {}
+    for knee in KNEES:
+        published.KNEE = knee
+        with_knee[f"{knee:.1e}"] = _round(fit(cells, sweep).deviation)
+    published.KNEE = number("rate_knee")
+    return with_knee
 
 
 def _round(value: float) -> float:
@@ -285,13 +305,12 @@ def plotted(result: Mapping[str, Any]) -> str:
 
 def main() -> None:
     result = measure()
-    write_result("lr_law", result)
+    write_result("lr_law", {**result, "deviation_by_knee": knees()})
     (RESULTS / "lr_law.svg").write_text(plotted(result), encoding="utf-8")
     for name, cell in result["cells"].items():
         law, lost = result["left_out"]["predicted"][name], result["left_out"]["cells"][name]
         print(f"{name:45} optimum {cell['optimum']:.4f}, law without it {law:.4f}: {lost:.2f} %")
-    for form, found in result["forms"].items():
-        print(form, {key: value for key, value in found.items()})
+    print(result["constants"], result["constants_without_family"], "deviation", result["deviation"])
     print({name: found["mean"] for name, found in result["peers"].items()}, "ours", result["left_out"]["mean"])
 
 

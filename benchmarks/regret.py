@@ -13,12 +13,13 @@ cell is left out for that rule, and counted.
 summary `all`; `shared` are those of rank 16 and above in which every rule has a regret, the formula for Llama and Qwen
 included.
 
-**Ours** is the law of `advice/learning_rate.py`: ln rate = c(family) + p ln(parameters / 8e9) + q ln(r / 16). For every
-model its constants are fitted again without that model's cells (leave one model out), by maximum likelihood with normal
-errors in ln(rate). A cell whose best rate is inside its grid gives the parabola's vertex. One whose best rate is the
-highest gives an interval: from halfway (in logarithms) down to the rate before to halfway up to the next of the
-sweep's rates, which diverged or was not run. `ours, no family` has one c for all. `ours, as shipped` are the constants
-of rules.yaml, fitted on all cells: no test of anything but that they still fit.
+**Ours** is the law of `advice/learning_rate.py`: ln rate = c(family) + p ln(parameters / 8e9) + q ln(r / 16), and for
+less than 4e9 parameters + s ln(4e9 / parameters). For every model its constants are fitted again without that model's
+cells (leave one model out), by maximum likelihood with normal errors in ln(rate). A cell whose best rate is inside its
+grid gives the parabola's vertex. One whose best rate is the highest gives an interval: from halfway (in logarithms)
+down to the rate before to halfway up to the next of the sweep's rates, which diverged or was not run. `ours, no family`
+has one c for all. `ours, as shipped` are the constants of rules.yaml, fitted on all cells and on those of lr_law.py: no
+test of anything but that they still fit.
 """
 
 import csv
@@ -39,6 +40,7 @@ from welltuned.advice.rules import number
 HERE = Path(__file__).parent
 SWEEP, MODELS = HERE / "data" / "tinker_sft_sweep.csv", HERE / "data" / "tinker_sft_models.csv"
 RESULT = HERE / "results" / "regret.json"
+KNEE = number("rate_knee")  # parameters below which the rate falls faster with size
 HIGHEST = 3e-3  # the sweep's highest rate, which diverged almost everywhere
 FIXED = (1e-4, 2e-4, 3e-4, 4e-4, 5e-4)
 FAMILIES = ("llama", "qwen3", "qwen3.5+", "other")
@@ -179,9 +181,10 @@ def optimum(cell: Cell) -> tuple[float, float]:
 
 def features(cell: Cell, by_family: bool) -> list[float]:
     size = math.log(cell.parameters / number("rate_size"))
+    small = max(0.0, math.log(KNEE / cell.parameters))
     rank = math.log(cell.rank / number("rate_rank"))
     constants = [float(cell.family == family) for family in FAMILIES] if by_family else [1.0]
-    return [*constants, size, rank]
+    return [*constants, size, small, rank]
 
 
 def fit(cells: Sequence[Cell], by_family: bool = True) -> tuple[np.ndarray, float]:
@@ -229,11 +232,12 @@ def left_out_rates(cells: Sequence[Cell], by_family: bool) -> dict[tuple[str, in
 
 
 def constants(cells: Sequence[Cell]) -> dict[str, float]:
-    """The law's constants, fitted on all cells: what rules.yaml ships."""
+    """The law's constants, fitted on all cells of the sweep; what is shipped rests on lr_law.py's cells too."""
     coefficients, deviation = fit(cells)
     families = {name: float(f"{math.exp(c):.3g}") for name, c in zip(FAMILIES, coefficients, strict=False)}
-    size, rank = (float(c) for c in coefficients[len(FAMILIES) :])
-    return {**families, "size_exponent": _round(size), "rank_exponent": _round(rank), "deviation": _round(deviation)}
+    names = ("size_exponent", "small_exponent", "rank_exponent")
+    exponents = dict(zip(names, (_round(c) for c in coefficients[len(FAMILIES) :]), strict=True))
+    return {**families, **exponents, "deviation": _round(deviation)}
 
 
 # ── rules ────────────────────────────────────────────────────────────────────────────────────────────────────────────

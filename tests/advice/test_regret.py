@@ -34,7 +34,7 @@ def test_the_committed_result_is_what_the_code_gives(regret, result):
 
 def test_ours_loses_far_less_than_any_peer(result):
     means = {name: found["mean"] for name, found in result["r16"].items()}
-    assert means["ours"] <= 0.12 and result["r16"]["ours"]["unmeasured"] <= 2
+    assert means["ours"] <= 0.10 and result["r16"]["ours"]["unmeasured"] <= 5  # 1B: just above the highest that ran
     assert means["1e-4"] == pytest.approx(2.0, abs=0.1) and means["2e-4"] == pytest.approx(0.98, abs=0.15)
     assert means["tinker-cookbook's formula"] == pytest.approx(0.40, abs=0.04)
     for name, found in result["shared"].items():
@@ -44,12 +44,14 @@ def test_ours_loses_far_less_than_any_peer(result):
         assert by["ours"] < 0.7 * min(mean for name, mean in by.items() if not name.startswith("ours"))
 
 
-def test_the_shipped_law_is_the_fit_and_the_evidence_says_the_same(result):
+def test_the_shipped_law_is_near_the_sweeps_own_fit_and_the_evidence_says_the_same(result):
+    """What is shipped is fitted to our own runs too (test_lr_law_fit.py): they hardly move what the sweep says."""
     fitted = result["fitted_on_all"]
     for family, constant in rule("rate_base").value.items():
-        assert fitted[family] == pytest.approx(constant, rel=0.02), family
-    assert fitted["size_exponent"] == pytest.approx(number("rate_size_exponent"), abs=0.003)
-    assert fitted["rank_exponent"] == pytest.approx(number("rate_rank_exponent"), abs=0.003)
+        assert fitted[family] == pytest.approx(constant, rel=0.03), family
+    for name in ("size", "rank"):
+        assert fitted[f"{name}_exponent"] == pytest.approx(number(f"rate_{name}_exponent"), abs=0.01)
+    assert fitted["small_exponent"] == pytest.approx(number("rate_small_exponent"), abs=0.1)
     means = {name: f"{found['mean']:.2f}%" for name, found in result["r16"].items()}
     said = row("E147").value
     assert all(f"{name}: {means[name]}" in said for name in ("1e-4", "2e-4", "3e-4", "4e-4", "5e-4"))
@@ -80,10 +82,11 @@ def test_the_fit_finds_a_law_that_is_there(regret):
     for model_type, constant in (("llama", 4e-4), ("qwen3", 6e-4), ("qwen3_5", 3e-4), ("gpt_oss", 5e-4)):
         for parameters in (10**9, 8 * 10**9, 7 * 10**10):
             for rank in (4, 16, 64):
-                best = math.log(constant * (parameters / 8e9) ** -0.15 * (rank / 16) ** 0.2)
+                small = max(1.0, number("rate_knee") / parameters) ** 0.3
+                best = math.log(constant * (parameters / 8e9) ** -0.15 * small * (rank / 16) ** 0.2)
                 x = np.log([4e-5, 1e-4, 3e-4, 1e-3] if rank < 64 else [4e-5, 1e-4, 3e-4, 1e-3, 3e-3])
                 loss = 1 + (x - best) ** 2
                 cells.append(regret.Cell(f"{model_type}{parameters}", model_type, parameters, 1, False, rank, x, loss))
     coefficients, deviation = regret.fit(cells)
     assert np.exp(coefficients[:4]) == pytest.approx([4e-4, 6e-4, 3e-4, 5e-4], rel=0.1)
-    assert coefficients[4:] == pytest.approx([-0.15, 0.2], abs=0.03) and deviation < 0.15
+    assert coefficients[4:] == pytest.approx([-0.15, 0.3, 0.2], abs=0.05) and deviation < 0.15

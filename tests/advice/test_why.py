@@ -94,10 +94,10 @@ def test_practice_without_data_is_called_folklore():
 
 
 def test_short_small_runs_and_long_large_ones():
-    """Short or small runs get far more than 2e-4; long runs of 8B and 70B stay near the sweep's optima."""
+    """Small models get far more than 2e-4; long runs of 8B and 70B stay near the sweep's optima."""
     table = {line.size: line for line in rate_table()}
     assert list(table) == ["135M", "1B", "8B", "70B"] and UPDATES[0] <= 40
-    assert table["135M"].lora[0] >= 1e-3 and table["1B"].lora[0] >= 1e-3
+    assert table["135M"].lora[-1] >= 2e-3 and table["1B"].lora[0] >= 6e-4
     assert 1.5e-4 <= table["8B"].lora[-1] <= 6e-4 and 1e-4 <= table["70B"].lora[-1] <= 4e-4
     for line in table.values():
         assert list(line.lora) == sorted(line.lora, reverse=True) and list(line.full) == sorted(line.full, reverse=True)

@@ -1,22 +1,21 @@
-"""The learning rate: a law fitted to a published sweep, converted to the run at hand.
+"""The learning rate: a law fitted to a published sweep and to short runs of our own, converted to the run at hand.
 
-For supervised LoRA (QLoRA is the same), at alpha 32, batch 128, 780 updates and linear decay:
+For supervised LoRA (QLoRA is the same), at alpha 32, batch 128, 780 updates and linear decay (D001, D013):
 
-    lr = c(family) · (P / 8e9)^-0.136 · (r / 16)^0.175                                       (E021, unknown family E022)
+    lr = c(family) · (P / 8e9)^-0.12 · (4e9 / P)^0.68 below 4e9 parameters · (r / 16)^0.18
 
 and from there to this run:
 
-    · 32/alpha            what acts is alpha · lr (E094); with rsLoRA alpha counts as alpha·sqrt(r) (E091)
-    · (batch / 128)^0.25  below 128 (sources disagree: E040, E097, D010)
-    · (780 / updates)^p   below 780 updates: a short run wants a higher rate (E032, M001 to M011)
+    · (32 / alpha)^0.44   the rate moves A as well as B, so less than alpha counts (M027; E094 says why, E095 saw it)
+    · (batch / 128)^0.34  below 128 (D010)
+    · (780 / updates)^p   below 780 updates; p is about 0.04, so the length of a run hardly matters (D002)
 
-p is the exponent with which the law comes nearest to two optima that were measured for a 135M model, in 40 and in 85
-updates (about 0.69). It was measured at that size only. Towards larger models it shrinks, linearly in ln(parameters),
-to an assumed 0.4 at 8B: an interpolation, said to the user, and paid for with a wider range. alpha · lr stays below
-where runs have diverged.
+alpha is that of 1/r scaling; with rsLoRA it counts as alpha·sqrt(r) (E091). The three exponents were measured at 135M,
+with batches of 1 to 16 and 30 to 480 updates (benchmarks/lr_law.py). Beyond that they are an extrapolation, said to the
+user and paid for with a wider range. The rate stays below those at which runs have diverged.
 
 Full fine-tuning has no open sweep: the rate is the geometric mean of a tenth of LoRA's at alpha 32 and what released
-recipes of that size use, with LoRA's term for batches and the root of its term for updates (D011). Preference and
+recipes of that size use, with LoRA's term for batches and a term of its own for updates (D011). Preference and
 reinforcement learning have no law at all: their bands are those of recipes (R) and vendors (V), in alpha · lr.
 """
 
@@ -52,7 +51,10 @@ class RateSetting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rate:
-    """A rate and the factors it is made of. `doubt` is how far the range reaches to either side, as a factor."""
+    """A rate and the factors it is made of. `doubt` is how far the range reaches to either side, as a factor.
+
+    Above `highest` runs have diverged.
+    """
 
     value: float
     base: float
@@ -60,6 +62,7 @@ class Rate:
     batch_factor: float = 1.0
     updates_factor: float = 1.0
     doubt: float
+    highest: float = math.inf
     limited: str = ""
     extrapolated: bool = False
     evidence: tuple[str, ...]
@@ -75,61 +78,52 @@ def family_of(model_type: str) -> str | None:
 
 
 def base_rate(family: str, parameters: int, r: int) -> float:
-    """The sweep's law at its own alpha, batch and number of updates."""
+    """The law at the sweep's own alpha, batch and number of updates."""
     known = family_of(family)
     suffix = "" if known else "_unknown"
     start = rule("rate_base").value[known] if known else number("rate_base_unknown")
     size = (parameters / number("rate_size")) ** number(f"rate_size_exponent{suffix}")
+    small = max(1.0, number("rate_knee") / parameters) ** number(f"rate_small_exponent{suffix}")
     rank = (r / number("rate_rank")) ** number(f"rate_rank_exponent{suffix}")
-    return float(start * size * rank)
+    return float(start * size * small * rank)
+
+
+def alpha_factor(alpha_equivalent: float) -> float:
+    return float((number("rate_alpha") / alpha_equivalent) ** number("rate_alpha_exponent"))
 
 
 def batch_factor(batch: int) -> float:
     return float(min(1.0, batch / number("rate_batch")) ** number("rate_batch_exponent"))
 
 
-def updates_factor(parameters: int, updates: int) -> float:
+def updates_factor(updates: int, exponent: str = "rate_updates_exponent") -> float:
     """At least 1: how much higher the rate of a short run is than that of 780 updates."""
-    return float(max(1.0, number("rate_updates") / max(1, updates)) ** updates_exponent(parameters))
+    return float(_shortness(updates) ** number(exponent))
 
 
-def updates_exponent(parameters: int) -> float:
-    small, large = _anchor_exponent(), number("rate_updates_exponent_large")
-    return small + (large - small) * _distance_from_anchor(parameters)
+def _shortness(updates: int) -> float:
+    return max(1.0, number("rate_updates") / max(1, updates))
 
 
-def _distance_from_anchor(parameters: int) -> float:
-    """0 at (and below) the measured size, 1 at 8B and above, linear in ln(parameters)."""
-    measured, large = rule("rate_anchor").value["parameters"], number("rate_updates_large_size")
+def _distance_from_measured(parameters: int) -> float:
+    """0 at (and below) the size of our own runs, 1 at 8B and above, linear in ln(parameters)."""
+    measured, large = number("rate_measured_size"), number("rate_size")
     return min(1.0, max(0.0, math.log(parameters / measured) / math.log(large / measured)))
-
-
-def _anchor_exponent() -> float:
-    """The exponent with which the law comes nearest to the measured optima: least squares in logarithms."""
-    anchor = rule("rate_anchor").value
-    base = base_rate(anchor["family"], anchor["parameters"], anchor["r"])
-    shortness, missing = [], []
-    for optimum in anchor["optima"]:
-        without = base * number("rate_alpha") / optimum["alpha"] * batch_factor(optimum["batch"])
-        shortness.append(math.log(number("rate_updates") / optimum["updates"]))
-        missing.append(math.log(optimum["rate"] / without))
-    return sum(x * y for x, y in zip(shortness, missing, strict=True)) / sum(x * x for x in shortness)
 
 
 def lora_rate(setting: RateSetting) -> Rate:
     """The law for supervised LoRA and QLoRA, unrounded."""
     base = base_rate(setting.family, setting.parameters, setting.r)
-    to_alpha = number("rate_alpha") / setting.alpha_equivalent
-    to_batch, to_updates = batch_factor(setting.batch), updates_factor(setting.parameters, setting.updates)
+    to_alpha = alpha_factor(setting.alpha_equivalent)
+    to_batch, to_updates = batch_factor(setting.batch), updates_factor(setting.updates)
     rate = base * to_alpha * to_batch * to_updates
     limited, evidence = "", _law_evidence(setting)
-    cap = _alpha_rate_cap(setting) / setting.alpha_equivalent
-    floor = number("rate_floor") / setting.alpha_equivalent
+    floor, cap = (limit * to_alpha / number("rate_alpha") for limit in (number("rate_floor"), _alpha_rate_cap(setting)))
     if rate > cap:
-        rate, limited = cap, f"held at alpha · rate = {shown(_alpha_rate_cap(setting))}, above which runs have diverged"
+        rate, limited = cap, f"held at {shown(two_digits(cap))}, above which runs have diverged"
         evidence = _merged(evidence, cited("rate_cap"))
     elif rate < floor:
-        rate, limited = floor, f"raised to alpha · rate = {shown(number('rate_floor'))}, below which little is learned"
+        rate, limited = floor, f"raised to {shown(two_digits(floor))}, below which little is learned"
         evidence = _merged(evidence, cited("rate_floor"))
     return Rate(
         value=rate,
@@ -138,10 +132,16 @@ def lora_rate(setting: RateSetting) -> Rate:
         batch_factor=to_batch,
         updates_factor=to_updates,
         doubt=_doubt(setting),
+        highest=cap,
         limited=limited,
-        extrapolated=to_updates > 1 and setting.parameters > rule("rate_anchor").value["parameters"],
+        extrapolated=_converted(setting) and setting.parameters > number("rate_measured_size"),
         evidence=evidence,
     )
+
+
+def _converted(setting: RateSetting) -> bool:
+    """Whether the run is shorter, or its batches smaller, than those of the sweep."""
+    return setting.updates < number("rate_updates") or setting.batch < number("rate_batch")
 
 
 def full_rate(setting: RateSetting) -> Rate:
@@ -150,36 +150,41 @@ def full_rate(setting: RateSetting) -> Rate:
     tenth = base_rate(setting.family, setting.parameters, at_law.r) / number("rate_full_ratio")
     base = math.sqrt(tenth * _between(rule("rate_full_recipes").value, setting.parameters))
     to_batch = batch_factor(setting.batch)
-    to_updates = updates_factor(setting.parameters, setting.updates) ** number("rate_full_updates_share")
+    to_updates = updates_factor(setting.updates, "rate_full_updates_exponent")
     return Rate(
         value=base * to_batch * to_updates,
         base=base,
         batch_factor=to_batch,
         updates_factor=to_updates,
         doubt=number("rate_full_range") * _doubt(setting) / _family_doubt(setting.family),
-        extrapolated=to_updates > 1,
+        extrapolated=_converted(setting),
         evidence=_merged(
-            cited("rate_full_recipes", "rate_full_ratio", "rate_full_updates_share"), _law_evidence(at_law)
+            cited("rate_full_recipes", "rate_full_ratio", "rate_full_updates_exponent"), _law_evidence(at_law)
         ),
     )
 
 
 def _law_evidence(setting: RateSetting) -> tuple[str, ...]:
-    names = ["rate_base" if family_of(setting.family) else "rate_base_unknown", "rate_rank_exponent", "rate_alpha"]
+    names = ["rate_base" if family_of(setting.family) else "rate_base_unknown", "rate_rank_exponent"]
+    if setting.alpha_equivalent != number("rate_alpha"):
+        names.append("rate_alpha_exponent")
     if setting.batch < number("rate_batch"):
         names.append("rate_batch_exponent")
     if setting.updates < number("rate_updates"):
-        names += ["rate_anchor", "rate_updates_exponent_large"]
+        names.append("rate_updates_exponent")
     if setting.use_rslora:
         names.append("lora_rslora")
     return cited(*names)
 
 
 def _alpha_rate_cap(setting: RateSetting) -> float:
+    """The highest alpha · rate, at alpha 32."""
     sizes, caps = rule("rate_cap_sizes").value, rule("rate_cap").value
     if setting.parameters >= sizes["dense_huge"] and not setting.mixture:
         return float(caps["dense_huge"])
-    return float(caps["large" if setting.parameters >= sizes["large"] else "small"])
+    if setting.parameters >= sizes["large"]:
+        return float(caps["large"])
+    return float(caps["small" if setting.parameters >= sizes["small"] else "tiny"])
 
 
 def _family_doubt(family: str) -> float:
@@ -187,11 +192,13 @@ def _family_doubt(family: str) -> float:
 
 
 def _doubt(setting: RateSetting) -> float:
-    """The family's factor, times what the updates exponent may be wrong by."""
-    doubts, distance = rule("rate_updates_doubt").value, _distance_from_anchor(setting.parameters)
-    width = doubts["measured"] + (doubts["assumed"] - doubts["measured"]) * distance
-    short = max(1.0, number("rate_updates") / max(1, setting.updates))
-    return float(_family_doubt(setting.family) * short**width)
+    """The family's factor, times what the exponents of batch and updates may be wrong by."""
+    distance, fewer = _distance_from_measured(setting.parameters), max(1.0, number("rate_batch") / setting.batch)
+    doubt = _family_doubt(setting.family)
+    for name, ratio in (("rate_batch_doubt", fewer), ("rate_updates_doubt", _shortness(setting.updates))):
+        widths = rule(name).value
+        doubt *= ratio ** (widths["measured"] + (widths["assumed"] - widths["measured"]) * distance)
+    return float(doubt)
 
 
 def _between(points: Sequence[Sequence[float]], parameters: int) -> float:
@@ -220,9 +227,7 @@ def choose_learning_rate(method: Method, tune: Tune, setting: RateSetting, rows:
     """The rate with its range and a reason that names this run's numbers."""
     if method is Method.SFT:
         rate = full_rate(setting) if tune is Tune.FULL else lora_rate(setting)
-        low, high = rate.value / rate.doubt, rate.value * rate.doubt
-        if tune is not Tune.FULL:
-            high = min(high, max(rate.value, _alpha_rate_cap(setting) / setting.alpha_equivalent))
+        low, high = rate.value / rate.doubt, min(rate.value * rate.doubt, max(rate.value, rate.highest))
         return _choice(rate.value, low, high, _reason(tune, setting, rate, rows), rate.evidence)
     if tune is Tune.FULL:
         return _recipe_choice(method, f"{method}_full_rate", _full_preference_rate(method, setting), setting, "")
@@ -260,20 +265,20 @@ def _reason(tune: Tune, setting: RateSetting, rate: Rate, rows: int) -> str:
     else:
         name = f"{known} models" if known else f"families it did not cover, as {setting.family},"
         where = f"{number('rate_updates'):.0f} updates of {number('rate_batch'):.0f}"
-        start = f"the sweep's law for {name} of {size} at r {setting.r} gives {shown(rate.base)} at {where}"
+        start = f"the law for {name} of {size} at r {setting.r} gives {shown(rate.base)} at {where}"
     parts = []
     if rate.alpha_factor != 1:
         parts.append(f"{times(rate.alpha_factor)} for your alpha of {shown(setting.alpha_equivalent)}")
     if rate.batch_factor != 1:
         parts.append(f"{times(rate.batch_factor)} for batches of {setting.batch}")
-    if rate.updates_factor != 1:
-        parts.append(f"{times(rate.updates_factor)} for so short a run")
+    if two_digits(rate.updates_factor) != 1:
+        parts.append(f"{times(rate.updates_factor)} for {counted(setting.updates, 'update')}")
     run = f"your {counted(rows, 'row')} make {counted(setting.updates, 'update')} of {setting.batch}"
     reason = f"{run}; {start}" + (f", {', '.join(parts)}" if parts else "")
     if rate.limited:
         reason += f"; {rate.limited}"
     if rate.extrapolated:
-        measured = size_words(rule("rate_anchor").value["parameters"])
+        measured = size_words(int(number("rate_measured_size")))
         how = "full fine-tuning of any size" if tune is Tune.FULL else f"a model of {size}"
         reason += f"; short runs were measured with LoRA at {measured} only, so for {how} the range is wide"
     return reason

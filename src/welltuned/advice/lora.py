@@ -111,7 +111,7 @@ def choose_alpha(r: int) -> Choice:
     value = float(max(number("lora_alpha"), r))
     why = (
         f"scales the update by {shown(value / r)} at r {r}; rates were measured at alpha "
-        f"{shown(number('lora_alpha'))}, and alpha · rate is what acts"
+        f"{shown(number('lora_alpha'))}, and the rate is chosen to match"
     )
     return Choice(value=value, low=float(r), high=float(max(2 * r, value)), reason=why, evidence=cited("lora_alpha"))
 
