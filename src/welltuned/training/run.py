@@ -38,7 +38,7 @@ from welltuned.training.keeper import Keeper, require_disk
 from welltuned.training.loop import Loop, Setting
 from welltuned.training.preference import METHODS, preference_objective
 from welltuned.training.prepare import Prepared
-from welltuned.training.process import allocator_keeps_memory, memory_used
+from welltuned.training.process import allocator_keeps_memory, memory_used, return_freed_memory
 from welltuned.training.rundir import (
     ADAPTER,
     MODEL,
@@ -232,6 +232,7 @@ class Course:
                 loop.restore(self.found)
             for text in (*self.notes, *((directory.lock.note,) if directory.lock.note else ())):
                 loop.tell(Note(text))
+            return_freed_memory()
             try:
                 with packed_model(ready.model):
                     loop.run()
