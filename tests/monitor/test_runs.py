@@ -87,7 +87,7 @@ def test_overfitting(learned_by_heart):
 @pytest.mark.parametrize(("rate", "first"), [(1e-3, "num_train_epochs"), (1e-2, "learning_rate")])
 def test_remedies_are_ranked_for_the_run(planned, rate, first):
     """With a sound rate fewer epochs come first, with one above its range a lower rate; what cannot act is left out."""
-    plan = planned(num_train_epochs=20, learning_rate=rate, load_best_model_at_end=True)
+    plan = planned(num_train_epochs=60, learning_rate=rate, load_best_model_at_end=True)
     keys = [key for remedy in ranked(plan, best=plan.updates // 4) for key in remedy.changes]
     assert keys[0] == first and {"num_train_epochs", "learning_rate", "lora_dropout"} <= set(keys)
     assert ("weight_decay" in keys) == (rate == 1e-2)  # it acts over 1/(rate · decay) updates

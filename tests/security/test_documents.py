@@ -60,12 +60,10 @@ def test_a_plan_that_explodes(text):
 
 
 def test_a_configuration_of_another_tool_that_explodes(refused, tmp_path):
-    """Axolotl's files use aliases; each value is read once, however often it is repeated."""
+    """Axolotl's files use aliases, but not of aliases of aliases."""
     path = tmp_path / "config.yaml"
     path.write_text("base_model: m\nadapter: lora\n" + LAUGHS)
-    from welltuned.cli.main import main
-
-    assert main(["check", str(path), "--tool", "axolotl"]) in (0, 1)
+    assert "repeats itself without end" in refused("check", path, "--tool", "axolotl")
 
 
 def test_our_own_files_have_no_aliases(tmp_path):

@@ -14,6 +14,7 @@ from welltuned.recipe import YamlLoader
 _TEXT_NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?[eE](?:\d+|-\d+)|[-+]?\d+[eE]\+\d+")
 _LARGEST = 4_000_000  # bytes: no configuration is larger
 _DEEPEST = 60
+_MOST_VALUES = 100_000  # within one value, aliases written out: whoever prints or compares it goes through all of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def parse_yaml(text: str, path: str) -> YamlFile:
     try:
         entries = tuple(reader.entries(root, "", 0))
     except RecursionError as error:
-        raise InputError("is nested too deeply, or refers to itself", where=path) from error
+        raise InputError("is nested too deeply, refers to itself, or repeats itself without end", where=path) from error
     return YamlFile(entries, tuple(reader.twice))
 
 
@@ -93,6 +94,7 @@ class _Reader:
 
     twice: list[tuple[str, int, int]] = field(default_factory=list)
     values: dict[int, Any] = field(default_factory=dict)
+    sizes: dict[int, int] = field(default_factory=dict)
     entered: set[int] = field(default_factory=set)
 
     def entries(self, node: yaml.MappingNode, prefix: str, depth: int) -> Iterator[Entry]:
@@ -115,6 +117,9 @@ class _Reader:
             raise RecursionError
         if id(node) not in self.values:
             self.values[id(node)] = self._read(node, depth)
+            self.sizes[id(node)] = 1 + sum(self.sizes.get(id(child), 0) for child in _children(node))
+            if self.sizes[id(node)] > _MOST_VALUES:
+                raise RecursionError
         return self.values[id(node)]
 
     def _read(self, node: yaml.Node, depth: int) -> Any:
@@ -124,6 +129,12 @@ class _Reader:
             pairs = [(key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
             return {str(key.value): self.value(value, depth + 1) for key, value in pairs}
         return _scalar(str(node.value), node.tag)
+
+
+def _children(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [value for _, value in node.value]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
 
 def _scalar(text: str, tag: str) -> Any:
