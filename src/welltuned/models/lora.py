@@ -21,6 +21,7 @@ from welltuned.models.experts import LoraExperts, expert_stacks, has_stacks, sta
 from welltuned.models.frozen import LEFT_ALONE, frozen_weight, is_projection
 
 ALL_LINEAR = "all-linear"
+Device = torch.device | str | None  # None: the model's own
 
 
 class Init(StrEnum):
@@ -141,9 +142,7 @@ class AdapterBank:
         rows: which rows of the current micro-batch belong to which adapter and example.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, settings: Sequence[LoraSettings], device: torch.device | str | None = None
-    ):
+    def __init__(self, model: PreTrainedModel, settings: Sequence[LoraSettings], device: Device = None):
         self.model, self.settings = model, tuple(settings)
         first = self.settings[0]
         if len({(s.r, s.expert_rank, s.target_modules, s.bias, s.lora_dropout) for s in self.settings}) > 1:
@@ -285,12 +284,9 @@ class AdapterBank:
 def attach(
     model: PreTrainedModel,
     settings: LoraSettings | Sequence[LoraSettings],
-    device: torch.device | str | None = None,
+    device: Device = None,
 ) -> AdapterBank:
-    """Freeze the model and put adapters on it, in place of the modules that `target_modules` names.
-
-    `device` is where the adapters' numbers lie; unset, where the model's do (which may have none, on "meta").
-    """
+    """Freeze the model and put adapters in place of what `target_modules` names; their numbers lie on `device`."""
     return AdapterBank(model, [settings] if isinstance(settings, LoraSettings) else settings, device)
 
 
