@@ -111,7 +111,6 @@ def base_file(run: Path, path: Path) -> str:
     from welltuned.adapters.gguf.write import Quantization, write_model
     from welltuned.finished.find import find
     from welltuned.models.load import load_config, load_tokenizer
-
     from welltuned.models.resolve import SourceKind, resolve
 
     found = find(run)
