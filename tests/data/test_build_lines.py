@@ -44,3 +44,12 @@ def test_a_file_of_nothing_but_broken_lines(tmp_path, tiny_tokenizer):
     path.write_text(json.dumps([1]) + "\n{\n")
     with pytest.raises(InputError, match="no row can be read"):
         store_of(path, tiny_tokenizer, Policy.DROP)
+
+
+def test_the_rows_are_counted_as_they_are_rendered(tiny_tokenizer, tmp_path):
+    path = tmp_path / "many.jsonl"
+    row = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}\n'
+    path.write_text(row * 1_200)
+    told = []
+    read_store(open_source(str(path)), tiny_tokenizer, Reading(), progress=lambda name, rows: told.append(rows))
+    assert told[-1] == 1_200 and len(told) > 1 and told == sorted(told)

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from welltuned.cli.row_view import legend, row_table
 from welltuned.cli.safe import json_text, visible
-from welltuned.cli.terminal import console, quiet_libraries
+from welltuned.cli.terminal import RowsShown, console, quiet_libraries
 from welltuned.data.audit import Severity
 from welltuned.data.show import Lengths
 from welltuned.errors import InputError
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     from welltuned.training.inspection import inspect
 
     quiet_libraries()
-    found = inspect(recipe, show=arguments.show, rows=arguments.row)
+    found = inspect(recipe, show=arguments.show, rows=arguments.row, progress=RowsShown())
     if arguments.json:
         print(json_text(json.dumps(found.to_json(), ensure_ascii=False)))
     else:

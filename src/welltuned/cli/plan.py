@@ -5,7 +5,7 @@ import json
 
 from welltuned.advice.plan import Plan
 from welltuned.cli.safe import visible
-from welltuned.cli.terminal import console, print_plan, quiet_libraries
+from welltuned.cli.terminal import RowsShown, console, print_plan, quiet_libraries
 from welltuned.recipe import Recipe, load_recipe
 
 
@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
     from welltuned.training.prepare import prepare
 
     quiet_libraries()
-    prepared = prepare(recipe)
+    prepared = prepare(recipe, progress=RowsShown())
     if arguments.emit is not None:
         return _emit(prepared.plan, arguments.emit)
     if arguments.json:

@@ -32,6 +32,21 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels that we do not use
 
 
+class RowsShown:
+    """Shows that rows are being rendered, where it takes long: on a screen every second, in a log every half minute."""
+
+    def __init__(self, out: Console = console) -> None:
+        self.out, self.started, self.shown = out, time.monotonic(), time.monotonic()
+
+    def __call__(self, name: str, rows: int) -> None:
+        now = time.monotonic()
+        if now - self.shown < (1 if self.out.is_terminal else 30):
+            return
+        self.shown = now
+        line = f"  reading {visible(name)}: {rows:,} rows rendered in {duration(now - self.started)}"
+        self.out.print(line, end="\r" if self.out.is_terminal else "\n", markup=False, soft_wrap=True)
+
+
 def size(count: float) -> str:
     """Bytes as GB or MB (powers of ten)."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from welltuned.cli.plan import recipe_of
-from welltuned.cli.terminal import Progress, console, duration, print_plan, quiet_libraries, size
+from welltuned.cli.terminal import Progress, RowsShown, console, duration, print_plan, quiet_libraries, size
 from welltuned.training.events import Event, Note
 from welltuned.training.rundir import ADAPTER, MODEL, RUN, require_free
 
@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     from welltuned.training.run import train  # brings torch: after what can be refused without it
 
     quiet_libraries()
-    prepared = prepare(recipe)
+    prepared = prepare(recipe, progress=RowsShown())
     print_plan(prepared.plan)
     progress = Progress()
 

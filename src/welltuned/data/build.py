@@ -1,6 +1,6 @@
 """A source becomes a store: its rows are read, rendered and appended some hundred at a time, or found in the cache."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from typing import TYPE_CHECKING
@@ -21,6 +21,12 @@ SAMPLE = 1_000  # rows from which the format is detected
 CHUNK_ROWS = 512  # long enough to use all cores
 CHUNK_CHARACTERS = 2**20  # short enough to bound the memory: a token's offsets cost a hundred times its id
 SMALLEST_CACHED = 10**6  # bytes; less than this is tokenised in a second
+RowsRead = Callable[[str, int], None]
+"""Told the name of a source and how many of its rows are rendered, as they are."""
+
+
+def unwatched(_: str, __: int) -> None:
+    """For callers that do not watch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,21 +57,24 @@ def read_store(
     reading: Reading,
     on_bad_row: Policy = Policy.ERROR,
     cache: Cache | None = None,
+    progress: RowsRead = unwatched,
 ) -> ExampleStore:
     """All examples of a source, in order. Rows that cannot be read are left out and listed, or an error.
 
     Raises:
         InputError: no format fits, a row of another schema, a template that cannot be used, a bad row under ERROR.
     """
+
     if 0 < source.size < SMALLEST_CACHED:
-        return _built(StoreWriter(), source, tokenizer, reading, on_bad_row).store()
+        return _built(StoreWriter(), source, tokenizer, reading, on_bad_row, progress).store()
     cache = cache or Cache()
     options = {**asdict(reading), "chat_template": None}  # the template itself counts, not where it was found
     template = reading.renderer(tokenizer).template
     key = cache_key(source.fingerprint(), source.name, tokenizer, template, options)
     store = cache.find(key)
     if store is None:
-        store = cache.publish(key, _built(cache.begin(), source, tokenizer, reading, on_bad_row))
+        built = _built(cache.begin(), source, tokenizer, reading, on_bad_row, progress)
+        store = cache.publish(key, built)
     return store
 
 
@@ -107,9 +116,10 @@ def _built(
     tokenizer: "PreTrainedTokenizerBase",
     reading: Reading,
     on_bad_row: Policy,
+    progress: RowsRead = unwatched,
 ) -> StoreWriter:
     try:
-        builder = _Builder(writer, reading.renderer(tokenizer), on_bad_row)
+        builder = _Builder(writer, reading.renderer(tokenizer), on_bad_row, lambda rows: progress(source.name, rows))
         detected: Detected | None = None
         for number, row, detected in _rows(source, reading, builder.refuse):  # noqa: B007  (one for all of the rows)
             builder.add(number, row, detected, reading.group_by)
@@ -124,10 +134,11 @@ def _built(
 class _Builder:
     """Conversations wait until there are enough of them to render at once."""
 
-    def __init__(self, writer: StoreWriter, renderer: Renderer, on_bad_row: Policy):
+    def __init__(self, writer: StoreWriter, renderer: Renderer, on_bad_row: Policy, progress: Callable[[int], None]):
         self.writer = writer
         self.renderer = renderer
         self.on_bad_row = on_bad_row
+        self.progress = progress
         self.waiting: list[tuple[int, Conversation]] = []
         self.characters = self.written = self.not_trained = self.bad_rows = 0
         self.bad: list[BadRow] = []
@@ -191,6 +202,7 @@ class _Builder:
         groups = (_group(conversation) for _, _, conversation in done)
         self.writer.add([e for e, _, _ in done], [n for _, n, _ in done], groups)
         self.written += len(done)
+        self.progress(self.written)
         self.waiting.clear()
         self.characters = 0
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, overload
 import numpy as np
 
 from welltuned.data.audit import Audit, audit
-from welltuned.data.build import Reading, conversations_at, read_store
+from welltuned.data.build import Reading, RowsRead, conversations_at, read_store, unwatched
 from welltuned.data.cache import Cache
 from welltuned.data.conversation import Conversation, Format, Kind, Policy
 from welltuned.data.mix import Mixture, mixture
@@ -170,6 +170,7 @@ def read_dataset(
     sources: Sources | None = None,
     embedding: int | None = None,
     cache: Cache | None = None,
+    progress: RowsRead = unwatched,
 ) -> Dataset:
     """Read, render, choose and split, by the recipe.
 
@@ -182,7 +183,7 @@ def read_dataset(
     sources, cache = sources or open_sources(recipe), cache or Cache()
     reading, policies = reading_of(recipe), policies_of(recipe)
     every = (*sources.train, *sources.held_out)
-    stores = [read_store(source, tokenizer, reading, policies[Kind.BAD_ROW], cache) for source in every]
+    stores = [read_store(source, tokenizer, reading, policies[Kind.BAD_ROW], cache, progress) for source in every]
     if embedding is not None:
         for store in stores:
             _check_vocabulary(store.about, embedding)

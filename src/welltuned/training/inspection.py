@@ -9,6 +9,7 @@ import numpy as np
 
 from welltuned.choice import Choice
 from welltuned.data.audit import Audit, Severity
+from welltuned.data.build import RowsRead, unwatched
 from welltuned.data.conversation import Kind, Policy
 from welltuned.data.dataset import policies_of, read_dataset
 from welltuned.data.policies import Policies
@@ -123,7 +124,12 @@ class Inspection:
 
 
 def inspect(
-    recipe: Recipe, *, show: int = SHOWN, rows: Sequence[str] = (), machine: MachineFacts | None = None
+    recipe: Recipe,
+    *,
+    show: int = SHOWN,
+    rows: Sequence[str] = (),
+    machine: MachineFacts | None = None,
+    progress: RowsRead = unwatched,
 ) -> Inspection:
     """Read, render, audit and plan as `prepare` does. What training would refuse is counted and shown.
 
@@ -134,7 +140,7 @@ def inspect(
     Raises:
         InputError: data that cannot be read at all, or no row of such an origin.
     """
-    read = _read(recipe, machine)
+    read = _read(recipe, machine, progress)
     train = read.train
     lengths = train.column("length")
     if rows:
@@ -168,14 +174,14 @@ class _Read(NamedTuple):
     tokenizer: "PreTrainedTokenizerBase"
 
 
-def _read(recipe: Recipe, machine: MachineFacts | None) -> _Read:
+def _read(recipe: Recipe, machine: MachineFacts | None, progress: RowsRead) -> _Read:
     policies = policies_of(recipe)
     lenient = {
         f"on_{k}": "drop" if f"on_{k}" in NEVER_KEPT else "keep" for k, p in policies.items() if p is Policy.ERROR
     }
     recipe = replace(recipe, policies=MappingProxyType({**recipe.policies, **lenient}))
     try:
-        prepared = prepare(recipe, machine)
+        prepared = prepare(recipe, machine, progress)
     except InputError:
         untrained = _read_untrained(recipe, policies)
         if untrained is None:

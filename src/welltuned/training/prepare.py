@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from welltuned.advice.plan import Plan, make_plan, with_problems
 from welltuned.data.audit import Audit
+from welltuned.data.build import RowsRead, unwatched
 from welltuned.data.conversation import Conversation
 from welltuned.data.dataset import Dataset, open_sources, read_dataset
 from welltuned.data.mix import Mixture
@@ -45,8 +46,8 @@ class Prepared:
     notes: tuple[str, ...]
 
 
-def prepare(recipe: Recipe, machine: MachineFacts | None = None) -> Prepared:
-    """Read, render, audit and plan.
+def prepare(recipe: Recipe, machine: MachineFacts | None = None, progress: RowsRead = unwatched) -> Prepared:
+    """Read, render, audit and plan; `progress` is told of the rows as they are rendered.
 
     Raises:
         InputError: anything in the recipe, the model's folder or the data that training could not use.
@@ -59,7 +60,7 @@ def prepare(recipe: Recipe, machine: MachineFacts | None = None) -> Prepared:
     model_facts = read_model_facts(recipe.model)
     sources = open_sources(recipe)
     tokenizer = load_tokenizer(recipe.model)
-    dataset = read_dataset(recipe, tokenizer, sources=sources, embedding=model_facts.vocabulary)
+    dataset = read_dataset(recipe, tokenizer, sources=sources, embedding=model_facts.vocabulary, progress=progress)
     plan, dataset = _planned(recipe, dataset, model_facts, machine or read_machine_facts(ask_gpu=True))
     report = dataset.audit(model_facts.context_length)
     problems = report.problems()
