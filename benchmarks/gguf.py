@@ -111,8 +111,12 @@ def base_file(run: Path, path: Path) -> str:
     from welltuned.adapters.gguf.write import Quantization, write_model
     from welltuned.finished.find import find
     from welltuned.models.load import load_config, load_tokenizer
+    from welltuned.models.resolve import SourceKind, resolve
 
     found = find(run)
+    source = resolve(found.model)
+    if source.kind is SourceKind.GGUF:
+        return str(source.path)
     config, tokenizer = load_config(found.model), load_tokenizer(found.model)
     write_model(
         Path(found.model),

@@ -7,20 +7,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["LoraSettings", "__version__", "attach", "inspect", "load", "plan", "resume", "train"]
+__all__ = [
+    *("LoraSettings", "__version__", "attach", "average", "evaluate", "export", "inspect", "load", "merge"),
+    *("plan", "resume", "scale", "train", "verify"),
+]
 
 _HOMES = {
-    "inspect": "welltuned.api",
-    "plan": "welltuned.api",
-    "train": "welltuned.api",
-    "resume": "welltuned.api",
-    "load": "welltuned.api",
     "attach": "welltuned.models.lora",
     "LoraSettings": "welltuned.models.lora",
-}
+} | {name: "welltuned.api" for name in __all__ if name not in ("LoraSettings", "attach", "__version__")}
 
 if TYPE_CHECKING:
-    from welltuned.api import inspect, load, plan, resume, train
+    from welltuned.api import average, evaluate, export, inspect, load, merge, plan, resume, scale, train, verify
     from welltuned.models.lora import LoraSettings, attach
 else:
 

@@ -215,7 +215,10 @@ def test_help_is_fast():
 def test_public_names():
     import welltuned
 
-    assert dir(welltuned) == ["LoraSettings", "__version__", "attach", "inspect", "load", "plan", "train"]
+    assert dir(welltuned) == [
+        *("LoraSettings", "__version__", "attach", "average", "evaluate", "export", "inspect", "load", "merge"),
+        *("plan", "resume", "scale", "train", "verify"),
+    ]
     assert all(getattr(welltuned, name) for name in dir(welltuned))
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         welltuned.trian  # noqa: B018

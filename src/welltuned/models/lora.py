@@ -21,6 +21,7 @@ from welltuned.models.experts import LoraExperts, expert_stacks, has_stacks, sta
 from welltuned.models.frozen import LEFT_ALONE, frozen_weight, is_projection
 
 ALL_LINEAR = "all-linear"
+Device = torch.device | str | None  # None: the model's own
 
 
 class Init(StrEnum):
