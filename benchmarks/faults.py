@@ -102,7 +102,13 @@ def soak(folder: Path, model: str, data: str, kills: int, kills_a_run: int, seed
     with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
         parts = list(pool.map(partial(share_of, straight=straight, seconds=seconds), *zip(*work, strict=True)))
     runs = [run for part in parts for run in part]
-    found_after = sum((Counter(run["found"]) for run in runs), Counter())
+    setting = {"updates": UPDATES, "save_steps": SAVE_STEPS, "tune": TUNES, "seed": seed, "jobs": jobs}
+    return {**summary(runs), "setting": setting, "seconds": round(time.time() - started)}
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Tried, survived, lost: kills of a run whose result differs are all lost."""
+    found = sum((Counter(run["found"]) for run in runs), Counter())
     tried = sum(run["kills"] for run in runs)
     lost = sum(run["kills"] for run in runs if not run["survived"])
     return {
@@ -113,9 +119,7 @@ def soak(folder: Path, model: str, data: str, kills: int, kills_a_run: int, seed
         "runs": len(runs),
         "runs_that_differ": sum(not run["survived"] for run in runs),
         "resumes": sum(run["resumes"] for run in runs),
-        "found_after_a_kill": dict(found_after.most_common()),
-        "setting": {"updates": UPDATES, "save_steps": SAVE_STEPS, "tune": TUNES, "seed": seed, "jobs": jobs},
-        "seconds": round(time.time() - started),
+        "found_after_a_kill": dict(found.most_common()),
     }
 
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-OPTIONS = ("--set", "effective_batch_size=16", "--set", "max_steps=400", "--set", "save_steps=5", "--set", "r=4")
+OPTIONS = ("--set", "effective_batch_size=16", "--set", "max_steps=120", "--set", "save_steps=5", "--set", "r=4")
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +42,18 @@ def test_an_unfinished_run_cannot_be_talked_to(welltuned, stopped):
 def test_a_changed_recipe(welltuned, stopped):
     path = stopped[0] / "recipe.yaml"
     text = path.read_text()
-    path.write_text(text.replace("max_steps: 400", "max_steps: 401"))
+    path.write_text(text.replace("max_steps: 120", "max_steps: 121"))
     said = welltuned("resume", stopped[0])
-    assert said.code == 2 and "recipe: max_steps was 400 and is 401" in said.complaints[-1]
+    assert said.code == 2 and "recipe: max_steps was 120 and is 121" in said.complaints[-1]
     path.write_text(text)
 
 
 def test_resumed_and_finished(welltuned, stopped):
     said = welltuned("resume", stopped[0], "--json")
-    assert said.code == 0 and json.loads(said.out)["updates"] == 400
+    assert said.code == 0 and json.loads(said.out)["updates"] == 120
     assert "goes on after update" in said.err and "Verified: all" in said.err
     again = welltuned("resume", stopped[0], "--json")
-    assert again.code == 0 and json.loads(again.out)["updates"] == 400 and "is finished" in again.err
+    assert again.code == 0 and json.loads(again.out)["updates"] == 120 and "is finished" in again.err
 
 
 def test_no_run(welltuned, tmp_path):
