@@ -57,7 +57,7 @@ def test_small_models_and_length():
     size = [base_rate("llama", p, 16) for p in (10**9, 2 * 10**9, 8 * 10**9, 16 * 10**9)]
     assert size[0] / size[1] > 1.6 and 1.05 < size[2] / size[3] < 1.15
     short, long = (lora_rate(setting(parameters=SMOLLM2, batch=4, updates=u)).value for u in (30, 480))
-    assert 1 < short / long < 1.3
+    assert 1 < short / long < 1.5
     few, many = (lora_rate(setting(parameters=SMOLLM2, batch=b, updates=100)).value for b in (1, 16))
     assert many / few == pytest.approx(16 ** number("rate_batch_exponent"))
 

@@ -124,7 +124,7 @@ CASES = [  # what must be found, and in what; a text is a script, a dict a YAML 
     ("WT005", changed(FACTORY, ("lora_rank", "lora_target"), finetuning_type="full")),
     ("WT006", changed(FULL, learning_rate=0.0001)),
     ("WT007", changed(FULL, learning_rate=0.0000003)),
-    ("WT008", changed(SFT, max_steps=2000, lora_r=8, lora_alpha=8, drop=("num_train_epochs",))),
+    ("WT008", changed(SFT, max_steps=2000, learning_rate=0.00005, drop=("num_train_epochs",))),
     ("WT009", changed(DPO, learning_rate=0.00005)),
     ("WT009", changed(DPO_FULL, learning_rate=0.000006)),
     ("WT010", changed(DPO, learning_rate=0.0002)),

@@ -2,16 +2,16 @@
 
 For supervised LoRA (QLoRA is the same), at alpha 32, batch 128, 780 updates and linear decay (D001, D013):
 
-    lr = c(family) · (P / 8e9)^-0.12 · (4e9 / P)^0.68 below 4e9 parameters · (r / 16)^0.18
+    lr = c(family) · (P / 8e9)^-0.12 · (4e9 / P)^0.60 below 4e9 parameters · (r / 16)^0.18
 
 and from there to this run:
 
-    · (32 / alpha)^0.44   the rate moves A as well as B, so less than alpha counts (M027; E094 says why, E095 saw it)
-    · (batch / 128)^0.34  below 128 (D010)
-    · (780 / updates)^p   below 780 updates; p is about 0.04, so the length of a run hardly matters (D002)
+    · (32 / alpha)^0.46   the rate moves A as well as B, so less than alpha counts (M027; E094 says why, E095 saw it)
+    · (batch / 128)^0.31  below 128 (D010)
+    · (780 / updates)^p   below 780 updates; p is 0.1, so the length of a run matters little (D002)
 
 alpha is that of 1/r scaling; with rsLoRA it counts as alpha·sqrt(r) (E091). The three exponents were measured at 135M,
-with batches of 1 to 16 and 30 to 480 updates (benchmarks/lr_law.py). Beyond that they are an extrapolation, said to the
+with batches of 1 to 16 and 10 to 480 updates (benchmarks/lr_law.py). Beyond that they are an extrapolation, said to the
 user and paid for with a wider range. The rate stays below those at which runs have diverged.
 
 Full fine-tuning has no open sweep: the rate is the geometric mean of a tenth of LoRA's at alpha 32 and what released
