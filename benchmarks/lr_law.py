@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, describe_machine
+from lr_law_cells import CPU_CELLS, WHOLE_CELLS, Cell
 
 from welltuned.advice.learning_rate import RateSetting, lora_rate
 from welltuned.advice.rules import number, rule
@@ -57,48 +58,6 @@ PEER = math.log2(6.4)  # 2e-4 at alpha 32, the highest of the common defaults: r
 MOST_EPOCHS = 5.0  # a cell that would see its rows more often than this is another question, and left out
 LONGEST = {"cpu": 140, "whole": 256}
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    dataset: str
-    updates: int
-    batch: int
-    r: int = 16
-    alpha: float = 16.0
-    seed: int = 3407
-
-    @property
-    def name(self) -> str:
-        return f"{self.dataset}/u{self.updates}/b{self.batch}/r{self.r}/a{self.alpha:g}/s{self.seed}"
-
-
-CPU_CELLS = (
-    Cell("gsm8k", 30, 4),
-    Cell("gsm8k", 120, 1),
-    Cell("gsm8k", 30, 16),
-    Cell("gsm8k", 120, 4),
-    Cell("tickets", 30, 4),
-    Cell("gsm8k", 30, 4, seed=1),
-    Cell("gsm8k", 30, 4, alpha=64.0),
-    Cell("gsm8k", 480, 1),
-    Cell("gsm8k", 30, 4, r=64),
-    Cell("gsm8k", 10, 4),
-    Cell("gsm8k", 10, 16),
-    Cell("tickets", 120, 4),
-    Cell("gsm8k", 120, 16),
-    Cell("gsm8k", 10, 64),
-    Cell("tickets", 30, 16),
-    Cell("gsm8k", 480, 4),
-    Cell("gsm8k", 30, 64),
-)
-WHOLE_CELLS = tuple(
-    Cell(dataset, updates, batch, r)
-    for dataset in ("gsm8k", "tickets")
-    for r in (8, 64)
-    for updates in (30, 120, 480)
-    for batch in (4, 16, 64)
-)
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,7 +133,7 @@ def test_yaml_round_trip(plan_for):
 
 def test_lines_for_the_screen(plan_for):
     lines = {line.name: line for line in plan_lines(plan_for())}
-    assert lines["learning_rate"].value == "2.7e-3"
+    assert lines["learning_rate"].value == "2.6e-3"
     assert "–" in lines["learning_rate"].span and lines["optim"].span == "" and lines["seed"].value == "3407"
 
 

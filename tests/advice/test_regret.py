@@ -34,7 +34,8 @@ def test_the_committed_result_is_what_the_code_gives(regret, result):
 
 def test_ours_loses_far_less_than_any_peer(result):
     means = {name: found["mean"] for name, found in result["r16"].items()}
-    assert means["ours"] <= 0.10 and result["r16"]["ours"]["unmeasured"] <= 5  # 1B: just above the highest that ran
+    assert means["ours"] <= 0.10
+    assert result["r16"]["ours"]["unmeasured"] <= 5  # without 1B the sweep knows no slope below the knee
     assert means["1e-4"] == pytest.approx(2.0, abs=0.1) and means["2e-4"] == pytest.approx(0.98, abs=0.15)
     assert means["tinker-cookbook's formula"] == pytest.approx(0.40, abs=0.04)
     for name, found in result["shared"].items():
