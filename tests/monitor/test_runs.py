@@ -81,7 +81,6 @@ def test_overfitting(learned_by_heart):
     assert any("add rows: 60 rows" in text for text in texts)
     epochs = next(r.changes["num_train_epochs"] for r in found.remedies if "num_train_epochs" in r.changes)
     assert epochs == pytest.approx(best.step / 4, abs=0.01)  # 4 updates an epoch
-    assert 0 < found.remedies[1].changes["learning_rate"] <= 5e-3  # the rate is too high: that comes first
 
 
 @pytest.mark.parametrize(("rate", "first"), [(1e-3, "num_train_epochs"), (1e-2, "learning_rate")])

@@ -120,16 +120,16 @@ def test_code_runs_where_the_user_says_so_and_it_is_said(model_copy, canary, cha
     assert "runs with all of your rights" in sentence
 
 
-def test_a_run_cannot_grant_trust_to_itself(tmp_path, change_json, model_copy, canary):
-    """run.json of a stranger names a model that needs code."""
+def test_a_run_cannot_grant_trust_to_itself(tmp_path, change_json, model_copy, data_file, canary):
+    """A stranger's Run names a model that needs code."""
     import welltuned
 
-    (model_copy / "evil.py").write_text(MODULE.format(canary=canary.code))
-    change_json(model_copy / "config.json", model_type="evil", auto_map={"AutoConfig": "evil.EvilConfig"})
     run = tmp_path / "run"
-    (run / "adapter").mkdir(parents=True)
-    facts = {"model": str(model_copy), "tune": "lora", "chat_template": None, "trust_remote_code": True}
-    (run / "run.json").write_text(json.dumps(facts))
+    welltuned.train(model=str(model_copy), data=data_file, out=run, max_steps=2, learning_rate=1e-2)
+    (model_copy / "evil.py").write_text(MODULE.format(canary=canary.code))
+    auto = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilConfig"}
+    change_json(model_copy / "config.json", model_type="evil", auto_map=auto)
+    change_json(run / "run.json", trust_remote_code=True)
     with pytest.raises(InputError, match="Python code of its own"):
         welltuned.load(run)
     assert not canary.sang

@@ -377,6 +377,8 @@ def test_two_processes_on_one_new_place(options, tmp_path):
 class Judge:
     """Holds update 4 for the best, whatever comes, and ends the run where it is told to."""
 
+    findings = ()
+
     def __init__(self, state, stop=None):
         self.seen, self._stop = list(state.get("seen", [])), stop
 
@@ -420,10 +422,7 @@ def test_the_best_stays_and_is_the_result(straight, options, tmp_path):
         stored = adapter[f"base_model.model.{name}.weight"]
         assert stored.equal(tensor.view(stored.shape)) and not stored.equal(last[name].view(stored.shape))
     at_4 = next(line for line in lines(straight) if line.get("step") == 4 and "eval_loss" in line)
-    assert (
-        done.after.loss == at_4["eval_loss"]
-        and json.loads((place / "run.json").read_text())["healed"]["best_update"] == 4
-    )
+    assert done.after.loss == at_4["eval_loss"] and json.loads((place / "run.json").read_text())["best_step"] == 4
     notes = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines() if "note" in line]
     assert {"event": "note", "text": "saw 4"} in notes
 
@@ -439,7 +438,7 @@ def test_an_early_end(straight, options, tmp_path):
     done = trained_with(options, place, stop=8, load_best_model_at_end=True)
     assert done.updates == 8 and checkpoints(place)[0][0] == 8
     summary = json.loads((place / "run.json").read_text())
-    assert summary["updates"] == 8 and summary["healed"]["ended_early"] == "enough after 8"
+    assert summary["updates"] == 8 and summary["stop_reason"] == "enough after 8"
 
 
 def test_what_the_monitor_knew_goes_on(options, tmp_path):
@@ -453,7 +452,7 @@ def test_what_the_monitor_knew_goes_on(options, tmp_path):
         return made[-1]
 
     resume(place, make_watch=make)
-    assert made[-1].seen == [0, 4, 8, 11] and json.loads((place / "run.json").read_text())["healed"]["best_update"] == 4
+    assert made[-1].seen == [0, 4, 8, 11] and json.loads((place / "run.json").read_text())["best_step"] == 4
 
 
 def test_a_damaged_best_is_said_and_the_last_weights_stay(straight, options, tmp_path):

@@ -11,7 +11,7 @@ from welltuned.training.rundir import is_finished
 
 
 def run(arguments: argparse.Namespace) -> int:
-    path = Path(arguments.run)
+    path, code = Path(arguments.run), 0
     if is_finished(path):  # not an error: a script may ask again and again until the run is done
         console.print(f"[bold]{escape(str(path))}[/] is finished. Use it with:")
         print_command(f"welltuned chat {path}")
@@ -25,6 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
         finally:
             progress.close()
         print_result(result)
+        code = int(result.diverged is not None)
     if arguments.json:
         print_json(path)
-    return 0
+    return code

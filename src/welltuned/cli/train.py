@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     print_result(result)
     if arguments.json:
         print_json(result.path)
-    return 0
+    return int(result.diverged is not None)
 
 
 def print_json(run: Path) -> None:
@@ -78,6 +78,9 @@ def print_result(result: "RunResult") -> None:
         print_command(f'PeftModel.from_pretrained(base, "{folder}")       # PEFT, and with it TRL')
     elif not scores:
         print_command(f'AutoModelForCausalLM.from_pretrained("{folder}")')
+    if result.diverged is not None:
+        text = f"This run diverged; the weights above are the best from before. It {result.diverged}"
+        console.print(f"\n[bold red]{escape(text)}.[/]", soft_wrap=True)
 
 
 def print_command(text: str) -> None:

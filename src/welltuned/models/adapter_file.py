@@ -39,7 +39,7 @@ _REFUSED = (
 # (Qwen3-MoE, DeepSeek, GLM-4, ...), by whatever path: dense layers and shared experts would go without. It finds them
 # as parameters ("….weight").
 _TAKEN_FOR_EXPERTS = ("gate_proj", "up_proj", "down_proj")
-_NAME_PATTERN = re.compile(r"\^?[\w.\\|$-]+")
+_NAME_PATTERN = re.compile(r"\^?(?:\.\*)?[\w.\\|$-]+(?:\.\*[\w.\\|$-]+){0,2}")  # few ".*": each multiplies the time
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others (PiSSA, OLoRA, ...) change the base weights
 
 

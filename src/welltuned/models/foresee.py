@@ -8,15 +8,19 @@ import json
 from typing import Any
 
 from welltuned.models.memo import file_digest, remembered, versions
-from welltuned.models.resolve import ModelSource, SourceKind, resolve
+from welltuned.models.resolve import NO_TRUST, ModelSource, SourceKind, resolve
 from welltuned.models.whole import is_whole
-from welltuned.recipe import ALL_LINEAR
+from welltuned.recipe import ALL_LINEAR, Trust
 
 ONE_BY_ONE = "this model's own code carries state along a row, so examples run one at a time, not packed"
 
 
 def foresee(
-    model: str, target_modules: str | tuple[str, ...] | None = ALL_LINEAR, *, nf4: bool = False
+    model: str,
+    target_modules: str | tuple[str, ...] | None = ALL_LINEAR,
+    *,
+    nf4: bool = False,
+    trust: Trust = NO_TRUST,
 ) -> tuple[str, ...]:
     """Sentences on what cannot be made faster, as `Fused.sentences` says them after loading.
 
@@ -27,14 +31,14 @@ def foresee(
     Raises:
         InputError: no model can be built from the configuration.
     """
-    source = resolve(model, weights_needed=False)
+    source = resolve(model, weights_needed=False, trust=trust)
     if source.kind is SourceKind.FOLDER and is_whole(_config(source), target_modules):
         return ()
 
     def build() -> list[str]:
         from welltuned.models.skeleton import left_plain
 
-        return list(left_plain(model, target_modules, nf4=nf4))
+        return list(left_plain(model, target_modules, nf4=nf4, trust=trust))
 
     content = _content(source)
     if content is None:

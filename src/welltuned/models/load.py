@@ -55,9 +55,9 @@ def _refuse_kernels(config: PretrainedConfig, model: str) -> None:
             raise InputError(what, where=model, mend="remove attn_implementation from config.json")
 
 
-def load_skeleton(model: str) -> PreTrainedModel:
+def load_skeleton(model: str, trust: Trust = NO_TRUST) -> PreTrainedModel:
     """The model without its numbers ("meta"): names and shapes of a model of any size, in a second."""
-    config = load_config(model)
+    config = load_config(model, trust)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):  # the caller must not notice what modules draw
         try:
             skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config)

@@ -185,7 +185,8 @@ class AdapterBank:
         self._required_grad = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
         self._attach(biases)
-        self.start_KP = self.flat_KP.detach().to("cpu", copy=True)  # only looked at when training is over
+        rest = "meta" if self.flat_KP.is_meta else "cpu"  # only looked at when training is over
+        self.start_KP = self.flat_KP.detach().to(rest, copy=True)
 
     def _parameter(self, slot: Slot) -> nn.Parameter:
         columns = slice(slot.start, slot.start + slot.size)

@@ -33,14 +33,18 @@ from welltuned.models.fuse import (
 from welltuned.models.load import load_skeleton
 from welltuned.models.lora import find_targets
 from welltuned.models.packed import refuses_packing
+from welltuned.models.resolve import NO_TRUST
+from welltuned.recipe import Trust
 
 _INPUTS, _INNER = 8, 12  # of the tiny projections
 
 
-def left_plain(model: str, target_modules: str | tuple[str, ...] | None, *, nf4: bool) -> tuple[str, ...]:
+def left_plain(
+    model: str, target_modules: str | tuple[str, ...] | None, *, nf4: bool, trust: Trust = NO_TRUST
+) -> tuple[str, ...]:
     """Sentences on what cannot be made faster, as `Fused.sentences` says them after loading."""
     with torch.random.fork_rng(devices=[]):  # what is tried draws numbers, which the caller must not notice
-        return tuple(_foreseen(load_skeleton(model), target_modules, nf4))
+        return tuple(_foreseen(load_skeleton(model, trust), target_modules, nf4))
 
 
 def _foreseen(skeleton: PreTrainedModel, target_modules: str | tuple[str, ...] | None, nf4: bool) -> list[str]:

@@ -285,9 +285,11 @@ class Loop:
         found = tuple(rows[i].origin for i in culprits(rows, finite))
         self.at = replace(self.at, step=self.at.step + 1, skipped=self.at.skipped + 1, in_a_row=self.at.in_a_row + 1)
         self.tell(Skipped(self.at.step, self.plan.updates, what, found))
-        if self.at.in_a_row >= IN_A_ROW:
+        at_the_end = self.at.step == self.plan.updates  # where no later update can show that only rows were at fault
+        if self.at.in_a_row >= (2 if at_the_end else IN_A_ROW):
             named = ", ".join(found[:5]) if len(found) < len(rows) else "no row alone"
-            self._back_or_stop(f"{IN_A_ROW} updates in a row were not finite, the last: {what} (at fault: {named})")
+            count = f"{self.at.in_a_row} updates in a row were not finite"
+            self._back_or_stop(f"{count}, the last: {what} (at fault: {named})")
             return False
         return True
 
@@ -371,19 +373,19 @@ class Loop:
         if missing:
             self.tell(Note(f"metrics.jsonl had lost {missing:,} bytes that belong before update {self.at.step}"))
 
-    def take_best(self) -> None:
-        """Put the best evaluated update's weights in the place of the last, where the plan asks for it."""
+    def take_best(self) -> bool:
+        """Put the best evaluated update's weights in the place of the last, where the plan says so; whether it did."""
         best = self.watch.best_step
         if best is None or best == self.at.step or not self.plan.value("load_best_model_at_end"):
-            return
+            return False
         if best == 0:
             self.tell(Note("no update made the held-out loss lower than it was: the last weights are kept"))
-            return
+            return False
         try:
             found = read_checkpoint(folder_of(self.setting.directory.path, best))
         except Damaged as damage:
             self.tell(Note(f"the weights of update {best} were the best, but {damage}: the last ones are kept"))
-            return
+            return False
         restore_weights(self.trained, found)
         last = self._with_memory(
             lambda: self.setting.objective.evaluate(self.engine, self.setting.prepared.held_out), "the evaluation"
@@ -391,6 +393,7 @@ class Loop:
         self.at = replace(self.at, last=last)
         text = f"the weights of update {best}, the best on the held-out rows (loss {last.loss:.4f}), are the result"
         self.tell(Note(f"{text}, not those of the last, {self.at.step}"))
+        return True
 
 
 def dropout_key(seed: int, step: int, row: int) -> int:

@@ -125,7 +125,7 @@ def others_parts(recipe: Recipe, plan: Plan) -> list[tuple[float, str]]:
     told: list[tuple[float, str]] = [(TRUSTED, sentence) for sentence in trusted(recipe)]
     if recipe.trust.code:  # code of others is not run for a forecast
         return told
-    left = foresee(recipe.model, targets_of(plan), nf4=recipe.tune is Tune.QLORA)
+    left = foresee(recipe.model, targets_of(plan), nf4=recipe.tune is Tune.QLORA, trust=recipe.trust)
     return told + [(PLAIN_PARTS, sentence) for sentence in left]
 
 

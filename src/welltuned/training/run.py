@@ -30,7 +30,7 @@ from welltuned.models.parts import idle_parts, within
 from welltuned.recipe import Method, Tune, recipe_to_yaml
 from welltuned.training.checkpoint import Checkpoint, Position
 from welltuned.training.durable import BESIDE, remove_folder, settle_folder
-from welltuned.training.events import Note, Observer, silent
+from welltuned.training.events import Note, Observer, Severity, silent
 from welltuned.training.grpo_step import grpo_objective
 from welltuned.training.identity import identity_of, versions
 from welltuned.training.interrupt import interruptible
@@ -79,7 +79,12 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What a finished run found. `before` and `after` are None where no row was held out."""
+    """What a finished run found.
+
+    Attributes:
+        before, after: None where no row was held out.
+        diverged: why training ended early, where it diverged; the result is the best weights before that.
+    """
 
     path: Path
     engine: Engine
@@ -90,6 +95,7 @@ class RunResult:
     seconds: float
     tokens_per_second: float
     peak_memory: int
+    diverged: str | None = None
 
 
 def make_ready(plan: Plan) -> Ready:
@@ -236,7 +242,11 @@ class Course:
             try:
                 with packed_model(ready.model):
                     loop.run()
-                    loop.take_best()
+                    from_best = loop.take_best()
+                if _diverged(loop) and not from_best:
+                    run = directory.path
+                    mend = f"lower learning_rate in {run}/recipe.yaml and train again"
+                    raise RunError(f"{loop.at.ended}; no better weights were kept, so there is no result; {mend}")
                 return self._finished(loop, start_hashes)
             except BaseException:
                 with suppress(Exception):  # what ended the run is what is told
@@ -256,6 +266,7 @@ class Course:
             seconds=at.elapsed + loop.since_save(),
             tokens_per_second=at.tokens / at.seconds if at.seconds else 0.0,
             peak_memory=memory_used(device).peak,
+            diverged=at.ended if _diverged(loop) else None,
         )
         summary = _summary(self.prepared, self.ready, result)
         self.directory.write_json(
@@ -263,6 +274,11 @@ class Course:
         )
         remember_speed(self.prepared.plan, result.tokens_per_second, at.seconds)
         return result
+
+
+def _diverged(loop: Loop) -> bool:
+    """Whether a fault of the training ended the run, not a held-out loss that had turned."""
+    return loop.at.ended is not None and any(f.severity is Severity.ERROR for f in loop.watch.findings)
 
 
 def _watched(at: Position, loop: Loop) -> dict[str, Any]:
