@@ -220,7 +220,7 @@ class Pipe(io.BytesIO):
         ('{\n"data": [{"a": 1}]}', ["stdin.data[0]"]),
         ('prompt,completion\n"a\nb",c\nd,e\n', ["stdin:2", "stdin:4"]),
         ("prompt\tcompletion\na\tb\n", ["stdin:2"]),
-        (gzip.compress(b'{"a": 1}\n{"a": 2}'), ["stdin:1", "stdin:2"]),
+        (gzip.compress(b'{"a": 1}\n{"a": 2}', mtime=0), ["stdin:1", "stdin:2"]),
     ],
 )
 def test_stdin_is_recognised_by_its_content(monkeypatch, data, origins):
