@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +136,9 @@ class Slot:
 class AdapterBank:
     """K adapters on one model: made by `attach`, undone by `detach`.
 
+    Adapters of several ranks lie in slots of the largest. What a smaller one leaves of its slot is 0 and stays 0, since
+    each half of such a pair (rows of A, columns of B) is the other's gradient.
+
     Attributes:
         flat_KP, grad_KP: all trained numbers and their gradients, fp32.
         slots: name and place of each tensor in a row of flat_KP.
@@ -152,8 +156,8 @@ class AdapterBank:
     ):
         self.model, self.settings, self.saved = model, tuple(settings), saved
         first = self.settings[0]
-        if len({(s.r, s.expert_rank, s.target_modules, s.bias, s.lora_dropout) for s in self.settings}) > 1:
-            raise InputError("adapters of one bank share r, expert_r, target_modules, bias and lora_dropout")
+        if len({(s.target_modules, s.bias) for s in self.settings}) > 1:
+            raise InputError("adapters of one bank share target_modules and bias")
         if any(isinstance(module, (LoraLinear, LoraExperts)) for module in model.modules()):
             raise InputError("the model already carries adapters", mend="detach them first")
         if len(self.settings) > 1 and saved:
@@ -166,7 +170,7 @@ class AdapterBank:
         self.targets = find_targets(model, first.target_modules)
         self.stacks = [name for name in self.targets if name not in linear_modules(model)]
         if self.stacks:
-            _check_experts(first)
+            _check_experts(self.settings)
         biases = _trained_biases(model, self.targets, first.bias)
         for name, parameter in biases.items():
             if parameter.dtype.itemsize < 4 and name.rpartition(".")[0] not in self.targets:
@@ -174,7 +178,7 @@ class AdapterBank:
                 raise InputError(what, where="bias", mend="use lora_only, or a float32 model")
         whole = {f"{name}.{leaf}": p for name in saved for leaf, p in model.get_submodule(name).named_parameters()}
         biases = whole | biases  # weights first, since the buffer's first columns decay
-        self.slots = _layout(model, self.targets, first, biases)
+        self.slots = _layout(model, self.targets, max(s.r for s in self.settings), first.expert_rank, biases)
         device = device or next(model.parameters()).device
         total = sum(slot.size for slot in self.slots)
         self.flat_KP = torch.zeros(len(self.settings), total, dtype=torch.float32, device=device)
@@ -213,9 +217,10 @@ class AdapterBank:
             index, base = index_of[name], self.model.get_submodule(name)
             a, b = self._pair(name)
             for k, settings in enumerate(self.settings):
-                init_a(a.data[k], settings, index)
+                init_a(a.data[k, : settings.r], settings, index)  # a smaller rank's other rows stay 0, for ever
             projection = Projection(frozen_weight(base), scale_K, index)
-            self._put(name, LoraLinear(base, projection, a, b, self.rows, drops=self.settings[0].lora_dropout > 0))
+            drops = any(s.lora_dropout > 0 for s in self.settings)
+            self._put(name, LoraLinear(base, projection, a, b, self.rows, drops=drops))
         for name, bias in biases.items():
             slot = next(slot for slot in self.slots if slot.name == name)
             columns = slice(slot.start, slot.start + slot.size)
@@ -273,11 +278,18 @@ class AdapterBank:
     def use_rows(self, per_adapter: tuple[int, ...] | None, dropout_spans: tuple[tuple[int, int], ...]) -> None:
         """Say how the rows of the next forward pass belong to adapters, and name its examples for dropout."""
         self.rows.per_adapter = per_adapter
-        self.rows.dropout = Dropout(self.settings[0].lora_dropout, dropout_spans)
+        shares = {s.lora_dropout for s in self.settings}
+        if per_adapter is None or len(shares) == 1:
+            self.rows.dropout = Dropout(self.settings[0].lora_dropout, dropout_spans)
+            return
+        owners = [k for k, rows in enumerate(per_adapter) for _ in range(rows)]
+        starts = accumulate((rows for rows, _ in dropout_spans[:-1]), initial=0)
+        of_span = tuple(self.settings[owners[start]].lora_dropout for start in starts) if dropout_spans else ()
+        self.rows.dropout = Dropout(max(of_span, default=0.0), dropout_spans, of_span)
 
-    def no_dropout(self) -> None:
-        """For evaluation and generation: adapter 0 on every row, nothing dropped."""
-        self.rows.per_adapter, self.rows.dropout = None, Dropout()
+    def no_dropout(self, per_adapter: tuple[int, ...] | None = None) -> None:
+        """For evaluation and generation: nothing dropped, adapter 0 on every row unless rows are given to several."""
+        self.rows.per_adapter, self.rows.dropout = per_adapter, Dropout()
 
     @property
     def decayed(self) -> int:
@@ -285,12 +297,42 @@ class AdapterBank:
         return sum(slot.size for slot in self.slots if not slot.name.endswith("bias"))
 
     def tensors(self, k: int = 0) -> dict[str, Tensor]:
-        """Adapter k's tensors by name, as views of the flat buffer."""
-        return {s.name: self.flat_KP[k, s.start : s.start + s.size].view(s.shape) for s in self.slots}
+        """Adapter k's tensors by name, of its own rank, as views of the flat buffer."""
+        return self._views(self.flat_KP, k)
 
     def tensors_at_start(self, k: int = 0) -> dict[str, Tensor]:
         """The same as they were when the adapters were attached or loaded."""
-        return {s.name: self.start_KP[k, s.start : s.start + s.size].view(s.shape) for s in self.slots}
+        return self._views(self.start_KP, k)
+
+    def _views(self, flat_KP: Tensor, k: int) -> dict[str, Tensor]:
+        found, r = {}, self.settings[k].r
+        for slot in self.slots:
+            whole = flat_KP[k, slot.start : slot.start + slot.size].view(slot.shape)
+            if len(slot.shape) == 2 and slot.name.endswith("lora_A"):
+                whole = whole[:r]
+            elif len(slot.shape) == 2 and slot.name.endswith("lora_B"):
+                whole = whole[:, :r]
+            found[slot.name] = whole
+        return found
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Leave these adapters in the bank, in this order; one that is named twice is copied.
+
+        Whoever holds the flat buffers (an optimizer) must take them anew.
+        """
+        self.settings = tuple(self.settings[k] for k in rows)
+        self.flat_KP = self.flat_KP[list(rows)]
+        self.grad_KP = torch.zeros_like(self.flat_KP)
+        self.start_KP = self.start_KP[list(rows)]
+        for slot, parameter in self._parameters.items():
+            parameter.grad = None
+            parameter.data = self.flat_KP[:, slot.start : slot.start + slot.size].view(len(rows), *slot.shape)
+        for module in self.modules.values():
+            if isinstance(module, LoraExperts):
+                module.scale_K = tuple(s.expert_scale for s in self.settings)
+            else:
+                module.projection.scale_K = [s.scale for s in self.settings]
+        self.claim_gradients()
 
 
 def attach(
@@ -371,7 +413,7 @@ def _no_match(model: PreTrainedModel, ending: str, linears: Iterable[str], stack
 
 
 def _layout(
-    model: PreTrainedModel, targets: list[str], settings: LoraSettings, biases: dict[str, nn.Parameter]
+    model: PreTrainedModel, targets: list[str], r: int, expert_r: int, biases: dict[str, nn.Parameter]
 ) -> list[Slot]:
     slots: list[Slot] = []
     start = 0
@@ -380,10 +422,10 @@ def _layout(
         shapes: tuple[tuple[int, ...], tuple[int, ...]]
         if name in linears:
             out_features, in_features = frozen_weight(model.get_submodule(name)).shape
-            shapes = (settings.r, in_features), (out_features, settings.r)
+            shapes = (r, in_features), (out_features, r)
         else:
             experts, out_features, in_features = stack_shape(model, name)
-            shapes = (experts, settings.expert_rank, in_features), (experts, out_features, settings.expert_rank)
+            shapes = (experts, expert_r, in_features), (experts, out_features, expert_r)
         for tensor, shape in zip(("lora_A", "lora_B"), shapes, strict=True):
             slots.append(Slot(f"{name}.{tensor}", start, shape))
             start += slots[-1].size
@@ -393,11 +435,13 @@ def _layout(
     return slots
 
 
-def _check_experts(settings: LoraSettings) -> None:
-    if settings.lora_dropout:
+def _check_experts(settings: Sequence[LoraSettings]) -> None:
+    if len({s.expert_rank for s in settings}) > 1:
+        raise InputError("adapters on experts in one bank share their rank", where="r", mend="give expert targets one r")
+    if any(s.lora_dropout for s in settings):
         what = "dropout cannot act on experts: each one's weight is changed as a whole, as PEFT does it"
         raise InputError(what, where="lora_dropout", mend="set it to 0, or leave the experts out of target_modules")
-    if settings.bias is Bias.ALL:
+    if settings[0].bias is Bias.ALL:
         what = "biases are not trained where experts carry adapters"
         raise InputError(what, where="bias", mend="use none or lora_only, or leave the experts out of target_modules")
 

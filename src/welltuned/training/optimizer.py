@@ -4,7 +4,7 @@ AdamW: Loshchilov & Hutter 2019, arXiv 1711.05101. One fused call on one buffer 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -68,13 +68,14 @@ class FlatAdamW:
         self._grad_KP = grad_KP
         self.exp_avg_KP, self.exp_avg_sq_KP = torch.zeros_like(flat_KP), torch.zeros_like(flat_KP)
         self._steps: list[Tensor] = []
+        self._gradients: list[Tensor] = []
         groups = []
         state = {}
         for k in range(flat_KP.shape[0]):
             for columns, decay in ((slice(0, decayed), settings.weight_decay), (slice(decayed, None), 0.0)):
                 row = flat_KP[k, columns].detach().requires_grad_(True)
                 if row.numel():
-                    row.grad = grad_KP[k, columns]
+                    self._gradients.append(grad_KP[k, columns])
                     groups.append({"params": [row], "weight_decay": decay, "adapter": k})
                     self._steps.append(torch.zeros((), dtype=torch.float32, device=row.device))
                     moments = {"exp_avg": self.exp_avg_KP[k, columns], "exp_avg_sq": self.exp_avg_sq_KP[k, columns]}
@@ -96,10 +97,12 @@ class FlatAdamW:
         for step, value in zip(self._steps, steps_G.tolist(), strict=True):
             step.fill_(value)
 
-    def step(self, rate_K: list[float]) -> None:
-        """One update; the gradients are left as they are."""
-        for group in self.adamw.param_groups:
-            group["lr"] = rate_K[group["adapter"]]
+    def step(self, rate_K: Sequence[float | None]) -> None:
+        """One update; the gradients are left as they are. An adapter whose rate is None is not touched."""
+        for group, gradient in zip(self.adamw.param_groups, self._gradients, strict=True):
+            rate = rate_K[group["adapter"]]
+            group["lr"] = 0.0 if rate is None else rate
+            group["params"][0].grad = None if rate is None else gradient
         self.adamw.step()
 
     def zero_grad(self) -> None:

@@ -4,7 +4,7 @@ import gc
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -98,8 +98,12 @@ class RunResult:
     diverged: str | None = None
 
 
-def make_ready(plan: Plan) -> Ready:
-    """Load the model, put adapters on it (or free all of it), and fuse what is understood."""
+def make_ready(plan: Plan, arms: Sequence[Plan] = ()) -> Ready:
+    """Load the model, put adapters on it (or free all of it), and fuse what is understood.
+
+    Args:
+        arms: the plans of several adapters in one bank, which share all but the adapters' settings with `plan`.
+    """
     recipe = plan.recipe
     if recipe.tune is Tune.FULL and plan.value("dtype") != "float32":
         raise InputError("full fine-tuning trains float32 weights", where="dtype", mend="remove it, or use tune: lora")
@@ -107,7 +111,7 @@ def make_ready(plan: Plan) -> Ready:
     dtype = torch.float32 if recipe.tune is Tune.FULL else DTYPES[plan.value("dtype")]
     model = load_model(recipe.model, dtype=dtype, device=device, nf4=recipe.tune is Tune.QLORA, trust=recipe.trust)
     idle = idle_parts(model)
-    trained: Trained = trained_parts(model, plan, idle, lambda: _reached(model, plan, idle))
+    trained: Trained = trained_parts(model, plan, idle, lambda: [_reached(model, arm, idle) for arm in arms or [plan]])
     fused = fuse(model, trained if isinstance(trained, AdapterBank) else None)
     head = find_head(model)
     notes = [*fused.sentences(), *(f"text never reaches {name}, which stays as it is" for name in idle)]
@@ -194,7 +198,7 @@ def with_objective(ready: Ready, prepared: Prepared, observer: Observer) -> Read
 def begin(directory: RunDir, prepared: Prepared, identity: Mapping[str, Any], before: Started | None = None) -> None:
     """Write what the run is asked and planned to be; a run that goes on changed keeps its id."""
     run = before.run if before is not None else secrets.token_hex(8)
-    with _disk_errors(directory.path):
+    with disk_errors(directory.path):
         directory.write(RECIPE, recipe_to_yaml(prepared.recipe))
         directory.write(PLAN, plan_to_yaml(prepared.plan))
         started = Started(run=run, directory=os.getcwd(), identity=identity)
@@ -216,7 +220,7 @@ class Course:
     def run(self, before_training: Callable[[Ready], None] | None = None) -> RunResult:
         prepared, ready, directory, plan = self.prepared, self.ready, self.directory, self.prepared.plan
         started = read_started(directory.path)
-        start_hashes = _hashes(ready.engine.trained)
+        start_hashes = start_hashes_of(ready.engine.trained)
         keeper = Keeper(directory.path, plan.value("save_total_limit"), directory.sync_metrics)
         setting = Setting(
             engine=ready.engine,
@@ -226,7 +230,7 @@ class Course:
             keeper=keeper,
             origin=Origin(started.run, started.identity, versions()),
         )
-        with interruptible() as asked, _disk_errors(directory.path):
+        with interruptible() as asked, disk_errors(directory.path):
             loop = Loop(setting, self.observer, self.make_watch, asked)
             if self.found is None:
                 directory.cut_metrics(0)
@@ -262,13 +266,13 @@ class Course:
             updates=at.step,
             before=at.before,
             after=at.last if at.last is not None else at.before,
-            checks=_verify_and_save(self.ready.engine, self.prepared, self.directory, start_hashes, at),
+            checks=verify_and_save(self.ready.engine, self.prepared, self.directory, start_hashes, at),
             seconds=at.elapsed + loop.since_save(),
             tokens_per_second=at.tokens / at.seconds if at.seconds else 0.0,
             peak_memory=memory_used(device).peak,
             diverged=at.ended if _diverged(loop) else None,
         )
-        summary = _summary(self.prepared, self.ready, result)
+        summary = summary_of(self.prepared, self.ready, result)
         self.directory.write_json(
             RUN, {**summary, **_watched(at, loop), "healed": _healed(at), "saving": asdict(loop.setting.keeper.cost)}
         )
@@ -311,7 +315,7 @@ def on_this_machine(plan: Plan) -> Iterator[None]:
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """What the disk refuses ends a run with a sentence."""
     try:
         yield
@@ -326,14 +330,14 @@ def _require_disk(plan: Plan, ready: Ready, out: Path) -> tuple[str, ...]:
     return () if note is None else (note,)
 
 
-def _hashes(trained: Trained) -> dict[str, str]:
+def start_hashes_of(trained: Trained) -> dict[str, str]:
     """What full fine-tuning starts from; an adapter bank remembers its own start."""
     if isinstance(trained, AdapterBank):
         return {}
     return {name: sha256(tensor) for name, tensor in trained.tensors().items()}
 
 
-def _verify_and_save(
+def verify_and_save(
     engine: Engine, prepared: Prepared, directory: RunDir, start_hashes: dict[str, str], at: Position
 ) -> tuple[TensorCheck, ...]:
     """Compare every trained tensor with its start, and write the result: beside its place, durable, then renamed."""
@@ -385,7 +389,7 @@ def _base_weights(engine: Engine) -> dict[str, str]:
     return fingerprint(engine.model, [slot.name for slot in engine.trained.slots])
 
 
-def _summary(prepared: Prepared, ready: Ready, result: RunResult) -> dict[str, Any]:
+def summary_of(prepared: Prepared, ready: Ready, result: RunResult) -> dict[str, Any]:
     def loss(found: Evaluation | None) -> dict[str, float] | None:
         if found is None:
             return None

@@ -90,6 +90,10 @@ class RunDir:
         if isinstance(event, Evaluated) and event.samples:
             self._keep_samples(event)
 
+    def record_line(self, line: Mapping[str, Any]) -> None:
+        """Append an object that is no event of a single run."""
+        self._append(dict(line))
+
     @property
     def metrics_bytes(self) -> int:
         """The length of metrics.jsonl once all that was recorded is in it."""

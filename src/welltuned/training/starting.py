@@ -1,6 +1,6 @@
 """What a run begins with: new adapters, those of an earlier run, all parameters, and a reward model's head."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,13 +18,13 @@ from welltuned.training.step import Trained
 
 
 def trained_parts(
-    model: PreTrainedModel, plan: Plan, idle: tuple[str, ...], new_adapters: Callable[[], LoraSettings]
+    model: PreTrainedModel, plan: Plan, idle: tuple[str, ...], new_adapters: Callable[[], Sequence[LoraSettings]]
 ) -> Trained:
     """What of a loaded model is trained by this plan, as it is before the first update.
 
     Args:
         idle: parts that text never reaches.
-        new_adapters: settings for adapters that begin at nothing.
+        new_adapters: settings for adapters that begin at nothing, one or several.
     """
     recipe = plan.recipe
     saved: tuple[str, ...] = ()
