@@ -13,17 +13,12 @@ loss of its choice against the lowest of the grid's. The grid's rows also replay
 """
 
 import argparse
-import json
-import math
-import subprocess
-import sys
 import time
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-import torch
-from common import RESULTS, describe_machine, write_result
+from common import describe_machine, write_result
 
 from welltuned.data.formats import to_conversations
 from welltuned.data.render import render_all
@@ -31,7 +26,7 @@ from welltuned.data.source import read_rows
 from welltuned.models.load import load_tokenizer
 from welltuned.models.resolve import DEMO_ALIAS
 from welltuned.recipe import load_recipe
-from welltuned.search.arms import Question, question_of
+from welltuned.search.arms import Question
 from welltuned.search.sweep import SweepResult, is_sweep, resume_sweep, sweep
 from welltuned.training.prepare import Prepared, prepare
 
@@ -40,31 +35,31 @@ STEPS = (-3, -2, -1, 0, 1, 2, 3)  # of √2
 DEFAULTS = {"TRL": 2e-5, "LLaMA-Factory": 5e-5, "ms-swift": 1e-4, "Unsloth, Axolotl": 2e-4}
 
 
-def case_options(case: str, gsm8k: str, work: Path) -> dict[str, Any]:
+def case_options(case: str, model: str, gsm8k: str, work: Path) -> dict[str, Any]:
     """The recipe of a case; GSM8K's short rows are written to files of their own."""
     if case == "tickets":
         with as_file(files("welltuned").joinpath("demo_data")) as folder:
             return {
-                "model": DEMO_ALIAS,
+                "model": model,
                 "data": str(folder / "train.jsonl"),
                 "eval_data": str(folder / "heldout.jsonl"),
                 "num_train_epochs": 1.0,
             }
     train, held_out = work / "gsm8k-train.jsonl", work / "gsm8k-heldout.jsonl"
     if not held_out.exists():
-        tokenizer = load_tokenizer(DEMO_ALIAS)
+        tokenizer = load_tokenizer(model)
         examples = render_all(to_conversations(read_rows(gsm8k)).items, tokenizer).examples
         lines = [line for line in Path(gsm8k).read_text(encoding="utf-8").splitlines() if line.strip()]
         short = [line for line, e in zip(lines, examples, strict=True) if len(e.ids) <= LONGEST]
         train.write_text("\n".join(short[HELD_OUT:]) + "\n", encoding="utf-8")
         held_out.write_text("\n".join(short[:HELD_OUT]) + "\n", encoding="utf-8")
     shape = {"max_steps": 80, "effective_batch_size": 4, "r": 16, "lora_alpha": 16.0}
-    return {"model": DEMO_ALIAS, "data": str(train), "eval_data": str(held_out), **shape}
+    return {"model": model, "data": str(train), "eval_data": str(held_out), **shape}
 
 
 def prepared_of(arguments: argparse.Namespace) -> Prepared:
     arguments.work.mkdir(parents=True, exist_ok=True)
-    options = case_options(arguments.case, arguments.gsm8k, arguments.work)
+    options = case_options(arguments.case, arguments.model, arguments.gsm8k, arguments.work)
     return prepare(load_recipe(None, {**options, "save_steps": 10}))
 
 
@@ -120,6 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("grid", "sweep", "bank"))
     parser.add_argument("--case", choices=("gsm8k", "tickets"), default="tickets")
+    parser.add_argument("--model", default=DEMO_ALIAS, help="SmolLM2-135M-Instruct, or a folder with it")
     parser.add_argument("--gsm8k", default="gsm8k_train.jsonl", help="GSM8K's training rows, as JSONL")
     parser.add_argument("--work", type=Path, default=Path("sweep-work"))
     parser.add_argument("--arms", default="1,2,4,8")

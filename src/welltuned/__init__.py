@@ -20,6 +20,7 @@ __all__ = [
     "plan",
     "resume",
     "scale",
+    "sweep",
     "train",
     "verify",
 ]
@@ -30,7 +31,7 @@ _HOMES = {
 } | {name: "welltuned.api" for name in __all__ if name not in ("LoraSettings", "attach", "__version__")}
 
 if TYPE_CHECKING:
-    from welltuned.api import average, evaluate, export, inspect, load, merge, plan, resume, scale, train, verify
+    from welltuned.api import average, evaluate, export, inspect, load, merge, plan, resume, scale, sweep, train, verify
     from welltuned.models.lora import LoraSettings, attach
 else:
 

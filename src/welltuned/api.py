@@ -32,6 +32,10 @@ from welltuned.models.generate import Decoding, replies
 from welltuned.models.lora import AdapterBank
 from welltuned.models.resolve import NO_TRUST
 from welltuned.recipe import KEYS, Trust, load_recipe
+from welltuned.search.arms import question_of
+from welltuned.search.events import SearchObserver, unheard
+from welltuned.search.sweep import SweepResult, is_sweep, resume_sweep
+from welltuned.search.sweep import sweep as sweep_prepared
 from welltuned.training.events import Observer, silent
 from welltuned.training.inspection import SHOWN, Inspection
 from welltuned.training.inspection import inspect as inspect_recipe
@@ -77,6 +81,27 @@ def train(recipe: str | None = None, *, out: str | Path, observer: Observer = si
     return train_prepared(prepare(asked), Path(out), observer)
 
 
+def sweep(
+    recipe: str | None = None,
+    *,
+    out: str | Path,
+    arms: int | None = None,
+    over: Sequence[str] = (),
+    observer: SearchObserver = unheard,
+    **options: Any,
+) -> SweepResult:
+    """Try learning rates (or what `over` names, such as "r=8,32") on one base at once; the winner's Run is in `out`.
+
+    Args:
+        arms: how many rates are tried at the start; None for three.
+        options: as in `plan`.
+    """
+    asked = _recipe(recipe, options)
+    question = question_of(arms, over)
+    require_free(Path(out))
+    return sweep_prepared(prepare(asked), question, Path(out), observer)
+
+
 def resume(run: str | Path, *, observer: Observer = silent, accept_changes: bool = False) -> RunResult:
     """Finish a run that was interrupted, from its newest sound checkpoint.
 
@@ -87,6 +112,8 @@ def resume(run: str | Path, *, observer: Observer = silent, accept_changes: bool
     Raises:
         InputError: there is no unfinished run, or something changed.
     """
+    if is_sweep(Path(run)):
+        return resume_sweep(Path(run), accept_changes=accept_changes).run
     return resume_run(Path(run), observer, accept_changes=accept_changes)
 
 

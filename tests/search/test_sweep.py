@@ -2,11 +2,6 @@
 
 import json
 
-import pytest
-import torch
-from safetensors.torch import load_file
-
-import welltuned
 from welltuned.search.arms import question_of
 from welltuned.search.sweep import sweep
 
@@ -22,6 +17,6 @@ def losses_by_arm(run):
 
 def test_a_sweep_runs(prepared_for, tmp_path):
     out = tmp_path / "out"
-    result = sweep(prepared_for(), question_of(3, []), out)
+    sweep(prepared_for(), question_of(3, []), out)
     print(json.loads((out / "sweep.json").read_text())["rungs"])
     assert (out / "run.json").is_file()

@@ -7,7 +7,7 @@ from rich.markup import escape
 
 from welltuned.cli.terminal import Progress, console, quiet_libraries
 from welltuned.cli.train import print_command, print_json, print_result
-from welltuned.training.rundir import is_finished
+from welltuned.training.rundir import SWEEP, is_finished
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -15,6 +15,10 @@ def run(arguments: argparse.Namespace) -> int:
     if is_finished(path):  # not an error: a script may ask again and again until the run is done
         console.print(f"[bold]{escape(str(path))}[/] is finished. Use it with:")
         print_command(f"welltuned chat {path}")
+    elif (path / SWEEP).is_file():
+        from welltuned.cli.sweep import resume as resume_sweep
+
+        return resume_sweep(path, accept_changes=arguments.accept_changes, as_json=arguments.json)
     else:
         from welltuned.training.resume import resume  # brings torch
 

@@ -437,7 +437,9 @@ def _layout(
 
 def _check_experts(settings: Sequence[LoraSettings]) -> None:
     if len({s.expert_rank for s in settings}) > 1:
-        raise InputError("adapters on experts in one bank share their rank", where="r", mend="give expert targets one r")
+        raise InputError(
+            "adapters on experts in one bank share their rank", where="r", mend="give expert targets one r"
+        )
     if any(s.lora_dropout for s in settings):
         what = "dropout cannot act on experts: each one's weight is changed as a whole, as PEFT does it"
         raise InputError(what, where="lora_dropout", mend="set it to 0, or leave the experts out of target_modules")

@@ -177,7 +177,9 @@ def _require_searchable(base: Plan) -> None:
 
 
 def _alpha(plan: Plan) -> float:
-    return rate_setting(plan.facts.model, plan.choices, plan.value("effective_batch_size"), plan.updates).alpha_equivalent
+    return rate_setting(
+        plan.facts.model, plan.choices, plan.value("effective_batch_size"), plan.updates
+    ).alpha_equivalent
 
 
 def prior_of(arm: Arm, centre: float) -> Prior:

@@ -7,8 +7,8 @@ over a factor of four. With z = ln(alpha · rate) - ln(advised), the model of an
 
 where `doubt` is the advice's own, as a deviation of ln(rate). Measurement errors are those of means over the same
 held-out rows, with their covariance, so that what rows differ by among themselves drops out; a point far from the best
-has an error of its own besides, since the parabola ends somewhere. All of it is Gaussian, so the posterior is exact; the
-lowest point and what a choice costs are read off draws from it.
+has an error of its own besides, since the parabola ends somewhere. All of it is Gaussian, so the posterior is exact;
+the lowest point and what a choice costs are read off draws from it.
 """
 
 import math

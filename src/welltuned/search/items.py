@@ -1,7 +1,8 @@
 """What a bank of arms computes: the rows of several adapters in one forward pass, and each one's loss by itself.
 
 The sibling of `training/step` and `training/preference_step`, with the same division: an arm's gradient is that of the
-sum over its own update, divided by its own tokens (or pairs) of the whole update. No number of one arm enters another's.
+sum over its own update, divided by its own tokens (or pairs) of the whole update. No number of one arm enters
+another's.
 """
 
 from collections.abc import Iterator, Sequence
@@ -101,9 +102,7 @@ class PairItems:
     def losses(self, engine: Engine, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
         rows = [row for part in parts for row in part.rows]
         keys = [key for part in parts for key in part.keys or [0] * len(part.rows)]
-        laid = lay(
-            rows, keys, shared=self.shared, whole_chosen=self.judge.whole_chosen, device=engine.model.device
-        )
+        laid = lay(rows, keys, shared=self.shared, whole_chosen=self.judge.whole_chosen, device=engine.model.device)
         _use_rows(engine, parts, [[self.length(row) for row in part.rows] for part in parts], laid.spans)
         judged = self.judge(engine, rows, laid, parts[0].ratio)
         factor_I = torch.tensor([part.factor for part in parts for _ in part.rows], device=judged.loss_P.device)

@@ -14,12 +14,22 @@ from welltuned.errors import RunError
 from welltuned.models.oom import is_out_of_memory, release_memory
 from welltuned.search.arms import RATE, Arm, arm_of, prior_of
 from welltuned.search.bank import Bank
-from welltuned.search.events import ArmAdded, ArmEnded, ArmJudged, ArmUpdated, SearchEvent, SearchObserver
+from welltuned.search.events import (
+    ArmAdded,
+    ArmEnded,
+    ArmJudged,
+    ArmUpdated,
+    SearchEvent,
+    SearchObserver,
+    evaluated,
+    line_of,
+    update_event,
+)
 from welltuned.search.halving import Decision, Entry, Look, decide, mean, paired, rungs
 from welltuned.search.items import Items, Share, row_losses
 from welltuned.search.state import ArmState, RungRecord, State, Status
 from welltuned.training.checkpoint import Checkpoint, Position, Snapshot
-from welltuned.training.events import Evaluated, Note, Updated
+from welltuned.training.events import Note
 from welltuned.training.healing import IN_A_ROW, halved, is_sound
 from welltuned.training.interrupt import Asked, Interrupted
 from welltuned.training.keeper import Keeper
@@ -95,7 +105,7 @@ class Search:
         if isinstance(event, Note):
             self.setting.directory.record(event)
         else:
-            self.setting.directory.record_line(_line(event))
+            self.setting.directory.record_line(line_of(event))
         self._observer(event)
 
     def _say(self, sentences: Sequence[str]) -> None:
@@ -115,7 +125,7 @@ class Search:
                 lambda: self.setting.objective.evaluate(self.engine, self.setting.prepared.held_out), "the evaluation"
             )
             for number in self.arms:
-                self.watch(number).see(_evaluated(0, self.before))
+                self.watch(number).see(evaluated(0, self.before))
                 self._tell_arm(number, "")
         while not self.state.ended:
             self._stop_where_asked()
@@ -195,7 +205,7 @@ class Search:
         )
         watch = self.watch(arm.number)
         if sound and rate is not None:
-            watch.see(_update_event(step, total, made, norm, rate))
+            watch.see(update_event(step, total, made, norm, rate))
             smooth = watch.history.smooth
             arm = replace(arm, loss=made.loss if smooth is None else smooth)
             self.tell(ArmUpdated(arm.number, step, total, step / total, made.loss, rate, norm, made.tokens))
@@ -290,9 +300,7 @@ class Search:
         if self.setting.grid and 0 < self.state.target < len(self.shares) - 1:
             for number, found in zip(some, self._row_losses([row_of[n] for n in some]), strict=True):
                 arm = self._state(number)
-                self.state = self.state.with_arm(
-                    replace(arm, plain=(*arm.plain, Look(self._share_now, tuple(found))))
-                )
+                self.state = self.state.with_arm(replace(arm, plain=(*arm.plain, Look(self._share_now, tuple(found)))))
         self.state = replace(self.state, evaluated=self.state.evaluated + self._eval_tokens * len(numbers))
         self._tell_looks(numbers)
 
@@ -361,11 +369,9 @@ class Search:
         self.arms[number] = arm_of(self.plan, number, {**leader.settings, RATE: float(f"{rate:.1e}")})
         like = self._state(decision.leader).like
         state = ArmState(number=number, settings=self.arms[number].settings, like=like)
-        self.state = replace(
-            self.state, arms=(*self.state.arms, state), extended=self.state.extended or "edge" in why
-        )
+        self.state = replace(self.state, arms=(*self.state.arms, state), extended=self.state.extended or "edge" in why)
         if self.before is not None:
-            self.watch(number).see(_evaluated(0, self.before))
+            self.watch(number).see(evaluated(0, self.before))
         self._compact([number])
         self._tell_arm(number, why)
 
@@ -385,10 +391,12 @@ class Search:
             said=tuple(said),
         )
         self.state = replace(self.state, rungs=(*self.state.rungs, record))
-        at = "" if best is None or curve is None else f", the best rate about {shown(best)} (×/÷ {math.exp(curve.x_error):.2f})"
-        self.tell(
-            Note(f"at {share:.0%}: {leader.name} leads, expected to cost {decision.regret:.2%} of the loss{at}")
+        at = (
+            ""
+            if best is None or curve is None
+            else f", the best rate about {shown(best)} (×/÷ {math.exp(curve.x_error):.2f})"
         )
+        self.tell(Note(f"at {share:.0%}: {leader.name} leads, expected to cost {decision.regret:.2%} of the loss{at}"))
 
     # ── saving and going on ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -451,42 +459,3 @@ def shares_of(updates: Iterable[int]) -> tuple[float, ...]:
     found = rungs(shortest)
     steps = ((found[0] + 1) // 2, *found) if 1 < found[0] < shortest else found
     return tuple(step / shortest for step in steps)
-
-
-def _evaluated(step: int, found: Evaluation) -> Evaluated:
-    rows = found.loss_of_example, found.tokens_of_example
-    return Evaluated(step, found.loss, found.standard_error, found.measures, *rows)
-
-
-def _update_event(step: int, total: int, made: Gradient, norm: float, rate: float) -> Updated:
-    """As a run would tell it to its watch; what depends on the clock is left out, so that resuming changes nothing."""
-    return Updated(
-        step=step,
-        total_steps=total,
-        loss=made.loss,
-        learning_rate=rate,
-        grad_norm=norm,
-        tokens=made.tokens,
-        supervised_tokens=made.supervised_tokens,
-        tokens_per_second=0.0,
-        epoch=0.0,
-        memory_bytes=0,
-        seconds_left=0.0,
-        evaluation_follows=False,
-    )
-
-
-def _line(event: SearchEvent) -> dict[str, Any]:
-    """An event as a line of metrics.jsonl."""
-    match event:
-        case ArmUpdated():
-            plain = {name: getattr(event, name) for name in ("arm", "step", "loss", "learning_rate", "grad_norm", "tokens")}
-            return {"event": "arm_update", **plain}
-        case ArmJudged():
-            names = ("arm", "step", "eval_loss", "above_best", "above_best_se")
-            return {"event": "arm_judged", **{name: getattr(event, name) for name in names}}
-        case ArmEnded():
-            return {"event": "arm_ended", "arm": event.arm, "step": event.step, "status": event.status, "why": event.why}
-        case ArmAdded():
-            return {"event": "arm", "arm": event.arm, "name": event.name, "why": event.why}
-    raise TypeError(f"{event!r} is no event of a search")

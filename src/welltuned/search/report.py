@@ -189,8 +189,8 @@ def table(found: Found) -> list[tuple[str, ...]]:
 def spent(found: Found) -> str:
     """Tokens against what others would have taken."""
     return (
-        f"{found.tokens:,} tokens trained, as many as {found.runs_worth:.2f} whole runs: {found.grid_share:.0%} of a grid "
-        f"of {GRID}; {found.evaluated:,} held-out tokens judged"
+        f"{found.tokens:,} tokens trained, as many as {found.runs_worth:.2f} whole runs: {found.grid_share:.0%} of a "
+        f"grid of {GRID}; {found.evaluated:,} held-out tokens judged"
     )
 
 
@@ -233,9 +233,8 @@ def _axis(low: float, high: float, start: float, end: float) -> Any:
 def _axes(found: Found, x_of: Any, y_of: Any, low: float, high: float) -> list[str]:
     parts = []
     for rate in sorted({row.learning_rate for row in found.rows}):
-        parts.append(
-            f'<text x="{x_of(math.log(rate)):.1f}" y="{_HEIGHT - 32}" text-anchor="middle">{escape(shown(float(rate)))}</text>'
-        )
+        x, name = x_of(math.log(rate)), escape(shown(float(rate)))
+        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 32}" text-anchor="middle">{name}</text>')
     for i in range(5):
         value = low + (high - low) * i / 4
         parts.append(f'<text x="{_LEFT - 8}" y="{y_of(value) + 4:.1f}" text-anchor="end">{value:.3f}</text>')
@@ -257,7 +256,9 @@ def _series(points: Sequence[tuple[ArmRow, Judged]], colour: str, name: str, x_o
         x, y, error = x_of(math.log(row.learning_rate)), y_of(look.loss), look.above_best_se or 0.0
         top, bottom = y_of(look.loss + error), y_of(look.loss - error)
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}" stroke="{colour}"/>')
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"><title>{escape(row.name)}</title></circle>')
+        parts.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"><title>{escape(row.name)}</title></circle>'
+        )
     last = ordered[-1]
     x, y = x_of(math.log(last[0].learning_rate)) + 8, y_of(last[1].loss) + 4
     parts.append(f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}">{name}</text>')

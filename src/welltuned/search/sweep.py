@@ -47,6 +47,7 @@ from welltuned.training.rundir import (
     RECIPE,
     RUN,
     STARTED,
+    SWEEP,
     RunDir,
     is_finished,
     read_started,
@@ -54,7 +55,7 @@ from welltuned.training.rundir import (
 )
 from welltuned.training.snapshot import Origin
 
-SWEEP, PLOT = "sweep.json", "sweep.svg"
+PLOT = "sweep.svg"
 FORMAT = 1
 
 
