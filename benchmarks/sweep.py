@@ -1,6 +1,6 @@
 """A search against a dense grid, the throughput of a bank of arms, and its memory.
 
-    python benchmarks/sweep.py grid  --case gsm8k|tickets [--gsm8k FILE] --work DIR    # once; goes on where it was ended
+    python benchmarks/sweep.py grid  --case gsm8k|tickets [--gsm8k FILE] --work DIR    # once; goes on where it ended
     python benchmarks/sweep.py sweep --case gsm8k|tickets [--gsm8k FILE] --work DIR
     python benchmarks/sweep.py bank  [--arms 1,2,4,8]
 
