@@ -14,6 +14,7 @@ loss of its choice against the lowest of the grid's. The grid's rows also replay
 
 import argparse
 import time
+from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,23 @@ from common import describe_machine, write_result
 from welltuned.data.formats import to_conversations
 from welltuned.data.render import render_all
 from welltuned.data.source import read_rows
+from welltuned.facts.machine import Device
 from welltuned.models.load import load_tokenizer
+from welltuned.models.lora import AdapterBank
+from welltuned.models.packed import packed_model
 from welltuned.models.resolve import DEMO_ALIAS
 from welltuned.recipe import load_recipe
 from welltuned.search.arms import Question
+from welltuned.search.items import Share, SupervisedItems, gradients
 from welltuned.search.sweep import SweepResult, is_sweep, resume_sweep, sweep
+from welltuned.training.optimizer import FlatAdamW, clip_
 from welltuned.training.prepare import Prepared, prepare
+from welltuned.training.process import memory_used
+from welltuned.training.run import make_ready
+from welltuned.training.settings import adamw_settings
+from welltuned.training.step import accumulate_gradient
 
-LONGEST, HELD_OUT = 140, 100
+LONGEST, HELD_OUT = 140, 64
 STEPS = (-3, -2, -1, 0, 1, 2, 3)  # of √2
 DEFAULTS = {"TRL": 2e-5, "LLaMA-Factory": 5e-5, "ms-swift": 1e-4, "Unsloth, Axolotl": 2e-4}
 
@@ -53,7 +63,7 @@ def case_options(case: str, model: str, gsm8k: str, work: Path) -> dict[str, Any
         short = [line for line, e in zip(lines, examples, strict=True) if len(e.ids) <= LONGEST]
         train.write_text("\n".join(short[HELD_OUT:]) + "\n", encoding="utf-8")
         held_out.write_text("\n".join(short[:HELD_OUT]) + "\n", encoding="utf-8")
-    shape = {"max_steps": 80, "effective_batch_size": 4, "r": 16, "lora_alpha": 16.0}
+    shape = {"max_steps": 40, "effective_batch_size": 4, "r": 16, "lora_alpha": 16.0}
     return {"model": model, "data": str(train), "eval_data": str(held_out), **shape}
 
 
@@ -107,21 +117,175 @@ def run_grid(arguments: argparse.Namespace) -> None:
     print(write_result(f"sweep_grid_{arguments.case}", result))
 
 
+# ── the search beside the grid ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def run_sweep(arguments: argparse.Namespace) -> None:
+    """A real search, judged on the same rows as the grid; and searches replayed on the grid's own recordings."""
+    found = searched(arguments, question_of(None, []), "sweep", grid=False)
+    grid = json.loads((RESULTS / f"sweep_grid_{arguments.case}.json").read_text(encoding="utf-8"))
+    weights = grid["weights"]
+    whole = {arm["learning_rate"]: final(arm, weights) for arm in grid["arms"] if arm["status"] == "done"}
+    best = min(whole, key=lambda rate: whole[rate])
+    chosen = found.found.rows[found.found.winner]
+    loss = chosen.looks[-1].loss
+    low = min(whole[best], loss)
+    others = {name: regret(whole.get(rate), low) for name, rate in DEFAULTS.items()}
+    result = {
+        "machine": describe_machine(),
+        "case": arguments.case,
+        "updates": chosen.total_updates,
+        "grid": {f"{rate:g}": round(value, 5) for rate, value in sorted(whole.items())},
+        "grid_best": {"learning_rate": best, "loss": round(whole[best], 5)},
+        "found": {"learning_rate": chosen.learning_rate, "loss": round(loss, 5)},
+        "regret": regret(loss, whole[best]),
+        "regret_of_the_advice": regret(whole.get(grid["advised"]), low),
+        "regret_of_defaults": others,
+        "tokens": found.found.tokens,
+        "share_of_a_grid_of_seven": round(found.found.grid_share, 4),
+        "seconds": round(found.run.seconds, 1),
+        "expected_regret": found.found.regret,
+        "best_rate": found.found.best_rate,
+        "best_rate_factor": found.found.best_rate_factor,
+        "advice": found.found.advice,
+        "arms": [
+            {"learning_rate": row.learning_rate, "status": row.status, "updates": row.updates, "why": row.why}
+            for row in found.found.rows
+        ],
+        "replayed": replay(grid),
+    }
+    print(write_result(f"sweep_{arguments.case}", result))
+
+
+def final(arm: dict[str, Any], weights: list[int]) -> float:
+    losses = arm["looks"][-1]["loss_of_row"]
+    return math.fsum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
+
+
+def regret(loss: float | None, best: float) -> float | None:
+    """Relative; None where a rate was not in the grid, or diverged."""
+    return None if loss is None else round(loss / best - 1, 5)
+
+
+def replay(grid: dict[str, Any]) -> dict[str, Any]:
+    """How well the order of the arms at each rung is that of the end: with running averages, and without them."""
+    weights, found = grid["weights"], {}
+    arms = [arm for arm in grid["arms"] if arm["status"] == "done" and arm["learning_rate"] not in DEFAULTS.values()]
+    ends = [final(arm, weights) for arm in arms]
+    for kind in ("looks", "plain"):
+        for i, look in enumerate(arms[0][kind]):
+            if look["share"] < 1:
+                now = [final({"looks": [arm[kind][i]]}, weights) for arm in arms]
+                picked = ends[now.index(min(now))]
+                found[f"{'average' if kind == 'looks' else 'weights'} at {look['share']:.0%}"] = {
+                    "best_rate_then": arms[now.index(min(now))]["learning_rate"],
+                    "regret_of_picking_it": regret(picked, min(ends)),
+                    "rank_correlation": round(rank_correlation(now, ends), 3),
+                }
+    return found
+
+
+def rank_correlation(a: list[float], b: list[float]) -> float:
+    """Spearman's."""
+    ranks = [[sorted(x).index(value) for value in x] for x in (a, b)]
+    n = len(a)
+    return 1 - 6 * sum((p - q) ** 2 for p, q in zip(*ranks, strict=True)) / (n * (n * n - 1))
+
+
+# ── many arms at once ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run_bank(arguments: argparse.Namespace) -> None:
+    """K arms at once and single runs, in turn, each in a process of its own."""
+    measured = []
+    for arms in (int(k) for k in arguments.arms.split(",")):
+        for mode in ("alone", "bank"):
+            command = [sys.executable, __file__, mode, "--arms", str(arms), "--model", arguments.model]
+            child = subprocess.run(
+                [*command, "--seconds", str(arguments.seconds), "--work", str(arguments.work)],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            measured.append(json.loads(child.stdout.splitlines()[-1]))
+            print(measured[-1], flush=True)
+    print(write_result("sweep_bank", {"machine": describe_machine(), "measured": measured}))
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Tokens a second over whole updates, at the best of three token budgets, and the most memory that was resident."""
+    arms = int(arguments.arms)
+    prepared = prepare(load_recipe(None, case_options("tickets", arguments.model, "", arguments.work)))
+    plan, bank_of = prepared.plan, arms if arguments.what == "bank" else 1
+    ready = make_ready(plan, [plan] * bank_of)
+    trained = ready.engine.trained
+    assert isinstance(trained, AdapterBank)
+    optimizer = FlatAdamW(trained.flat_KP, trained.grad_KP, trained.decayed, adamw_settings(plan))
+    trained.claim_gradients()
+    loaded, best = memory_used(Device.CPU).now, {}
+    with packed_model(ready.model):
+        for budget in (1024, 2048, 4096):
+            engine, tokens, started, step = replace(ready.engine, token_budget=budget), 0, 0.0, 0
+            while step < 2 or time.perf_counter() - started < arguments.seconds:
+                chosen = prepared.mixture.update(plan.value("effective_batch_size"), step)
+                rows = [prepared.train[i] for i in chosen]
+                optimizer.zero_grad()
+                if arguments.what == "bank":
+                    shares = [Share(k, rows, chosen) for k in range(bank_of)]
+                    made = sum(g.tokens for g in gradients(engine, SupervisedItems(), shares))
+                else:
+                    made = accumulate_gradient(engine, rows, chosen).tokens
+                clip_(trained.grad_KP, 1.0)
+                optimizer.step([1e-4] * bank_of)
+                step += 1
+                if step == 1:  # warm
+                    started = time.perf_counter()
+                else:
+                    tokens += made
+            best[budget] = round(tokens / (time.perf_counter() - started), 1)
+    fastest = max(best, key=lambda b: best[b])
+    peak = memory_used(Device.CPU).peak
+    print(
+        json.dumps(
+            {
+                "what": arguments.what,
+                "arms": arms,
+                "tokens_per_second": best[fastest],
+                "token_budget": fastest,
+                "by_budget": best,
+                "resident_bytes_before": loaded,
+                "peak_bytes": peak,
+                "dtype": plan.value("dtype"),
+                "rows_of_update": plan.value("effective_batch_size"),
+                "threads": torch.get_num_threads(),
+            }
+        )
+    )
+
+
 def rounded(losses: tuple[float, ...]) -> list[float]:
     return [round(x, 6) for x in losses]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("grid", "sweep", "bank"))
+    parser.add_argument("what", choices=("grid", "sweep", "bank", "alone"))
     parser.add_argument("--case", choices=("gsm8k", "tickets"), default="tickets")
     parser.add_argument("--model", default=DEMO_ALIAS, help="SmolLM2-135M-Instruct, or a folder with it")
     parser.add_argument("--gsm8k", default="gsm8k_train.jsonl", help="GSM8K's training rows, as JSONL")
     parser.add_argument("--work", type=Path, default=Path("sweep-work"))
     parser.add_argument("--arms", default="1,2,4,8")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of measuring, for each token budget")
     arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
     if arguments.what == "grid":
         run_grid(arguments)
+    elif arguments.what == "sweep":
+        run_sweep(arguments)
+    elif "," in arguments.arms:
+        run_bank(arguments)
+    else:
+        measure(arguments)
 
 
 if __name__ == "__main__":
