@@ -13,13 +13,18 @@ loss of its choice against the lowest of the grid's. The grid's rows also replay
 """
 
 import argparse
+import json
+import math
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from common import describe_machine, write_result
+import torch
+from common import RESULTS, describe_machine, write_result
 
 from welltuned.data.formats import to_conversations
 from welltuned.data.render import render_all
@@ -30,7 +35,7 @@ from welltuned.models.lora import AdapterBank
 from welltuned.models.packed import packed_model
 from welltuned.models.resolve import DEMO_ALIAS
 from welltuned.recipe import load_recipe
-from welltuned.search.arms import Question
+from welltuned.search.arms import Question, question_of
 from welltuned.search.items import Share, SupervisedItems, gradients
 from welltuned.search.sweep import SweepResult, is_sweep, resume_sweep, sweep
 from welltuned.training.optimizer import FlatAdamW, clip_
