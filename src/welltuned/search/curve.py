@@ -65,6 +65,10 @@ class Curve:
         """The expected loss of choosing x beyond the lowest point's, relative to the loss."""
         return float(np.mean(self.curves * (x - self.lowest) ** 2) / 2)
 
+    def chance(self, ours: float, theirs: float) -> float:
+        """The probability that the lowest point lies nearer to ours than to theirs."""
+        return float(np.mean(np.abs(self.lowest - ours) < np.abs(self.lowest - theirs)))
+
 
 def fit(points: Sequence[Point], weights: Sequence[float], prior: Prior, share: float = 1.0) -> Curve:
     """The curve through these points, with losses measured after `share` of the run.

@@ -18,6 +18,7 @@ from welltuned.training.monitor.robust import Difference, difference
 
 ENOUGH = 0.002  # expected regret, relative to the loss, at which there is nothing left to find out
 ERRORS = 2.0  # paired standard errors
+CHANCE = 0.05  # that the best rate moves so far until the end that the arm would be the better one
 APART = math.log(1.15)  # arms nearer to each other than this are one
 STEP = math.log(2.0)
 BOOTSTRAPS = 1_000
@@ -116,7 +117,7 @@ def decide(
         regret = {e.arm: max(curve.regret(e.x), across[e.arm]) if e.group == best.group else math.inf for e in alive}
     ended = share >= 1
     leader = best if ended else min(alive, key=lambda e: regret[e.arm])
-    drop = {} if ended else _dropped(alive, leader, best, weights)
+    drop = {} if ended else _dropped(alive, leader, best, weights, curve)
     stop = None
     if not ended and regret[leader.arm] < ENOUGH:
         stop = f"choosing it now is expected to cost {regret[leader.arm]:.2%} of the loss, less than {ENOUGH:.1%}"
@@ -162,7 +163,9 @@ def _between(alive: Sequence[Entry], weights: Sequence[int]) -> dict[int, float]
     return {e.arm: float(over) for group, over in zip(of_group.values(), over_G, strict=True) for e in group}
 
 
-def _dropped(alive: Sequence[Entry], leader: Entry, best: Entry, weights: Sequence[int]) -> dict[int, str]:
+def _dropped(
+    alive: Sequence[Entry], leader: Entry, best: Entry, weights: Sequence[int], curve: Curve | None
+) -> dict[int, str]:
     found = {}
     for e in alive:
         if e.arm in (leader.arm, best.arm) or len(e.looks) < 2:  # of an arm seen once no slope is known
@@ -170,8 +173,10 @@ def _dropped(alive: Sequence[Entry], leader: Entry, best: Entry, weights: Sequen
         gap = paired(e, best, weights)
         if gap.error is None or not gap.mean > ERRORS * gap.error:
             continue
-        end = gap.mean - _gains(e, best, weights)
-        if end > 0:
+        on_curve = curve is not None and e.group == best.group
+        if on_curve and curve is not None and curve.chance(e.x, best.x) > CHANCE:
+            continue
+        if gap.mean - _gains(e, best, weights) > 0:
             why = f"worse than the best by {gap.mean:.4f} ± {gap.error:.4f}"
             found[e.arm] = f"{why}, and its slope does not make up for that"
     return found
