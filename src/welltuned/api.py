@@ -32,7 +32,8 @@ from welltuned.models.generate import Decoding, replies
 from welltuned.models.lora import AdapterBank
 from welltuned.models.resolve import NO_TRUST
 from welltuned.recipe import KEYS, Trust, load_recipe
-from welltuned.training.events import Observer, silent
+from welltuned.report.page import write_report as write_page
+from welltuned.training.events import Note, Observer, silent
 from welltuned.training.inspection import SHOWN, Inspection
 from welltuned.training.inspection import inspect as inspect_recipe
 from welltuned.training.prepare import prepare
@@ -71,10 +72,24 @@ def inspect(recipe: str | None = None, *, show: int = SHOWN, rows: Sequence[str]
 
 
 def train(recipe: str | None = None, *, out: str | Path, observer: Observer = silent, **options: Any) -> RunResult:
-    """Plan and train, and write the Run to `out`; options as in `plan`."""
+    """Plan and train, and write the Run to `out`, with its page; options as in `plan`."""
     asked = _recipe(recipe, options)
     require_free(Path(out))
-    return train_prepared(prepare(asked), Path(out), observer)
+    return _reported(train_prepared(prepare(asked), Path(out), observer), observer)
+
+
+def _reported(result: RunResult, observer: Observer) -> RunResult:
+    """The same, with its page beside it; that this fails is told and no reason to lose a result."""
+    try:
+        write_page(result.path)
+    except InputError as error:
+        observer(Note(f"there is no report: {error}"))
+    return result
+
+
+def write_report(run: str | Path, *others: str | Path, out: str | Path | None = None) -> Path:
+    """Write a run's page, finished or not, with the curves of others laid over its own; where it lies."""
+    return write_page(Path(run), [Path(other) for other in others], None if out is None else Path(out))
 
 
 def resume(run: str | Path, *, observer: Observer = silent, accept_changes: bool = False) -> RunResult:
@@ -87,7 +102,7 @@ def resume(run: str | Path, *, observer: Observer = silent, accept_changes: bool
     Raises:
         InputError: there is no unfinished run, or something changed.
     """
-    return resume_run(Path(run), observer, accept_changes=accept_changes)
+    return _reported(resume_run(Path(run), observer, accept_changes=accept_changes), observer)
 
 
 def _recipe(path: str | None, options: dict[str, Any]) -> Any:

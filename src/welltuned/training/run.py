@@ -27,6 +27,7 @@ from welltuned.models.lora import AdapterBank, Bias, Init, LoraSettings, find_ta
 from welltuned.models.oom import is_out_of_memory
 from welltuned.models.packed import packed_model, packs
 from welltuned.models.parts import idle_parts, within
+from welltuned.models.tokenizer import in_short
 from welltuned.recipe import Method, Tune, recipe_to_yaml
 from welltuned.training.checkpoint import Checkpoint, Position
 from welltuned.training.durable import BESIDE, remove_folder, settle_folder
@@ -52,6 +53,7 @@ from welltuned.training.rundir import (
     require_free,
 )
 from welltuned.training.settings import adamw_settings as adamw_settings
+from welltuned.training.shown import When, ask, keep_replies, keep_rows, questions
 from welltuned.training.snapshot import Origin
 from welltuned.training.speed import remember_speed
 from welltuned.training.starting import save_model, score_at_start, trained_parts
@@ -232,8 +234,10 @@ class Course:
                 directory.cut_metrics(0)
                 for text in (*prepared.notes, *(text for text in ready.notes if text not in plan.warnings)):
                     loop.tell(Note(text))
+                keep_rows(directory.path, prepared)
                 if before_training is not None:
                     before_training(ready)
+                self._ask(loop, When.BEFORE)
             else:
                 loop.restore(self.found)
             for text in (*self.notes, *((directory.lock.note,) if directory.lock.note else ())):
@@ -253,6 +257,16 @@ class Course:
                     keeper.join()
                 raise
 
+    def _ask(self, loop: Loop, when: When) -> None:
+        """Have some held-out prompts answered, for the report; that it fails is no reason to end a run."""
+        asked = questions(self.prepared)
+        if not asked:
+            return
+        try:
+            keep_replies(self.directory.path, asked, when, ask(self.ready.model, self.prepared, asked))
+        except Exception as error:
+            loop.tell(Note(f"no held-out prompt could be answered for the report: {in_short(error)}"))
+
     def _finished(self, loop: Loop, start_hashes: dict[str, str]) -> RunResult:
         """Verify and save the result; run.json comes last."""
         at, device = loop.at, self.prepared.plan.facts.machine.device
@@ -269,6 +283,7 @@ class Course:
             diverged=at.ended if _diverged(loop) else None,
         )
         summary = _summary(self.prepared, self.ready, result)
+        self._ask(loop, When.AFTER)
         self.directory.write_json(
             RUN, {**summary, **_watched(at, loop), "healed": _healed(at), "saving": asdict(loop.setting.keeper.cost)}
         )
