@@ -13,7 +13,7 @@ _KNOWN = frozenset(
 
 
 def curves(run: RunRead) -> dict[str, Any]:
-    """What the page draws of one Run: `updates` and `evaluations`, each a column by name; `findings` with their step."""
+    """What the page draws of one Run: columns of `updates` and `evaluations`, and `findings` with their step."""
     loss = column(run.updates, "loss")
     keep = thinned(loss)
     smooth = smoothed(loss)
