@@ -31,6 +31,7 @@ from welltuned.finished.scores import Metric
 from welltuned.models.generate import Decoding, replies
 from welltuned.models.lora import AdapterBank
 from welltuned.models.resolve import NO_TRUST
+from welltuned.models.tokenizer import in_short
 from welltuned.recipe import KEYS, Trust, load_recipe
 from welltuned.report.page import write_report as write_page
 from welltuned.training.events import Note, Observer, silent
@@ -82,8 +83,8 @@ def _reported(result: RunResult, observer: Observer) -> RunResult:
     """The same, with its page beside it; that this fails is told and no reason to lose a result."""
     try:
         write_page(result.path)
-    except InputError as error:
-        observer(Note(f"there is no report: {error}"))
+    except Exception as error:
+        observer(Note(f"there is no report ({in_short(error)}); once more: welltuned report {result.path}"))
     return result
 
 

@@ -6,15 +6,17 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 import welltuned
 from welltuned.cli.main import main
 from welltuned.errors import InputError
+from welltuned.report import page as page_module
 from welltuned.report.curves import curves
-from welltuned.report.page import page, write_report
+from welltuned.report.page import defects, page, write_report
 from welltuned.report.read import read_run_folder
-from welltuned.report.series import smoothed, thinned
+from welltuned.report.table import Table, smoothed, thinned
 from welltuned.report.verdict import Health, verdict
 
 OWNED = '</script><script>document.title="owned"</script><img src=x onerror="document.title=1">{{ 7*7 }}'
@@ -117,11 +119,13 @@ def test_a_run_that_is_not_finished(run, tmp_path):
     with (half / "metrics.jsonl").open("a") as file:
         file.write('{"step": 999, "loss')  # being written
     read = read_run_folder(half)
-    assert verdict(read).health is Health.UNFINISHED and not read.damaged
+    assert verdict(read).health is Health.UNFINISHED and not read.log.damaged
     assert "welltuned resume" in page(read) and 999 not in curves(read)["updates"]["step"]
     with (half / "metrics.jsonl").open("a") as file:
         file.write("\n[]\n")
-    assert read_run_folder(half).damaged == 2 and "2 lines of metrics.jsonl are damaged" in page(read_run_folder(half))
+    assert read_run_folder(half).log.damaged == 2 and "2 lines of metrics.jsonl are damaged" in page(
+        read_run_folder(half)
+    )
 
 
 def test_findings_and_what_to_change(run, tmp_path):
@@ -174,8 +178,34 @@ def test_a_long_run_stays_small_and_keeps_its_peak(run, tmp_path):
 
 
 def test_thinning_and_smoothing():
-    assert thinned([None] * 10, most=4) == [0, 9]
-    assert smoothed([2.0] * 50) == pytest.approx([2.0] * 50) and smoothed([None, 1.0])[0] is None
+    assert thinned(np.full(10, np.nan), most=4).tolist() == [0, 9]
+    assert smoothed(np.full(50, 2.0)) == pytest.approx(np.full(50, 2.0))
+    assert np.isnan(smoothed(np.array([np.nan, 1.0]))[0])
+    long = smoothed(np.arange(100_000.0))
+    assert len(long) == 100_000 and (np.diff(long) >= 0).all()
+
+
+def test_columns_that_come_late():
+    table = Table()
+    for line in ({"step": 1, "text": "x"}, {"step": 2, "kl": 0.5}, {"step": 3, "ok": True}):
+        table.add(line)
+    assert table.names == ("step", "kl") and table.column("kl")[1] == 0.5 and np.isnan(table.column("kl")[[0, 2]]).all()
+
+
+def test_a_page_that_fails_loses_no_run(tiny_model_dir, data_file, tmp_path, monkeypatch):
+    def broken(*_):
+        raise KeyError("planted")
+
+    monkeypatch.setattr(page_module, "page", broken)
+    seen = []
+    arguments = dict(model=str(tiny_model_dir), data=data_file, out=tmp_path / "run", max_steps=1)
+    result = welltuned.train(**arguments, learning_rate=1e-2, observer=seen.append)
+    assert (result.path / "run.json").is_file() and "there is no report" in seen[-1].text
+
+
+def test_defects_are_named_with_their_rows(run):
+    found = {"leak": {"rows": 2, "of": 9, "policy": "keep", "dropped": 0, "origins": [["a:1", "b:2"], "a:3"]}}
+    assert defects({"found": found})[0] == "leak: 2 of 9 rows, policy keep (a:1 and b:2, a:3)"
 
 
 def test_bad_input_is_one_sentence(run, tmp_path, capsys):

@@ -91,3 +91,10 @@ def span_words(seconds: float) -> str:
         if seconds < most * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds / 86400:.0f} days"
+
+
+def duration_words(seconds: float) -> str:
+    """42 s, 2 min 05 s, 2 h 02 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from welltuned.cli.terminal import console
-from welltuned.errors import InputError
+from welltuned.models.tokenizer import in_short
 from welltuned.report.page import write_report
 
 
@@ -24,8 +24,9 @@ def print_report(run: Path) -> None:
     """Write a run's page and say where; the run is what counts, so a page that cannot be written is only said."""
     try:
         print_where(write_report(run))
-    except InputError as error:
-        console.print(f"[yellow]There is no report: {escape(str(error))}[/]")
+    except Exception as error:
+        text = f"There is no report ({in_short(error)}); once more: welltuned report {run}"
+        console.print(f"[yellow]{escape(text)}[/]", soft_wrap=True)
 
 
 def print_where(path: Path) -> None:

@@ -3,42 +3,31 @@
 from collections.abc import Sequence
 from typing import Any
 
-from welltuned.report.read import Line, RunRead
-from welltuned.report.series import column, rounded, smoothed, thinned
+from welltuned.report.read import RunRead
+from welltuned.report.table import Table, plain, smoothed, thinned
 
 MEASURED = ("learning_rate", "grad_norm", "tokens_per_second", "memory_bytes", "weight_change")
-_KNOWN = frozenset(
-    ("step", "loss", "epoch", "tokens", "supervised_tokens", "event", "eval_loss", "eval_loss_se", *MEASURED)
-)
+_KNOWN = frozenset(("step", "loss", "epoch", "tokens", "supervised_tokens", "eval_loss", "eval_loss_se", *MEASURED))
 
 
 def curves(run: RunRead) -> dict[str, Any]:
     """What the page draws of one Run: columns of `updates` and `evaluations`, and `findings` with their step."""
-    loss = column(run.updates, "loss")
-    keep = thinned(loss)
-    smooth = smoothed(loss)
-    updates = {"step": _picked(column(run.updates, "step"), keep), "loss": _picked(loss, keep)}
-    updates["smooth"] = _picked(smooth, keep)
-    for name in (*MEASURED, *measures(run.updates)):
-        values = _picked(column(run.updates, name), keep)
-        if any(value is not None for value in values):
-            updates[name] = values
-    names = ("step", "eval_loss", "eval_loss_se", *(m for m in measures(run.evaluations) if m.startswith("eval_")))
-    kept = thinned(column(run.evaluations, "eval_loss"))
-    evaluations = {name: _picked(column(run.evaluations, name), kept) for name in names}
-    findings = [{"step": f.step, "id": f.id, "severity": str(f.severity)} for f in run.findings]
-    return {"name": run.name, "updates": updates, "evaluations": evaluations, "findings": findings}
+    updates, evaluations = run.log.updates, run.log.evaluations
+    own = [name for name in updates.names if name not in _KNOWN]  # the objective's, such as rewards/margins
+    judged = [name for name in evaluations.names if name not in _KNOWN and name.startswith("eval_")]
+    drawn = _columns(updates, "loss", ("step", "loss", *(n for n in MEASURED if n in updates.names), *own))
+    loss = updates.column("loss")
+    drawn["smooth"] = plain(smoothed(loss)[thinned(loss)])
+    findings = [{"step": f.step, "id": f.id, "severity": str(f.severity)} for f in run.log.findings]
+    return {
+        "name": run.name,
+        "updates": drawn,
+        "evaluations": _columns(evaluations, "eval_loss", ("step", "eval_loss", "eval_loss_se", *judged)),
+        "findings": findings,
+    }
 
 
-def _picked(values: Sequence[float | None], keep: Sequence[int]) -> list[float | None]:
-    return rounded([values[i] for i in keep])
-
-
-def measures(lines: Sequence[Line]) -> list[str]:
-    """The objective's own numbers among the keys, such as rewards/margins, in the order in which they first come."""
-    names: dict[str, None] = {}
-    for line in lines:
-        for name, value in line.items():
-            if name not in _KNOWN and isinstance(value, int | float):
-                names.setdefault(name)
-    return list(names)
+def _columns(table: Table, by: str, names: Sequence[str]) -> dict[str, list[float | None]]:
+    """Columns of a table, thinned where `by` has no peak."""
+    keep = thinned(table.column(by))
+    return {name: plain(table.column(name)[keep]) for name in names}

@@ -38,7 +38,7 @@ def next_steps(run: RunRead) -> list[Step]:
 def _mending(run: RunRead) -> list[Step]:
     """For each finding the first remedy that recipe keys can do."""
     steps = []
-    for finding in run.findings:
+    for finding in run.log.findings:
         remedy = next((r for r in finding.remedies if r.changes), None)
         if remedy is not None:
             changes = " ".join(f"--set {shlex.quote(f'{key}={_text(value)}')}" for key, value in remedy.changes.items())

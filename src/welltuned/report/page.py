@@ -10,11 +10,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 from welltuned.advice import evidence
 from welltuned.advice.describe import data_line, machine_line, model_line
 from welltuned.advice.plan import Plan, plan_lines
+from welltuned.advice.settle import bytes_words, duration_words
 from welltuned.choice import SetBy
 from welltuned.errors import InputError
 from welltuned.report.curves import curves
@@ -25,7 +27,6 @@ from welltuned.training import durable
 
 REPORT = "report.html"
 SAMPLES_SHOWN = 6
-_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def write_report(run: Path, others: Sequence[Path] = (), out: Path | None = None) -> Path:
@@ -47,7 +48,7 @@ def write_report(run: Path, others: Sequence[Path] = (), out: Path | None = None
 def page(run: RunRead, others: Sequence[RunRead] = ()) -> str:
     """The page as HTML."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["bytes"] = readable_bytes
+    environment.filters["bytes"] = bytes_words
     template = environment.from_string(_asset("page.html"))
     drawn = [curves(one) for one in (run, *others)]
     return template.render(
@@ -88,46 +89,21 @@ def _asset(name: str) -> str:
     return files("welltuned.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
-def readable_bytes(size: float) -> str:
-    """
-    >>> readable_bytes(1_234_000_000), readable_bytes(12)
-    ('1.2 GB', '12 B')
-    """
-    power = 0
-    while size >= 999.5 and power < len(_UNITS) - 1:
-        size, power = size / 1000, power + 1
-    return f"{size:.1f} {_UNITS[power]}" if power else f"{size:.0f} B"
-
-
 def tiles(run: RunRead) -> list[tuple[str, str, str]]:
     """The figures at the top: name, value, what is said beneath."""
     found, summary, plan = [], run.summary or {}, run.plan
-    supervised = sum(int(line.get("supervised_tokens", 0)) for line in run.updates)
-    tokens = sum(int(line.get("tokens", 0)) for line in run.updates)
-    found.append(("updates", f"{len(run.updates):,}", f"of {plan.updates:,} planned"))
+    tokens, supervised = (int(np.nansum(run.log.updates.column(name))) for name in ("tokens", "supervised_tokens"))
+    found.append(("updates", f"{len(run.log.updates):,}", f"of {plan.updates:,} planned"))
     found.append(("tokens", f"{tokens:,}", f"{supervised:,} of them trained"))
     if (seconds := summary.get("seconds")) is not None:
-        found.append(("time", duration(seconds), f"{summary['tokens_per_second']:,.0f} tokens/s"))
+        found.append(("time", duration_words(seconds), f"{summary['tokens_per_second']:,.0f} tokens/s"))
     peak = summary.get("peak_memory_bytes")
     if peak is not None:
-        found.append(("peak memory", readable_bytes(peak), f"forecast {readable_bytes(plan.memory.total_bytes)}"))
+        found.append(("peak memory", bytes_words(peak), f"forecast {bytes_words(plan.memory.total_bytes)}"))
     checks = summary.get("trained_tensors") or []
     if checks:
         found.append(("verified", f"{len(checks):,} tensors", "moved, finite, and on disk as trained"))
     return found
-
-
-def duration(seconds: float) -> str:
-    """
-    >>> duration(42.4), duration(125), duration(7300)
-    ('42 s', '2 min 05 s', '2 h 02 min')
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def _facts(plan: Plan) -> list[tuple[str, str]]:
@@ -175,7 +151,8 @@ def defects(audit: Mapping[str, Any]) -> list[str]:
     for name, one in found.items():
         if one["rows"]:
             left = f", {one['dropped']:,} left out" if one["dropped"] else ""
-            where = f" ({', '.join(one['origins'][:5])})" if one["origins"] else ""
+            names = [name if isinstance(name, str) else " and ".join(name) for name in one["origins"][:5]]
+            where = f" ({', '.join(names)})" if names else ""
             told.append(
                 f"{name.replace('_', ' ')}: {one['rows']:,} of {one['of']:,} rows, policy {one['policy']}{left}{where}"
             )

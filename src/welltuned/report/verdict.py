@@ -32,12 +32,12 @@ def verdict(run: RunRead) -> Verdict:
 
 
 def _health(run: RunRead) -> Health:
-    severities = {finding.severity for finding in run.findings}
+    severities = {finding.severity for finding in run.log.findings}
     if Severity.ERROR in severities:
         return Health.FAILED
     if run.summary is None:
         return Health.UNFINISHED
-    return Health.WARNED if Severity.WARNING in severities or run.skipped else Health.HEALTHY
+    return Health.WARNED if Severity.WARNING in severities or run.log.skipped else Health.HEALTHY
 
 
 def held_out(run: RunRead) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
@@ -46,16 +46,24 @@ def held_out(run: RunRead) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None
         found = run.summary.get("held_out") or {}
         before, after = found.get("before"), found.get("after")
         return (before, after) if before and after else None
-    if len(run.evaluations) < 2:
+    table = run.log.evaluations
+    losses, errors = table.column("eval_loss"), table.column("eval_loss_se")
+    if len(table) < 2:
         return None
-    first, last = run.evaluations[0], run.evaluations[-1]
-    names = {"loss": "eval_loss", "standard_error": "eval_loss_se"}
-    return {k: first[v] for k, v in names.items()}, {k: last[v] for k, v in names.items()}
+    first, last = (
+        {"loss": float(losses[at]), "standard_error": float(errors[at]) if math.isfinite(errors[at]) else None}
+        for at in (0, -1)
+    )
+    return first, last
 
 
 def _what_changed(run: RunRead) -> tuple[str, bool | None]:
-    updates = f"{len(run.updates):,} of {run.plan.updates:,} updates"
-    done = f"After {updates}" if run.summary is None else f"In {run.summary.get('updates', len(run.updates)):,} updates"
+    updates = f"{len(run.log.updates):,} of {run.plan.updates:,} updates"
+    done = (
+        f"After {updates}"
+        if run.summary is None
+        else f"In {run.summary.get('updates', len(run.log.updates)):,} updates"
+    )
     found = held_out(run)
     if found is None:
         return f"{done}, nothing was held out, so nothing says how good the result is.", None
