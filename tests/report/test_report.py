@@ -19,7 +19,6 @@ from welltuned.report.read import read_run_folder
 from welltuned.report.table import Table, smoothed, thinned
 from welltuned.report.verdict import Health, verdict
 
-OWNED = '</script><script>document.title="owned"</script><img src=x onerror="document.title=1">{{ 7*7 }}'
 SECTIONS = ("examples", "curves", "findings", "choices", "data", "memory", "next", "provenance")
 
 
@@ -42,26 +41,6 @@ class Tags(HTMLParser):
     def handle_data(self, data):
         if self.scripts and self.lasttag == "script":
             self.scripts[-1] += data
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny_model_dir, rows, write_rows):
-    """A run over rows, and of a name, that would take a careless page over."""
-    from welltuned.training import shown
-
-    folder = tmp_path_factory.mktemp("report")
-    hostile = [
-        {"messages": [{"role": "user", "content": f"{OWNED} {i}"}, {"role": "assistant", "content": f"<b>{i}"}]}
-        for i in range(40)
-    ]
-    data = write_rows(folder / "rows.jsonl", [*hostile, *rows])
-    out = folder / "run <i>&amp;'\""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(shown, "ASKED", 3)
-    patch.setattr(shown, "LONGEST_REPLY", 8)
-    welltuned.train(model=str(tiny_model_dir), data=data, out=out, learning_rate=1e-2, num_train_epochs=1, eval_steps=2)
-    patch.undo()
-    return out
 
 
 @pytest.fixture(scope="module")

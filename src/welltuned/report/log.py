@@ -30,28 +30,27 @@ class Log:
     notes: list[str] = field(default_factory=list)
     damaged: int = 0
     _read: int = 0
+    _last: bytes = b""  # the line before that place: another there means that the file was cut and has grown again
 
     def follow(self) -> bool:
         """Read what was added since; whether anything was. Of a run that went back, all is read anew."""
-        try:
-            size = self.path.stat().st_size
-        except FileNotFoundError:
-            size = 0
-        if size < self._read:
-            self._forget()
-        if size == self._read:
+        if not self.path.is_file():
             return False
         with self.path.open("rb") as file:
-            file.seek(self._read)
+            file.seek(self._read - len(self._last))
+            if file.read(len(self._last)) != self._last:
+                self._forget()
+                file.seek(0)
+            start = self._read
             for raw in file:
                 if not raw.endswith(b"\n"):
                     break
-                self._read += len(raw)
+                self._read, self._last = self._read + len(raw), raw
                 self._take(raw)
-        return True
+        return self._read > start
 
     def _forget(self) -> None:
-        self.updates, self.evaluations, self.damaged, self._read = Table(), Table(), 0, 0
+        self.updates, self.evaluations, self.damaged, self._read, self._last = Table(), Table(), 0, 0, b""
         for told in (self.findings, self.skipped, self.notes):
             told.clear()
 

@@ -45,11 +45,13 @@ def write_report(run: Path, others: Sequence[Path] = (), out: Path | None = None
     return target
 
 
-def page(run: RunRead, others: Sequence[RunRead] = ()) -> str:
-    """The page as HTML."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["bytes"] = bytes_words
-    template = environment.from_string(_asset("page.html"))
+def page(run: RunRead, others: Sequence[RunRead] = (), events: str = "") -> str:
+    """The page as HTML.
+
+    Args:
+        events: where a page that is served hears of what is new; empty for one that opens from disk.
+    """
+    template = _environment().from_string(asset("page.html"))
     drawn = [curves(one) for one in (run, *others)]
     return template.render(
         run=run,
@@ -66,13 +68,13 @@ def page(run: RunRead, others: Sequence[RunRead] = ()) -> str:
         samples=list(run.samples)[-SAMPLES_SHOWN:],
         next_steps=next_steps(run),
         provenance=provenance(run),
-        others=others,
+        events=events,
         data=embedded(drawn),
         lengths=embedded((run.shown["lengths"] or {}).get("histogram", [])),
-        style=_asset("page.css") + _asset("uPlot.min.css"),
-        charts=_asset("uPlot.iife.min.js"),
-        script=_asset("page.js"),
-        licence=_asset("uPlot.LICENSE"),
+        style=asset("page.css") + asset("uPlot.min.css"),
+        charts=asset("uPlot.iife.min.js"),
+        script=asset("page.js"),
+        licence=asset("uPlot.LICENSE"),
     )
 
 
@@ -85,7 +87,22 @@ def embedded(value: Any) -> str:
     return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
 
 
-def _asset(name: str) -> str:
+def _environment() -> Environment:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["bytes"] = bytes_words
+    return environment
+
+
+def listing(runs: Sequence[Mapping[str, Any]], folder: Path) -> str:
+    """The page that lists Runs, each a mapping as live.Shelf gives it."""
+    return (
+        _environment()
+        .from_string(asset("list.html"))
+        .render(runs=runs, folder=str(folder), style=asset("page.css"), script=asset("list.js"))
+    )
+
+
+def asset(name: str) -> str:
     return files("welltuned.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 

@@ -6,6 +6,7 @@
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const colours = ["--c1", "--c2", "--c3", "--c4", "--c5"];
   const plots = [];
+  let zoom = null; // [first, last] update that is looked at
   const losses = runs.flatMap((run) => [...run.updates.smooth, ...run.evaluations.eval_loss]).filter((value) => value !== null);
   let logarithmic = Math.min(...losses) > 0 && Math.max(...losses) > 20 * Math.min(...losses); // else the end is a flat line
 
@@ -71,8 +72,16 @@
 
   const axis = () => ({ stroke: css("--dim"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line"), width: 1 }, font: "12px system-ui" });
 
+  let fresh = true;
   const draw = (title, series, { wide = false, scale = false, errors = [] } = {}) => {
     if (!series.length) return;
+    const known = fresh ? null : plots.find((one) => one.title === title);
+    if (known && known.names === series.map((one) => one.name).join()) { // the same curves, longer
+      known.errors = errors;
+      known.plot.setData(aligned(series), zoom === null);
+      if (zoom) known.plot.redraw();
+      return;
+    }
     const box = document.createElement("div");
     box.className = wide ? "chart wide" : "chart";
     box.setAttribute("role", "img");
@@ -92,16 +101,26 @@
         label: one.name, stroke: css(one.colour), width: one.width ?? 2, spanGaps: true,
         points: { show: one.points ?? false, size: 7 }, value: (_, value) => short(value),
       }))],
-      hooks: { draw: scale ? [marks, bars(errors)] : [] },
+      hooks: {
+        draw: scale ? [marks, (plot) => bars(entry.errors)(plot)] : [],
+        setSelect: [(plot) => {
+          if (plot.select.width > 0) zoom = [plot.posToVal(plot.select.left, "x"), plot.posToVal(plot.select.left + plot.select.width, "x")];
+        }],
+      },
     };
-    plots.push({ box, plot: new uPlot(options, aligned(series), box), height: options.height });
+    const entry = { box, title, names: series.map((one) => one.name).join(), log, errors };
+    entry.plot = new uPlot(options, aligned(series), box);
+    entry.plot.over.addEventListener("dblclick", () => { zoom = null; });
+    if (zoom) entry.plot.setScale("x", { min: zoom[0], max: zoom[1] });
+    plots.push(entry);
   };
 
   const label = (run, what) => (runs.length > 1 ? `${run.name}: ${what}` : what);
   const colour = (index, offset = 0) => colours[(runs.length > 1 ? index : offset) % colours.length];
 
-  const all = () => {
-    plots.splice(0).forEach(({ plot, box }) => { plot.destroy(); box.remove(); });
+  const all = (again = true) => {
+    fresh = again === true || again instanceof Event;
+    if (fresh) plots.splice(0).forEach(({ plot, box }) => { plot.destroy(); box.remove(); });
     const loss = [], errors = [];
     runs.forEach((run, index) => {
       const { updates, evaluations } = run;
@@ -126,7 +145,7 @@
       });
       draw(names.get(name) ?? name, series, { scale: false });
     }
-    lengths();
+    if (fresh) lengths();
   };
 
   const lengths = () => {
@@ -145,11 +164,11 @@
       series: [{}, { label: "rows", stroke: css("--c1"), fill: css("--faint"), paths: uPlot.paths.bars({ size: [0.9, 100] }), points: { show: false } }],
     };
     const plot = new uPlot(options, [histogram.map((_, index) => index), histogram.map((bin) => bin.rows)], box);
-    plots.push({ box: { remove() { box.replaceChildren(); } }, plot, height: 160, wide: box });
+    plots.push({ box: { remove() { box.replaceChildren(); } }, plot, title: "tokens of a row" });
   };
 
-  document.getElementById("log").checked = logarithmic;
-  document.getElementById("log").addEventListener("change", (event) => { logarithmic = event.target.checked; all(); });
+  document.getElementById("scale").checked = logarithmic;
+  document.getElementById("scale").addEventListener("change", (event) => { logarithmic = event.target.checked; all(); });
   document.getElementById("theme").addEventListener("click", () => {
     const root = document.documentElement;
     const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
@@ -160,4 +179,27 @@
   let waiting;
   addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(all, 150); });
   all();
+
+  // A page that is served hears of what is new. Everything is text: nothing that a run says becomes an element.
+  const { events } = document.body.dataset;
+  if (!events) return;
+  const put = (id, text) => { document.getElementById(id).textContent = text; };
+  let running = false;
+  const source = new EventSource(events);
+  source.onmessage = (message) => {
+    const now = JSON.parse(message.data);
+    if (now.finished && running) { location.reload(); return; }
+    running = !now.finished;
+    runs[0] = now.curves;
+    all(false);
+    put("sentence", now.sentence);
+    put("health", now.health[1]);
+    document.getElementById("health").className = `health ${now.health[0]}`;
+    document.getElementById("progress").value = now.done;
+    put("state", now.state);
+    const log = document.getElementById("log");
+    log.replaceChildren(...now.log.map((text) => { const item = document.createElement("li"); item.textContent = text; return item; }));
+    if (now.finished) source.close();
+  };
+  source.onerror = () => put("state", "not connected: trying again");
 })();
