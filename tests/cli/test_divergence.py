@@ -5,8 +5,8 @@ import json
 import pytest
 
 SET = {
-    "effective_batch_size": 16, "r": 8, "learning_rate": 2.0, "warmup_steps": 10, "max_steps": 30, "eval_steps": 1,
-    "save_steps": 4, "eval_fraction": 0.2, "early_stopping_patience": 3,
+    "effective_batch_size": 16, "r": 8, "learning_rate": 0.6, "warmup_steps": 20, "max_steps": 30, "eval_steps": 1,
+    "save_steps": 1, "eval_fraction": 0.2, "early_stopping_patience": 3,
 }  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def test_without_one(welltuned, train):
     again = welltuned("resume", run)
     assert again.code == 1 and "no better weights were kept" in again.complaints[-1]
     (run / "recipe.yaml").write_text(
-        (run / "recipe.yaml").read_text().replace("learning_rate: 2.0", "learning_rate: 0.02")
+        (run / "recipe.yaml").read_text().replace("learning_rate: 0.6", "learning_rate: 0.02")
     )
     assert welltuned("resume", run).code == 2
     mended = welltuned("resume", run, "--accept-changes", "--json")

@@ -25,7 +25,7 @@ from welltuned.models.fingerprint import fingerprint
 from welltuned.models.fuse import Fused, checkpoint_layers, find_head, fuse
 from welltuned.models.load import load_model
 from welltuned.models.lora import AdapterBank, Bias, Init, LoraSettings, find_targets
-from welltuned.models.oom import is_out_of_memory
+from welltuned.models.oom import is_out_of_memory, release_memory
 from welltuned.models.packed import packed_model, packs
 from welltuned.models.parts import idle_parts, within
 from welltuned.recipe import Method, Tune, recipe_to_yaml
@@ -33,6 +33,7 @@ from welltuned.training.checkpoint import Checkpoint, Position
 from welltuned.training.durable import BESIDE, remove_folder, settle_folder
 from welltuned.training.events import Note, Observer, silent
 from welltuned.training.grpo_step import grpo_objective
+from welltuned.training.healing import halved
 from welltuned.training.identity import identity_of, versions
 from welltuned.training.interrupt import interruptible
 from welltuned.training.keeper import Keeper, require_disk
@@ -188,8 +189,23 @@ def with_objective(ready: Ready, prepared: Prepared, observer: Observer) -> Read
         return ready
     rows = prepared.train, prepared.held_out, prepared.mixture
     notes: list[str] = []
-    objective = preference_objective(ready.engine, prepared.plan, *rows, notes.append, lambda t: observer(Note(t)))
-    return replace(ready, objective=objective, notes=(*ready.notes, *notes))
+    while True:
+        found: list[str] = []
+        budget = ready.engine.token_budget
+        try:
+            objective = preference_objective(
+                ready.engine, prepared.plan, *rows, found.append, lambda t: observer(Note(t))
+            )
+            return replace(ready, objective=objective, notes=(*ready.notes, *notes, *found))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or budget <= 1:
+                raise
+        release_memory()  # here the failed pass is gone, which the traceback kept alive
+        ready = replace(ready, engine=replace(ready.engine, token_budget=halved(budget, None)))
+        notes = [
+            "asking the reference ran out of memory: micro-batches hold at most "
+            f"{ready.engine.token_budget:,} tokens, not {budget:,}; the effective batch stays the same"
+        ]
 
 
 def begin(directory: RunDir, prepared: Prepared, identity: Mapping[str, Any], before: Started | None = None) -> None:
