@@ -80,8 +80,13 @@ def print_result(result: "RunResult") -> None:
         print_command(f'PeftModel.from_pretrained(base, "{folder}")       # PEFT, and with it TRL')
     elif not scores:
         print_command(f'AutoModelForCausalLM.from_pretrained("{folder}")')
-    if result.diverged is not None:
-        text = f"This run diverged; the weights above are the best from before. It {result.diverged}"
+    print_divergence(result.diverged)
+
+
+def print_divergence(diverged: str | None) -> None:
+    """That a run failed though it has a result, and why."""
+    if diverged is not None:
+        text = f"This run diverged; its result is the best weights from before. It {diverged}"
         console.print(f"\n[bold red]{escape(text)}.[/]", soft_wrap=True)
 
 

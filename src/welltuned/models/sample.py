@@ -34,7 +34,8 @@ class Sampling:
         top_p: the likeliest tokens that together have this probability are drawn from (Holtzman et al. 2020,
             arXiv 1904.09751).
         stop_ids: tokens that end a completion, and belong to it.
-        tokens_at_once: most tokens, prompts and completions at their longest, of the completions of one batch.
+        tokens_at_once: most tokens, prompts and completions at their longest, of the completions of one batch; one
+            completion alone may have more.
     """
 
     max_new_tokens: int
@@ -77,12 +78,25 @@ def complete(
         names: of each prompt one number a completion, which names its random numbers.
     """
     out: list[list[Completion]] = [[] for _ in prompts]
+    parts = _parts([len(p) for p in prompts], names, sampling)
     with _decoding(model):
-        for batch in _batches([len(p) for p in prompts], [len(n) for n in names], sampling, packs(model)):
-            made = _Batch(model, head, [prompts[i] for i in batch], [names[i] for i in batch], sampling).run()
-            for index, completions in zip(batch, made, strict=True):
-                out[index] = completions
+        for batch in _batches([len(prompts[i]) for i, _ in parts], [len(n) for _, n in parts], sampling, packs(model)):
+            some = [parts[b] for b in batch]
+            made = _Batch(model, head, [prompts[i] for i, _ in some], [n for _, n in some], sampling).run()
+            for (index, _), completions in zip(some, made, strict=True):
+                out[index] += completions
     return out
+
+
+def _parts(
+    lengths: Sequence[int], names: Sequence[Sequence[int]], sampling: Sampling
+) -> list[tuple[int, Sequence[int]]]:
+    """Each prompt's number with its names, in several parts where they are too many for one batch."""
+    found = []
+    for index, (length, all_names) in enumerate(zip(lengths, names, strict=True)):
+        most = max(1, sampling.tokens_at_once // (length + sampling.max_new_tokens))
+        found += [(index, all_names[start : start + most]) for start in range(0, len(all_names), most)]
+    return found
 
 
 def _batches(lengths: Sequence[int], counts: Sequence[int], sampling: Sampling, ragged: bool) -> list[list[int]]:

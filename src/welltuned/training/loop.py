@@ -130,7 +130,7 @@ class Loop:
             self._say(self.setting.keeper.news())
             if self._over():
                 break
-            wanted = (step + 1) % self.plan.value("save_steps") == 0 or (due and self._may_be_best())
+            wanted = self._reached(self.plan.value("save_steps"), step + 1) or (due and self._may_be_best())
             if wanted and self.at.in_a_row == 0:  # a checkpoint to go back to is one that a sound update led to
                 self.save()
         if self.watch.stop_reason is not None and self.at.ended is None:
@@ -146,10 +146,17 @@ class Loop:
         return self.at.step >= self.plan.updates or self.watch.stop_reason is not None or self.at.ended is not None
 
     def _due(self, done: int) -> bool:
-        return done % self.plan.value("eval_steps") == 0 or done == self.plan.updates
+        return self._reached(self.plan.value("eval_steps"), done) or done == self.plan.updates
+
+    def _reached(self, every: int, done: int) -> bool:
+        """Whether a multiple of `every` is reached; within a set of updates it waits for the end of the set."""
+        return self._between_sets(done) and done % every < self.setting.prepared.mixture.in_a_set
+
+    def _between_sets(self, done: int) -> bool:
+        return done % self.setting.prepared.mixture.in_a_set == 0
 
     def _stop_where_asked(self) -> None:
-        if self.asked.number is None:
+        if self.asked.number is None or not self._between_sets(self.at.step):
             return
         run, step = self.setting.directory.path, self.at.step
         if step == 0:

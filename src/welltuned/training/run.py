@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 import welltuned
@@ -24,15 +25,16 @@ from welltuned.models.fingerprint import fingerprint
 from welltuned.models.fuse import Fused, checkpoint_layers, find_head, fuse
 from welltuned.models.load import load_model
 from welltuned.models.lora import AdapterBank, Bias, Init, LoraSettings, find_targets
-from welltuned.models.oom import is_out_of_memory
+from welltuned.models.oom import is_out_of_memory, release_memory
 from welltuned.models.packed import packed_model, packs
 from welltuned.models.parts import idle_parts, within
 from welltuned.models.tokenizer import in_short
 from welltuned.recipe import Method, Tune, recipe_to_yaml
 from welltuned.training.checkpoint import Checkpoint, Position
 from welltuned.training.durable import BESIDE, remove_folder, settle_folder
-from welltuned.training.events import Note, Observer, Severity, silent
+from welltuned.training.events import Note, Observer, silent
 from welltuned.training.grpo_step import grpo_objective
+from welltuned.training.healing import halved
 from welltuned.training.identity import identity_of, versions
 from welltuned.training.interrupt import interruptible
 from welltuned.training.keeper import Keeper, require_disk
@@ -58,7 +60,7 @@ from welltuned.training.snapshot import Origin
 from welltuned.training.speed import remember_speed
 from welltuned.training.starting import save_model, score_at_start, trained_parts
 from welltuned.training.step import Engine, Evaluation, Objective, Supervised, Trained
-from welltuned.training.watch import monitor
+from welltuned.training.watch import is_divergence, monitor
 from welltuned.training.watcher import MakeWatch
 
 MOST_ORIGINS = 1_000  # held-out rows named in run.json
@@ -189,8 +191,23 @@ def with_objective(ready: Ready, prepared: Prepared, observer: Observer) -> Read
         return ready
     rows = prepared.train, prepared.held_out, prepared.mixture
     notes: list[str] = []
-    objective = preference_objective(ready.engine, prepared.plan, *rows, notes.append, lambda t: observer(Note(t)))
-    return replace(ready, objective=objective, notes=(*ready.notes, *notes))
+    while True:
+        found: list[str] = []
+        budget = ready.engine.token_budget
+        try:
+            objective = preference_objective(
+                ready.engine, prepared.plan, *rows, found.append, lambda t: observer(Note(t))
+            )
+            return replace(ready, objective=objective, notes=(*ready.notes, *notes, *found))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or budget <= 1:
+                raise
+        release_memory()  # here the failed pass is gone, which the traceback kept alive
+        ready = replace(ready, engine=replace(ready.engine, token_budget=halved(budget, None)))
+        notes = [
+            "asking the reference ran out of memory: micro-batches hold at most "
+            f"{ready.engine.token_budget:,} tokens, not {budget:,}; the effective batch stays the same"
+        ]
 
 
 def begin(directory: RunDir, prepared: Prepared, identity: Mapping[str, Any], before: Started | None = None) -> None:
@@ -232,6 +249,7 @@ class Course:
             loop = Loop(setting, self.observer, self.make_watch, asked)
             if self.found is None:
                 directory.cut_metrics(0)
+                directory.cut_samples(-1)
                 for text in (*prepared.notes, *(text for text in ready.notes if text not in plan.warnings)):
                     loop.tell(Note(text))
                 keep_rows(directory.path, prepared)
@@ -247,9 +265,9 @@ class Course:
                 with packed_model(ready.model):
                     loop.run()
                     from_best = loop.take_best()
-                if _diverged(loop) and not from_best:
+                if is_divergence(loop.at.ended, loop.watch.findings) and not from_best:
                     run = directory.path
-                    mend = f"lower learning_rate in {run}/recipe.yaml and train again"
+                    mend = f"lower learning_rate in {run / RECIPE} and: welltuned resume {run} --accept-changes"
                     raise RunError(f"{loop.at.ended}; no better weights were kept, so there is no result; {mend}")
                 return self._finished(loop, start_hashes)
             except BaseException:
@@ -280,20 +298,22 @@ class Course:
             seconds=at.elapsed + loop.since_save(),
             tokens_per_second=at.tokens / at.seconds if at.seconds else 0.0,
             peak_memory=memory_used(device).peak,
-            diverged=at.ended if _diverged(loop) else None,
+            diverged=at.ended if is_divergence(at.ended, loop.watch.findings) else None,
         )
         summary = _summary(self.prepared, self.ready, result)
         self._ask(loop, When.AFTER)
         self.directory.write_json(
-            RUN, {**summary, **_watched(at, loop), "healed": _healed(at), "saving": asdict(loop.setting.keeper.cost)}
+            RUN,
+            {
+                **summary,
+                **_watched(at, loop),
+                "diverged": result.diverged,
+                "healed": _healed(at),
+                "saving": asdict(loop.setting.keeper.cost),
+            },
         )
         remember_speed(self.prepared.plan, result.tokens_per_second, at.seconds)
         return result
-
-
-def _diverged(loop: Loop) -> bool:
-    """Whether a fault of the training ended the run, not a held-out loss that had turned."""
-    return loop.at.ended is not None and any(f.severity is Severity.ERROR for f in loop.watch.findings)
 
 
 def _watched(at: Position, loop: Loop) -> dict[str, Any]:
@@ -333,6 +353,9 @@ def _disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         place = error.filename or path
         raise RunError(f"{place} could not be written ({error.strerror}); what was saved before is intact") from error
+    except SafetensorError as error:  # the disk's own words are within: "... I/O error: No space left on device ..."
+        reason = str(error).rpartition("I/O error: ")[2]
+        raise RunError(f"{path} could not be written ({reason}); what was saved before is intact") from error
 
 
 def _require_disk(plan: Plan, ready: Ready, out: Path) -> tuple[str, ...]:
