@@ -257,6 +257,7 @@ def reading_of(recipe: Recipe) -> Reading:
         instruction_part=recipe.instruction_part,
         response_part=recipe.response_part,
         chat_template=recipe.chat_template,
+        chat_template_kwargs=dict(recipe.chat_template_kwargs or {}),
     )
 
 

@@ -61,7 +61,7 @@ def hold_out(
     held = among(groups, groups[found.firsts[_choose(found, seed)]])
     how += f"; rows that share {shared} stay on one side" if len(found.sizes) < count else ""
     if divided.any() and held[divided].any():
-        how += f"; {int(divided.sum()):,} rows begin alike, and are on both sides where what they are asked last differs"
+        how += f"; {int(divided.sum()):,} rows begin alike, and are divided by what they are asked last"
     if not held.any():
         held[_permutation(count, seed, 0)[:target]] = True
         how = f"{share:.0%} of {count:,} rows; most rows share {_one(shared)}, so held-out prompts are also trained on"
