@@ -102,6 +102,8 @@ def _axolotl_data(job: Job) -> Iterator[Setting]:
         yield Setting("chat_template_jinja", template_text(recipe.chat_template))
     elif job.shape is not Shape.TEXT:
         yield Setting("chat_template", "tokenizer_default", "the model's own")
+    if recipe.chat_template_kwargs is not None:
+        yield Setting("chat_template_kwargs", dict(recipe.chat_template_kwargs))
     if job.method is Method.SFT:
         everything = loss_of(recipe) == "everything"
         yield reasoned(job.plan, "assistant_only_loss", "train_on_inputs", value=everything)

@@ -45,6 +45,8 @@ def emit_llamafactory(plan: Plan) -> Written:
         missing.append("template: taken from the model's own chat template; set `template` if yours has a name there")
     if plan.recipe.chat_template is not None:
         missing.append("chat_template: put it into the model's tokenizer_config.json, from where it is read")
+    if plan.recipe.chat_template_kwargs is not None:
+        missing.append("chat_template_kwargs: put the values into the model's chat template")
     info = json.dumps(_dataset_info(job), ensure_ascii=False, indent=2)
     body = "\n".join(yaml_lines(list(_llamafactory(job))))
     body += "\n\n# dataset_info.json:\n" + "\n".join(f"#json {line}" for line in info.splitlines())

@@ -117,6 +117,8 @@ def _typed(key: str, value: Any, where: str) -> Any:
         return value
     if kind is object:
         return value
+    if kind is dict:
+        return _named_values(key, value, where)
     if kind is tuple:
         return _module_names(key, value, where)
     if issubclass(kind, StrEnum) and isinstance(value, str):
@@ -143,6 +145,21 @@ def _module_names(key: str, value: Any, where: str) -> str | tuple[str, ...]:
     raise InputError(
         f"{key} takes module names and got {_shown(value)}", where=where, mend=f"write {ALL_LINEAR} or [q_proj, v_proj]"
     )
+
+
+def _named_values(key: str, value: Any, where: str) -> dict[str, Any]:
+    """Texts, numbers and switches by their names, or lists of these."""
+    if not isinstance(value, Mapping) or not value:
+        mend = "write, for example, {enable_thinking: false}"
+        raise InputError(f"{key} takes names with their values and got {_shown(value)}", where=where, mend=mend)
+    for name, held in value.items():
+        plain = all(
+            isinstance(item, str | int | float) for item in (held if isinstance(held, list | tuple) else [held])
+        )
+        if not isinstance(name, str) or not name.isidentifier() or not plain:
+            what = f"{key} has {_shown(name)}: {_shown(held)}"
+            raise InputError(what, where=where, mend="a name has a text, a number, true, false, or a list of these")
+    return {name: list(held) if isinstance(held, tuple) else held for name, held in value.items()}
 
 
 def _shown(value: Any) -> str:

@@ -99,6 +99,9 @@ FIELDS: Mapping[str, Key] = MappingProxyType(
         "instruction_part": Key(str, "Marker that opens a user turn, for chat templates that defeat the structure."),
         "response_part": Key(str, "Marker that opens an assistant turn; only what follows it is trained."),
         "chat_template": Key(str, "A chat template, as a path or inline, instead of the tokenizer's own."),
+        "chat_template_kwargs": Key(
+            dict, "Values for the chat template, in training and afterwards: {enable_thinking: false}, for Qwen 3."
+        ),
         "on_nonfinite": Key(
             str,
             "After 3 updates in a row that are not finite: back (to the last checkpoint, with half the rate) or stop; "

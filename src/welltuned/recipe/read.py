@@ -52,6 +52,7 @@ class Recipe:
     instruction_part: str | None = None
     response_part: str | None = None
     chat_template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
     trust_remote_code: bool | None = None
     allow_pickle: bool | None = None
     loss_on: str | None = None
@@ -127,6 +128,7 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
         "instruction_part": recipe.instruction_part,
         "response_part": recipe.response_part,
         "chat_template": recipe.chat_template,
+        "chat_template_kwargs": recipe.chat_template_kwargs,
         "trust_remote_code": recipe.trust_remote_code,
         "allow_pickle": recipe.allow_pickle,
         "loss_on": recipe.loss_on,
@@ -234,6 +236,8 @@ def _value(key: str, node: yaml.Node, where: str) -> Any:
         return _number_or_switch(text, node.tag)
     if isinstance(node, yaml.SequenceNode):
         return [_value(key, child, where) for child in node.value]
+    if isinstance(node, yaml.MappingNode) and KEYS[key].type is dict:
+        return {str(name.value): _value(key, child, where) for name, child in node.value}
     raise InputError(f"{key} takes one value or a list", where=where, mend="do not nest keys below it")
 
 

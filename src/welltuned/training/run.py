@@ -435,6 +435,7 @@ def _summary(prepared: Prepared, ready: Ready, result: RunResult) -> dict[str, A
         "method": str(prepared.recipe.method),
         "tune": str(prepared.recipe.tune),
         "chat_template": prepared.chat_template,
+        "chat_template_kwargs": prepared.recipe.chat_template_kwargs,
         "updates": result.updates,
         "held_out": {
             "rows": len(prepared.held_out),
