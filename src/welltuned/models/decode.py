@@ -42,7 +42,7 @@ class Decoder(Protocol):
 
 @contextmanager
 def decoding(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block a model that packs attends to our cache, on our account; another one's attention is its own."""
+    """Within the block a model that packs attends to our cache; another one's attention is its own."""
     with attending(model, DECODING if packs(model) else model.config._attn_implementation):
         yield
 
@@ -122,7 +122,7 @@ class PlainDecoder:
 
 @dataclass(slots=True)
 class _Layer:
-    """Keys and values of one attention: of the prompts [P, G, L, D], padded behind, and of the sequences [B, G, T, D]."""
+    """Keys and values of one attention: of prompts [P, G, L, D], padded behind, and of sequences [B, G, T, D]."""
 
     prompt_k: Tensor
     prompt_v: Tensor
