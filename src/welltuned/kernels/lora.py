@@ -201,5 +201,7 @@ def autocast_input(x: Tensor) -> Tensor:
 @torch.compiler.disable  # Inductor has miscompiled traced LoRA backward passes: keep it opaque
 def lora(x_NI: Tensor, p: Projection, a_KRI: Tensor, b_KOR: Tensor, bias_O: Tensor | None, rows: Rows) -> Tensor:
     """y_NO, differentiable in x, A, B and the bias; W is frozen. A and B keep their own dtype (fp32 master weights)."""
+    if not torch.is_grad_enabled():  # sampling: nothing to be kept for a backward pass
+        return project(autocast_input(x_NI), p, a_KRI, b_KOR, bias_O, rows)[0]
     y_NO: Tensor = _Lora.apply(autocast_input(x_NI), a_KRI, b_KOR, bias_O, p, rows)
     return y_NO
