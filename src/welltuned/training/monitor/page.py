@@ -256,9 +256,9 @@ SAID = (
 _HEAD = """# When it goes wrong
 
 What a run says when something is wrong, what that means, and what to change. A finding is printed, and kept in
-metrics.jsonl (`"event": "finding"`) and in run.json (`findings`) with its number, its likely cause, and in `changes` the
-exact recipe keys with values computed for that run. A **hint** is worth knowing, a **warning** wants mending in the next
-run, an **error** means that this run is lost.
+metrics.jsonl (`"event": "finding"`) and in run.json (`findings`) with its number, its likely cause, and in `changes`
+the exact recipe keys with values computed for that run. A **hint** is worth knowing, a **warning** wants mending in the
+next run, an **error** means that this run is lost.
 
 This page is made from the code's own words and thresholds, and a test holds it to them:
 `python -m welltuned.training.monitor.page > docs/when_it_goes_wrong.md`.
