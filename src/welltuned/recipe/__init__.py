@@ -16,6 +16,7 @@ from welltuned.recipe.keys import (
     POLICIES,
     Key,
     Method,
+    Tracker,
     Tune,
 )
 from welltuned.recipe.read import PlainLoader, Recipe, Trust, YamlLoader, load_recipe, recipe_to_dict, recipe_to_yaml
@@ -32,6 +33,7 @@ __all__ = [
     "Key",
     "Method",
     "Recipe",
+    "Tracker",
     "Trust",
     "Tune",
     "YamlLoader",

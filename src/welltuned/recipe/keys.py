@@ -21,6 +21,12 @@ class Tune(StrEnum):
     FULL = "full"
 
 
+class Tracker(StrEnum):
+    TENSORBOARD = "tensorboard"
+    WANDB = "wandb"
+    TRACKIO = "trackio"
+
+
 AUTO = "auto"
 ALL_LINEAR = "all-linear"
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
@@ -106,6 +112,9 @@ FIELDS: Mapping[str, Key] = MappingProxyType(
             str,
             "After 3 updates in a row that are not finite: back (to the last checkpoint, with half the rate) or stop; "
             "unset: back, but stop where learning_rate is yours.",
+        ),
+        "report_to": Key(
+            Tracker, "Where the run's numbers go besides: tensorboard, wandb or trackio; unset: nowhere.", many=True
         ),
         "trust_remote_code": Key(bool, "Run Python code of the model's repository: it can do all that you can do."),
         "allow_pickle": Key(bool, "Read .bin weights, which are pickles; unset: safetensors and GGUF only."),

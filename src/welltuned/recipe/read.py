@@ -11,7 +11,7 @@ import yaml
 
 from welltuned.errors import InputError
 from welltuned.recipe.check import Setting, checked, refuse_ignored_keys, refuse_unknown
-from welltuned.recipe.keys import AUTO, HYPERPARAMETERS, KEYS, POLICIES, Method, Tune
+from welltuned.recipe.keys import AUTO, HYPERPARAMETERS, KEYS, POLICIES, Method, Tracker, Tune
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
@@ -53,6 +53,7 @@ class Recipe:
     response_part: str | None = None
     chat_template: str | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
+    report_to: tuple[Tracker, ...] | None = None
     trust_remote_code: bool | None = None
     allow_pickle: bool | None = None
     loss_on: str | None = None
@@ -129,6 +130,7 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
         "response_part": recipe.response_part,
         "chat_template": recipe.chat_template,
         "chat_template_kwargs": recipe.chat_template_kwargs,
+        "report_to": None if recipe.report_to is None else [str(name) for name in recipe.report_to],
         "trust_remote_code": recipe.trust_remote_code,
         "allow_pickle": recipe.allow_pickle,
         "loss_on": recipe.loss_on,

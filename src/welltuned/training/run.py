@@ -60,6 +60,7 @@ from welltuned.training.snapshot import Origin
 from welltuned.training.speed import remember_speed
 from welltuned.training.starting import save_model, score_at_start, trained_parts
 from welltuned.training.step import Engine, Evaluation, Objective, Supervised, Trained
+from welltuned.training.trackers import require_trackers, tracked
 from welltuned.training.watch import is_divergence, monitor
 from welltuned.training.watcher import MakeWatch
 
@@ -171,6 +172,7 @@ def train(
         Interrupted: a signal ended the run, after a save.
     """
     require_memory(prepared.plan)
+    require_trackers(prepared.recipe)
     require_free(out)
     with on_this_machine(prepared.plan):
         ready = make_ready(prepared.plan)  # what is wrong with the model shows here, before anything is written
@@ -245,8 +247,9 @@ class Course:
             keeper=keeper,
             origin=Origin(started.run, started.identity, versions()),
         )
-        with interruptible() as asked, _disk_errors(directory.path):
-            loop = Loop(setting, self.observer, self.make_watch, asked)
+        heard = tracked(self.observer, plan, directory.path, started.run)
+        with interruptible() as asked, _disk_errors(directory.path), heard as observer:
+            loop = Loop(setting, observer, self.make_watch, asked)
             if self.found is None:
                 directory.cut_metrics(0)
                 directory.cut_samples(-1)
