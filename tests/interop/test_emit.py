@@ -409,7 +409,7 @@ def test_set_by_the_user_is_said(plan_for):
     text = emit(plan, Target.LLAMAFACTORY).text
     settings = yaml.safe_load(text)
     assert settings["learning_rate"] == 1e-5 and settings["max_steps"] == 7 and "num_train_epochs" not in settings
-    assert "# set by you; the advice would be" in text
+    assert "# set by you where the advice is" in text
 
 
 def test_values_of_the_chat_template_go_along(plan_for, monkeypatch):

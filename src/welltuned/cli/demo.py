@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from welltuned.cli.plan_view import print_plan
 from welltuned.cli.report import print_report
-from welltuned.cli.terminal import Progress, console, print_plan, quiet_libraries
+from welltuned.cli.terminal import Progress, console, quiet_libraries
 from welltuned.cli.train import print_command, print_result
 from welltuned.demo_score import score
 from welltuned.errors import InputError

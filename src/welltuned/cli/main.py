@@ -85,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--probe", action="store_true", help="load the weights and measure the speed over a few updates, for the time"
     )
     printed = made["plan"].add_mutually_exclusive_group()
+    printed.add_argument("--all", "-a", action="store_true", help="every choice with its whole reason and the evidence")
     printed.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     printed.add_argument(
         "--emit",
@@ -162,6 +163,8 @@ def _recipe_options(parser: argparse.ArgumentParser) -> None:
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, dest=name, action=action, metavar=name.upper(), help=FIELDS[name].doc)
     parser.add_argument("--map", action="append", metavar="OURS=THEIRS", help=FIELDS["map"].doc)
+    for name in ("subset", "split"):
+        parser.add_argument(f"--{name}", metavar="NAME", help=FIELDS[name].doc)
     parser.add_argument("--method", choices=[str(m) for m in Method], help=FIELDS["method"].doc)
     parser.add_argument("--tune", choices=[str(t) for t in Tune], help=FIELDS["tune"].doc)
     parser.add_argument(
