@@ -147,7 +147,8 @@ ENTRIES: dict[str, tuple[Entry, ...]] = {
         Entry(
             id="untrained_preference",
             when="After {preference_from:share} of the run the loss is within {preference_loss} of ln 2, and the "
-            "chosen answers win in less than {preference_accuracy:share} of the pairs.",
+            "chosen answers win in less than {preference_accuracy:share} of the pairs, or by less than "
+            "{preference_margin} on average.",
             means="The model still is its own reference: a loss of 0.69 is the loss of no training.",
             causes=("a full-parameter rate on an adapter", "too few updates for this beta"),
             keys=("learning_rate", "num_train_epochs", "max_steps", "effective_batch_size"),
@@ -256,9 +257,9 @@ SAID = (
 _HEAD = """# When it goes wrong
 
 What a run says when something is wrong, what that means, and what to change. A finding is printed, and kept in
-metrics.jsonl (`"event": "finding"`) and in run.json (`findings`) with its number, its likely cause, and in `changes` the
-exact recipe keys with values computed for that run. A **hint** is worth knowing, a **warning** wants mending in the next
-run, an **error** means that this run is lost.
+metrics.jsonl (`"event": "finding"`) and in run.json (`findings`) with its number, its likely cause, and in `changes`
+the exact recipe keys with values computed for that run. A **hint** is worth knowing, a **warning** wants mending in the
+next run, an **error** means that this run is lost.
 
 This page is made from the code's own words and thresholds, and a test holds it to them:
 `python -m welltuned.training.monitor.page > docs/when_it_goes_wrong.md`.
