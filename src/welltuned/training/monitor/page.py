@@ -147,7 +147,8 @@ ENTRIES: dict[str, tuple[Entry, ...]] = {
         Entry(
             id="untrained_preference",
             when="After {preference_from:share} of the run the loss is within {preference_loss} of ln 2, and the "
-            "chosen answers win in less than {preference_accuracy:share} of the pairs.",
+            "chosen answers win in less than {preference_accuracy:share} of the pairs, or by less than "
+            "{preference_margin} on average.",
             means="The model still is its own reference: a loss of 0.69 is the loss of no training.",
             causes=("a full-parameter rate on an adapter", "too few updates for this beta"),
             keys=("learning_rate", "num_train_epochs", "max_steps", "effective_batch_size"),
