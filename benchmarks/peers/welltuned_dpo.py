@@ -46,10 +46,8 @@ with tempfile.TemporaryDirectory() as folder:
         learning_rate=1e-5,
         dtype=dtype,
     )
-    seconds, cpu = (
-        time.perf_counter() - marks[0],
-        time.process_time() - marks[1],
-    )  # from the reference on: loading is not counted
+    # From the reference on: loading is not counted.
+    seconds, cpu = time.perf_counter() - marks[0], time.process_time() - marks[1]
     metrics = [json.loads(line) for line in (result.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 updates = [line for line in metrics if "loss" in line]
 print(
