@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from welltuned.advice import batch as batches
-from welltuned.advice import lora, preference, reinforcement, schedule
+from welltuned.advice import lora, preference, reinforcement, schedule, variants
 from welltuned.advice.activations import MemorySetting
 from welltuned.advice.codec import from_plain, to_plain
 from welltuned.advice.effort import TimeForecast, forecast_time
@@ -220,7 +220,9 @@ def _plan(
 _ORDER = (
     *("learning_rate", "num_train_epochs", "max_steps", "effective_batch_size", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora"),
-    *("init_lora_weights", "bias", "loss_type", "beta", "label_smoothing", "simpo_gamma", "desirable_weight"),
+    *("init_lora_weights", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save"),
+    *("embedding_learning_rate", "loraplus_lr_ratio", "ema_decay"),
+    *("bias", "loss_type", "beta", "label_smoothing", "simpo_gamma", "desirable_weight"),
     *("undesirable_weight", "center_rewards_coefficient", "num_generations", "max_completion_length", "temperature"),
     *("top_p", "epsilon", "epsilon_high", "scale_rewards", "mask_truncated_completions", "num_iterations"),
     *("warmup_steps", "lr_scheduler_type", "weight_decay", "optim", "adam_beta1", "adam_beta2", "max_grad_norm"),
@@ -264,6 +266,7 @@ def _memory_setting(
         checkpointing=False,
         r=choices["r"].value if "r" in choices else 0,
         targets=targets,
+        more=variants.more_parameters(model, choices, targets),
     )
 
 
@@ -379,8 +382,9 @@ def _rate_and_schedule(
     updates = time.updates
     setting = rate_setting(model, choices, batch, updates)
     advised = choose_rate(recipe.method, recipe.tune, setting, data.rows, data.is_text)
-    choices["learning_rate"] = settle(recipe, "learning_rate", advised)
+    choices["learning_rate"] = settle(recipe, "learning_rate", variants.for_ratio(advised, recipe))
     rate = choices["learning_rate"].value
+    choices |= variants.rate_choices(recipe, rate)
     if recipe.tune is not Tune.FULL:
         dropout = lora.choose_dropout(choices["num_train_epochs"].value, data.rows)
         choices["lora_dropout"] = settle(recipe, "lora_dropout", dropout)

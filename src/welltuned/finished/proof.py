@@ -17,7 +17,8 @@ from welltuned.finished.find import Finished, find
 from welltuned.models.adapter_file import load_adapter, read_config
 from welltuned.models.frozen import frozen_weight, is_projection
 from welltuned.models.load import load_model, load_skeleton
-from welltuned.models.lora import Init, attach
+from welltuned.models.lora import attach
+from welltuned.models.lora_settings import Init
 
 
 @dataclass(frozen=True, slots=True)
