@@ -3,7 +3,7 @@
 python benchmarks/llama_cpp_replies.py RUN --llama-python PYTHON   # an environment with llama-cpp-python
 
 Each export (F16, Q8_0, and the base with the adapter as a LoRA file) is loaded by llama.cpp, which gets the very token
-ids that transformers gets, and must answer with the same tokens. Results go to benchmarks/results/llama_cpp_replies.json.
+ids that transformers gets, and must answer with the same tokens. Results: results/llama_cpp_replies.json.
 """
 
 import argparse

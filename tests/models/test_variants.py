@@ -109,7 +109,7 @@ def test_pissa_by_iterations_is_near_the_exact_one(tools):
     for name, a in exact.modules.items():
         b = quick.modules[name]
         one, two = ((m.lora_B[0] @ m.lora_A[0]).detach() for m in (a, b))
-        assert float((one - two).norm() / one.norm()) < 0.05
+        assert 0.9 < float(two.norm() / one.norm()) < 1.001  # of a random matrix, whose directions are all alike
     again = attach(tools.model("llama"), LoraSettings(r=4, init=Init.PISSA, svd_iterations=16))
     assert torch.equal(quick.flat_KP, again.flat_KP)  # by the seed, whatever else is drawn
 
@@ -186,7 +186,7 @@ def test_loftq_is_pefts_and_nearer_to_the_original(tools):
     quantize_linears(model)
     bank = attach(model, LoraSettings(r=4, lora_alpha=4, init=Init.LOFTQ))
     lost = start_loftq(bank, original)
-    assert 0 < lost.after < 0.95 * lost.before < 0.2 and "LoftQ" in lost.sentence()
+    assert 0 < lost.after < 0.9 * lost.before < 0.3 and "LoftQ" in lost.sentence()
     name = "model.layers.1.mlp.up_proj"
     module = bank.modules[name]
     left = original.get_submodule(name).weight - module.projection.weight.dense(torch.float32)

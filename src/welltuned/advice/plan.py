@@ -193,7 +193,7 @@ def _plan(
     if recipe.method is Method.GRPO:
         reinforcement.require_whole_groups(size, choices["num_generations"].value)
     updates = _updates(choices, recipe, epoch.examples, size, max_steps)
-    trained = trained_parameters(model, _memory_setting(choices, recipe, machine, targets))
+    trained = trained_parameters(model, _memory_setting(choices, recipe, model, machine, targets))
     time = forecast_time(
         *(model, epoch, machine, recipe.method, recipe.tune),
         dtype=choices["dtype"].value,
@@ -256,7 +256,11 @@ def _advised_batch(
 
 
 def _memory_setting(
-    choices: Mapping[str, Choice], recipe: Recipe, machine: MachineFacts, targets: tuple[str, ...] | None
+    choices: Mapping[str, Choice],
+    recipe: Recipe,
+    model: ModelFacts,
+    machine: MachineFacts,
+    targets: tuple[str, ...] | None,
 ) -> MemorySetting:
     return MemorySetting(
         tune=recipe.tune,
@@ -290,7 +294,7 @@ def _fitted(
     tried: list[tuple[int, Fitted]] = []
     for length in lengths:
         longest = min(length, epoch.longest)
-        setting = _memory_setting(choices, recipe, machine, targets)
+        setting = _memory_setting(choices, recipe, model, machine, targets)
         budget = user.get("token_budget")
         if budget is None and "per_device_train_batch_size" in user:
             budget = user["per_device_train_batch_size"] * epoch.sequences * longest

@@ -1,4 +1,4 @@
-"""Variants of LoRA and the average of weights: never advised by themselves, and said what they are worth when asked for.
+"""Variants of LoRA and the average of weights: never advised by themselves, and what they are worth said when asked.
 
 At a tuned rate nine variants end within 1-2 % of each other (E096), so none is worth more than the rate. What can be
 worth it is special: few layers or uneven ranks where memory decides, trained embeddings for new tokens.

@@ -42,7 +42,7 @@ _REFUSED = (
 # as parameters ("….weight").
 _TAKEN_FOR_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 _NAME_PATTERN = re.compile(r"\^?(?:\.\*)?[\w.\\|$-]+(?:\.\*[\w.\\|$-]+){0,2}")  # few ".*": each multiplies the time
-_UNDERSTOOD = ("use_dora", "modules_to_save", "alpha_pattern")
+UNDERSTOOD = ("use_dora", "modules_to_save", "alpha_pattern")
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others (PiSSA, OLoRA, ...) change the base weights
 
 
@@ -106,7 +106,7 @@ def load_adapter(
         saved: modules that are trained beside the adapters; what the file does not have of them stays as it is.
         device: as in `attach`.
     """
-    config, stored = read_config(folder, accept=_UNDERSTOOD), read_tensors(folder / WEIGHTS)
+    config, stored = read_config(folder, accept=UNDERSTOOD), read_tensors(folder / WEIGHTS)
     whole = tuple(config.get("modules_to_save") or ())
     if whole == (SCORE,) and not saved:
         add_score(model, seed=0)
@@ -146,6 +146,17 @@ def _drop_tied(model: PreTrainedModel, saved: tuple[str, ...], tensors: dict[str
             raise InputError(what, where=where, mend="merge the adapter with PEFT first")
 
 
+def split_start(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What was trained, and how it began, of what `without_start` made."""
+    now, start = dict(tensors), dict(tensors)
+    for name, tensor in tensors.items():
+        if name.endswith(("lora_A", "lora_B")):
+            side = 0 if name.endswith("lora_A") else 1
+            now[name], began = (part.contiguous() for part in tensor.chunk(2, dim=side))
+            start[name] = began if side == 0 else -began
+    return now, start
+
+
 def read_config(folder: Path, accept: Iterable[str] = ()) -> dict[str, Any]:
     """adapter_config.json, refused where it asks for more than LoRA and what `accept` names."""
     path = folder / CONFIG
@@ -161,7 +172,10 @@ def read_config(folder: Path, accept: Iterable[str] = ()) -> dict[str, Any]:
         raise InputError(f"adapters of type {config.get('peft_type')} are not understood", where=str(path))
     for key in _REFUSED:
         if config.get(key) and key not in accept and not (key == "modules_to_save" and list(config[key]) == [SCORE]):
-            raise InputError(f"{key} is not understood", where=str(path), mend="merge the adapter with PEFT first")
+            mend = (
+                "merge it first: welltuned adapter merge" if key in UNDERSTOOD else "merge the adapter with PEFT first"
+            )
+            raise InputError(f"{key} is not understood here", where=str(path), mend=mend)
     start = config.get("init_lora_weights")
     if start not in _STARTS:
         mend = "convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)"

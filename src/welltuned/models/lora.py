@@ -243,13 +243,19 @@ class AdapterBank:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within the block the model is the base alone."""
+        parameters = dict(self.model.named_parameters())
+        trained = {name: parameters[name].data for name in self._original_biases}
         for module in self.modules.values():
             module.enabled = False
+        for name, data in self._original_biases.items():
+            parameters[name].data = data
         try:
             yield
         finally:
             for module in self.modules.values():
                 module.enabled = True
+            for name, data in trained.items():
+                parameters[name].data = data
 
     def use_rows(self, per_adapter: tuple[int, ...] | None, dropout_spans: tuple[tuple[int, int], ...]) -> None:
         """Say how the rows of the next forward pass belong to adapters, and name its examples for dropout."""

@@ -19,6 +19,7 @@ def named_modules(model: PreTrainedModel, wanted: tuple[str, ...]) -> tuple[str,
         if len(matches) != 1 or matches[0] in linear_modules(model):
             what = f"{name!r} names {len(matches)} modules" if len(matches) != 1 else f"{name!r} takes adapters"
             raise InputError(what, where="modules_to_save", mend="name the embedding (embed_tokens) or head (lm_head)")
+        matches = [_first_of_tied(model, matches[0])]
         module = model.get_submodule(matches[0])
         parameters = list(module.parameters())
         if not parameters:
@@ -28,6 +29,14 @@ def named_modules(model: PreTrainedModel, wanted: tuple[str, ...]) -> tuple[str,
             raise InputError(what, where="modules_to_save", mend=mend)
         found.setdefault(id(parameters[0]), matches[0])
     return tuple(found.values())
+
+
+def _first_of_tied(model: PreTrainedModel, name: str) -> str:
+    """The embedding's name for a head that shares its weight: torch lists the parameter there."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or model.get_submodule(name) is not head or head.weight is not embedding.weight:
+        return name
+    return next(full for full, module in model.named_modules() if module is embedding)
 
 
 def tied_names(model: PreTrainedModel, saved: tuple[str, ...]) -> dict[str, str]:

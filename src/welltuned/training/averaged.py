@@ -16,9 +16,7 @@ from welltuned.training.starting import save_model
 ORIGIN = "welltuned.json"
 
 
-def finish_average(
-    loop: Loop, folder: AbstractContextManager[Path], facts: Mapping[str, Any]
-) -> dict[str, Any] | None:
+def finish_average(loop: Loop, folder: AbstractContextManager[Path], facts: Mapping[str, Any]) -> dict[str, Any] | None:
     """What run.json says of the average; None where the run keeps none. Call within `packed_model`.
 
     Args:
