@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from welltuned.errors import InputError
 from welltuned.models.adapter_file import load_adapter, save_adapter
+from welltuned.models.fuse import find_head, fuse
 from welltuned.models.lora import MAGNITUDE, Bias, Init, LoraSettings, attach, start_loftq
 from welltuned.models.lora_settings import FROM_WEIGHTS
 from welltuned.models.saved import named_modules
@@ -79,7 +80,10 @@ def test_as_peft_computes_it(tools, name, family):
     with tools.wide():
         model = tools.model(family).double()
         untouched = tools.copy(model)
-        engine, examples = tools.engine(model, settings), tools.examples()
+        bank = attach(model, settings)
+        engine = tools.Engine(model, bank, fuse(model, bank), find_head(model))  # as in training: before B has moved
+        tools.randomise(bank)
+        examples = tools.examples()
         value, _, (grads,) = engine.step(examples)
         twin = twin_of(untouched, engine.bank)
         plain = tools.plain_loss(twin, examples)

@@ -115,7 +115,7 @@ def load_adapter(
         saved = named_modules(model, whole)
     names = _stack_names(model, config.get("target_parameters") or ())
     tensors = {_from_file(name, names, saved): tensor for name, tensor in stored.items()}
-    _drop_tied(model, saved, tensors, str(folder))
+    _drop_tied(model, saved, tensors, bool(config.get("ensure_weight_tying")), str(folder))
     settings = _settings(config, tensors, set(names.values()), str(folder))
     bank = attach(model, settings if dropout is None else replace(settings, lora_dropout=dropout), saved, device)
     expected = bank.tensors()
@@ -137,12 +137,17 @@ def load_adapter(
     return bank
 
 
-def _drop_tied(model: PreTrainedModel, saved: tuple[str, ...], tensors: dict[str, Tensor], where: str) -> None:
-    """PEFT keeps two copies of a weight that embedding and head share; ours is one."""
+def _drop_tied(
+    model: PreTrainedModel, saved: tuple[str, ...], tensors: dict[str, Tensor], tying: bool, where: str
+) -> None:
+    """PEFT keeps two copies of a weight that embedding and head share; ours is one. `tying`: it says so itself."""
     for other, name in tied_names(model, saved).items():
         first, second = tensors.get(f"{name}.weight"), tensors.pop(f"{other}.weight", None)
-        if first is not None and (second is None or not torch.equal(first, second)):
-            what = f"{name} was trained without {other}, which shares its weights in the model"
+        if first is None and second is None or tying and first is not None and second is None:
+            continue
+        if first is None or second is None or not torch.equal(first, second):
+            alone, left = (other, name) if first is None else (name, other)
+            what = f"{alone} was trained without {left}, which shares its weights in the model"
             raise InputError(what, where=where, mend="merge the adapter with PEFT first")
 
 
