@@ -1,4 +1,4 @@
-"""Variants of LoRA, averages and checkpoints after training: verified, merged, handed on, or refused with a sentence."""
+"""Variants of LoRA, averages and checkpoints after training: verified, merged, handed on, or refused."""
 
 import json
 import shutil

@@ -236,3 +236,14 @@ def test_magnitudes_do_not_decay(tools):
 @torch.no_grad()
 def logits(model):
     return model(input_ids=torch.arange(5, 29)[None], use_cache=False).logits.float()
+
+
+def test_disabled_has_the_bases_biases(tools):
+    model = tools.model("qwen2")
+    base = logits(model)
+    bank = attach(model, LoraSettings(r=3, bias=Bias.ALL))
+    bank.flat_KP += 0.1
+    tuned = logits(model)
+    with bank.disabled():
+        assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), tuned) and not torch.equal(tuned, base)

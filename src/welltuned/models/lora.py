@@ -243,19 +243,19 @@ class AdapterBank:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within the block the model is the base alone."""
-        parameters = dict(self.model.named_parameters())
-        trained = {name: parameters[name].data for name in self._original_biases}
+        originals = [(self._parameters[self._slot(name)], data) for name, data in self._original_biases.items()]
+        trained = [parameter.data for parameter, _ in originals]
         for module in self.modules.values():
             module.enabled = False
-        for name, data in self._original_biases.items():
-            parameters[name].data = data
+        for parameter, data in originals:
+            parameter.data = data
         try:
             yield
         finally:
             for module in self.modules.values():
                 module.enabled = True
-            for name, data in trained.items():
-                parameters[name].data = data
+            for (parameter, _), data in zip(originals, trained, strict=True):
+                parameter.data = data
 
     def use_rows(self, per_adapter: tuple[int, ...] | None, dropout_spans: tuple[tuple[int, int], ...]) -> None:
         """Say how the rows of the next forward pass belong to adapters, and name its examples for dropout."""
