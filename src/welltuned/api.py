@@ -34,6 +34,7 @@ from welltuned.models.resolve import NO_TRUST
 from welltuned.models.tokenizer import in_short
 from welltuned.recipe import KEYS, Trust, load_recipe
 from welltuned.report.page import write_report as write_page
+from welltuned.training.checkpoint import checkpoints
 from welltuned.training.events import Note, Observer, silent
 from welltuned.training.inspection import SHOWN, Inspection
 from welltuned.training.inspection import inspect as inspect_recipe
@@ -217,6 +218,25 @@ def average(
     with written_whole(Path(out), needs) as folder:
         save(averaged.adapter, folder, found.origin(f"adapter average: {of}"))
     return averaged
+
+
+def average_checkpoints(
+    run: str | Path, *, out: str | Path, decay: float, rank: int | str | None = None
+) -> averaging.Averaged:
+    """Write the mean of a run's checkpoints, each weighted by `decay` to the power of the updates that it lies back.
+
+    Raises:
+        InputError: there are fewer than two, or `decay` is not above 0 and at most 1.
+    """
+    if not 0 < decay <= 1:
+        raise InputError(f"{decay:g} is no decay", where="--ema", mend="give a number above 0 and at most 1, as 0.99")
+    kept = checkpoints(Path(run))
+    if len(kept) < 2:
+        mend = "train with a smaller save_steps and a larger save_total_limit, or with ema_decay"
+        raise InputError(f"the run has {len(kept)} checkpoints", where=str(run), mend=mend)
+    shares = [decay ** (kept[0][0] - step) for step, _ in kept]
+    weights = [share / sum(shares) for share in shares]
+    return average(*(folder for _, folder in kept), out=out, weights=weights, rank=rank)
 
 
 def _adapter_of(run: str | Path) -> tuple[finding.Finished, AdapterFile]:

@@ -1,5 +1,6 @@
 """Where advice meets the user's own value: the user's value stands, the advice keeps its range and its reason."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from welltuned.advice.rules import Rule
@@ -50,6 +51,8 @@ def shown(value: Any) -> str:
             return f"{value:.4g}"
         mantissa, _, exponent = f"{value:.1e}".partition("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {shown(item)}" for key, item in value.items())
     if isinstance(value, tuple | list):
         return " ".join(str(item) for item in value)
     return str(value)

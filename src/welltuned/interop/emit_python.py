@@ -284,6 +284,10 @@ def _adapter_settings(job: _Job) -> Iterator[Setting]:
         value = plan.value(name)
         whole = name == "lora_alpha" and float(value).is_integer()
         yield reasoned(plan, name, value=int(value) if whole else value)
+    for name in ("use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save"):
+        if name in plan.choices:
+            value = plan.value(name)
+            yield reasoned(plan, name, value=list(value) if isinstance(value, tuple) else value)
     targets = plan.value("target_modules")
     if targets == ALL_LINEAR and job.unsloth:
         targets = plan.facts.model.module_names

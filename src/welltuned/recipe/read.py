@@ -238,8 +238,11 @@ def _value(key: str, node: yaml.Node, where: str) -> Any:
         return _number_or_switch(text, node.tag)
     if isinstance(node, yaml.SequenceNode):
         return [_value(key, child, where) for child in node.value]
-    if isinstance(node, yaml.MappingNode) and KEYS[key].type is dict:
-        return {str(name.value): _value(key, child, where) for name, child in node.value}
+    if isinstance(node, yaml.MappingNode) and key in KEYS and KEYS[key].type is dict:
+        pairs = [(str(name.value), _value(key, child, where)) for name, child in node.value]
+        if len(dict(pairs)) < len(pairs):
+            raise InputError(f"{key} names one thing twice", where=where, mend="keep one")
+        return dict(pairs)
     raise InputError(f"{key} takes one value or a list", where=where, mend="do not nest keys below it")
 
 

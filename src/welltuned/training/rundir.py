@@ -17,6 +17,7 @@ from welltuned.training.events import Evaluated, Event, Finding, Note, Skipped, 
 from welltuned.training.lock import LOCK, Lock
 
 ADAPTER, MODEL, RUN, PLAN, RECIPE, METRICS = "adapter", "model", "run.json", "plan.yaml", "recipe.yaml", "metrics.jsonl"
+AVERAGE = "ema"  # the average of the weights, where the run keeps one
 STARTED, SAMPLES = "started.json", "samples.jsonl"  # samples: some completions of every evaluation (grpo)
 SHOWN = "shown.json"  # rows as they are trained, and replies (shown.py)
 _FOR_WATCHERS = frozenset(
