@@ -1,6 +1,6 @@
 """The same updates with TRL's GRPOTrainer and PEFT, in an environment of its own; prints one JSON line.
 
-python trl_grpo.py MODEL_DIR PROMPTS.jsonl UPDATES PROMPTS GENERATIONS TOKENS R
+python trl_grpo.py MODEL_DIR PROMPTS.jsonl UPDATES PROMPTS GENERATIONS TOKENS R DTYPE
 """
 
 import json
@@ -41,17 +41,25 @@ def timed(name, function):
 class Clock(TrainerCallback):
     def on_step_begin(self, *_, **__):
         spent.update(generation=0.0, reward=0.0)
-        self.started = time.perf_counter()
+        self.started, self.cpu = time.perf_counter(), time.process_time()
 
     def on_step_end(self, *_, **__):
         whole = time.perf_counter() - self.started
         update = whole - spent["generation"] - spent["reward"]
-        found.append({**spent, "update": update, "whole": whole, "tokens": prompts * generations * tokens})
+        found.append(
+            {
+                **spent,
+                "update": update,
+                "whole": whole,
+                "cpu": time.process_time() - self.cpu,
+                "tokens": prompts * generations * tokens,
+            }
+        )
 
 
 with tempfile.TemporaryDirectory() as folder:
     trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, sys.argv[8])),
         processing_class=AutoTokenizer.from_pretrained(model_dir),
         reward_funcs=lambda completions, **_: [c[0]["content"].count("e") / 10 for c in completions],
         train_dataset=dataset,

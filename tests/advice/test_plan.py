@@ -97,9 +97,20 @@ def test_every_choice_has_value_reason_and_evidence(plan_for, method, tune):
             assert choice.low <= choice.value <= choice.high, name
 
 
+@pytest.mark.parametrize("tune", Tune)
+def test_continued_pretraining_too(plan_for, data_of, tune):
+    """Every choice for plain texts has its range, reason and evidence, and some are other than for answers."""
+    texts = plan_for(tune=str(tune), data=replace(data_of(), format_name="text", supervised_tokens=50_000))
+    answers = plan_for(tune=str(tune))
+    for name, choice in texts.choices.items():
+        assert choice.reason and all(row(id) for id in choice.evidence) and choice.evidence, name
+        assert choice.low is None or choice.low <= choice.value <= choice.high, name
+    assert texts.value("learning_rate") < answers.value("learning_rate") and not texts.value("assistant_only_loss")
+
+
 def test_reasons_speak_of_this_users_numbers(plan_for):
     plan = plan_for()
-    assert "your 340 rows make 129 updates of 8" in plan.choices["learning_rate"].reason
+    assert "where your 340 rows make 129 updates of 8" in plan.choices["learning_rate"].reason
     assert plan.updates == 129 and plan.value("effective_batch_size") == 8
 
 

@@ -409,4 +409,13 @@ def test_set_by_the_user_is_said(plan_for):
     text = emit(plan, Target.LLAMAFACTORY).text
     settings = yaml.safe_load(text)
     assert settings["learning_rate"] == 1e-5 and settings["max_steps"] == 7 and "num_train_epochs" not in settings
-    assert "# set by you; the advice would be" in text
+    assert "# set by you where the advice is" in text
+
+
+def test_values_of_the_chat_template_go_along(plan_for, monkeypatch):
+    plan = plan_for("messages", chat_template_kwargs={"enable_thinking": False})
+    preset = "{% if enable_thinking is not defined %}{% set enable_thinking = false %}{% endif %}\n"
+    for target in (Target.TRL, Target.UNSLOTH):
+        assert f"tokenizer.chat_template = {json.dumps(preset)} + tokenizer.chat_template" in emit(plan, target).text
+    assert yaml.safe_load(emit(plan, Target.AXOLOTL).text)["chat_template_kwargs"] == {"enable_thinking": False}
+    assert any("chat_template_kwargs" in text for text in emit(plan, Target.LLAMAFACTORY).missing)

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import threading
 
 import pytest
 import torch
@@ -640,7 +641,11 @@ def test_a_disk_that_stays_full_ends_the_run_after_training_with_the_last_checkp
 
     def observer(event):
         seen.append(event)
-        disk.broken = disk.broken or (isinstance(event, Updated) and event.step == 5)
+        if isinstance(event, Updated) and event.step == 5:
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint":  # that of update 4
+                    thread.join()
+            disk.broken = True
 
     with pytest.raises(RunError, match="No space left on device"):
         welltuned.train(out=tmp_path / "run", observer=observer, learning_rate=2e-2, **options)

@@ -48,7 +48,7 @@ def forecast_memory(model: ModelFacts, setting: MemorySetting, limit: int | None
 def trained_parameters(model: ModelFacts, setting: MemorySetting) -> int:
     if setting.tune is Tune.FULL:
         return model.parameters
-    return model.lora_parameters(setting.r, setting.targets)
+    return model.lora_parameters(setting.r, setting.targets) + setting.more
 
 
 def _state(model: ModelFacts, s: MemorySetting) -> Iterator[tuple[str, float]]:

@@ -58,7 +58,7 @@ def choose_rate(method: Method, tune: Tune, setting: RateSetting, rows: int, tex
 
 
 def _to_keep_what_is_known(band: Choice) -> Choice:
-    """Plain texts are to be learned without losing the rest; what forgetting grows with is alpha · rate."""
+    """Plain texts are to be learned without losing the rest; and forgetting grows with the rate."""
     factor = number("rate_text_factor")
     why = f"×{shown(factor)} for plain texts: it costs next to nothing in loss, and the model forgets less"
     evidence = tuple(dict.fromkeys((*band.evidence, *cited("rate_text_factor"))))

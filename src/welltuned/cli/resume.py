@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
+from welltuned.cli.report import print_report
 from welltuned.cli.terminal import Progress, console, quiet_libraries
 from welltuned.cli.train import print_command, print_divergence, print_json, print_result
 from welltuned.training.rundir import is_finished, read_run
@@ -28,6 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
         finally:
             progress.close()
         print_result(result)
+        print_report(result.path)
         code = int(result.diverged is not None)
     if arguments.json:
         print_json(path)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from welltuned.cli.plan import recipe_of
-from welltuned.cli.terminal import Progress, RowsShown, console, duration, print_plan, quiet_libraries, size
+from welltuned.cli.plan_view import print_plan
+from welltuned.cli.report import print_report
+from welltuned.cli.terminal import Progress, RowsShown, console, duration, quiet_libraries, size
 from welltuned.training.events import Event, Note
 from welltuned.training.rundir import ADAPTER, MODEL, RUN, require_free
 
@@ -36,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         progress.close()
     print_result(result)
+    print_report(result.path)
     if arguments.json:
         print_json(result.path)
     return int(result.diverged is not None)

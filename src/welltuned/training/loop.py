@@ -11,6 +11,7 @@ import torch
 from welltuned.errors import RunError
 from welltuned.models.lora import AdapterBank
 from welltuned.models.oom import is_out_of_memory, release_memory
+from welltuned.training.average import Average
 from welltuned.training.checkpoint import (
     Checkpoint,
     Damaged,
@@ -39,7 +40,7 @@ from welltuned.training.optimizer import FlatAdamW, clip_
 from welltuned.training.prepare import Prepared
 from welltuned.training.process import memory_used
 from welltuned.training.rundir import RunDir
-from welltuned.training.settings import adamw_settings, schedule_of
+from welltuned.training.settings import adamw_settings, rate_spans, schedule_of
 from welltuned.training.snapshot import Origin, restore_weights, take
 from welltuned.training.step import Engine, Evaluation, Gradient, NotFinite, Objective
 from welltuned.training.watcher import MakeWatch
@@ -75,8 +76,13 @@ class Loop:
         self.at = Position(token_budget=setting.engine.token_budget)
         self.watch = make_watch(plan, self.at.monitor)
         self.optimizer = FlatAdamW(
-            self.trained.flat_KP, self.trained.grad_KP, self.trained.decayed, adamw_settings(plan)
+            self.trained.flat_KP,
+            self.trained.grad_KP,
+            self.trained.decayed,
+            adamw_settings(plan),
+            rate_spans(plan, self.trained),
         )
+        self.average = Average(plan.value("ema_decay"), self.trained.flat_KP) if "ema_decay" in plan.choices else None
         self.trained.claim_gradients()
         self._movement = Movement(self.trained)  # before a checkpoint is restored: it remembers the start
         self.schedule = schedule_of(plan)
@@ -190,6 +196,8 @@ class Loop:
             return self._left_out(what, rows, keys)
         rate = self.schedule.rate(step) * self.at.rate_factor
         self.optimizer.step([rate])
+        if self.average is not None:
+            self.average.follow(self.trained.flat_KP, step + 1)
         spent = time.perf_counter() - started
         self._guard.learn(self.engine.token_budget)
         self._most_tokens = max(made.tokens, self._most_tokens or 0)
@@ -333,6 +341,8 @@ class Loop:
         self.trained.flat_KP.copy_(self.trained.start_KP)
         zeros_KP, zeros_G = torch.zeros_like(self.trained.flat_KP), torch.zeros_like(self.optimizer.steps_G)
         self.optimizer.restore(zeros_KP, zeros_KP, zeros_G)
+        if self.average is not None:
+            self.average.restore(self.trained.start_KP, self.trained.flat_KP)
         self.at = replace(self.at, step=0, last=None, monitor={})
         self.setting.directory.cut_metrics(self._metrics_at_start)
         self.watch = self._make_watch(self.plan, {})
@@ -356,7 +366,8 @@ class Loop:
 
     def _snapshot(self, copied: bool) -> Snapshot:
         length = self.setting.directory.metrics_bytes
-        return take(self.trained, self.optimizer, self.at, self.setting.origin, length, copied=copied)
+        average_KP = None if self.average is None else self.average.flat_KP
+        return take(self.trained, self.optimizer, self.at, self.setting.origin, length, average_KP, copied=copied)
 
     def since_save(self) -> float:
         """Seconds since the last position that knows its time."""
@@ -371,6 +382,8 @@ class Loop:
         restore_weights(self.trained, found)
         self.optimizer.restore(found.exp_avg_KP, found.exp_avg_sq_KP, found.steps_G)
         self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.restore(found.average_KP, self.trained.flat_KP)
         self.at, self._clock = found.position, time.monotonic()
         self.engine = replace(self.engine, token_budget=self.at.token_budget)
         self.watch = self._make_watch(self.plan, self.at.monitor)

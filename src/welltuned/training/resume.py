@@ -21,6 +21,7 @@ from welltuned.training.prepare import prepare
 from welltuned.training.run import Course, RunResult, begin, make_ready, on_this_machine, with_objective
 from welltuned.training.rundir import (
     ADAPTER,
+    AVERAGE,
     MODEL,
     PLAN,
     RECIPE,
@@ -111,7 +112,7 @@ def _left_over(path: Path) -> LeftOver:
     started = read_started(path) if (path / STARTED).is_file() else None
     durable.sweep(path)
     durable.sweep(path / CHECKPOINTS)
-    for name in (ADAPTER, MODEL):
+    for name in (ADAPTER, MODEL, AVERAGE):
         if (path / name).is_dir():
             durable.remove_folder(path / name)
     found, notes = newest(path, started.run if started is not None else None)

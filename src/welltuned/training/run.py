@@ -24,11 +24,14 @@ from welltuned.models.adapter_file import save_adapter
 from welltuned.models.fingerprint import fingerprint
 from welltuned.models.fuse import Fused, checkpoint_layers, find_head, fuse
 from welltuned.models.load import load_model
-from welltuned.models.lora import AdapterBank, Bias, Init, LoraSettings, find_targets
+from welltuned.models.lora import AdapterBank, find_targets, start_loftq
+from welltuned.models.lora_settings import Bias, Init, LoraSettings, parse_init
 from welltuned.models.oom import is_out_of_memory, release_memory
 from welltuned.models.packed import packed_model, packs
 from welltuned.models.parts import idle_parts, within
-from welltuned.recipe import Method, Tune, recipe_to_yaml
+from welltuned.models.tokenizer import in_short
+from welltuned.recipe import VARIANTS, Method, Tune, recipe_to_yaml
+from welltuned.training.averaged import finish_average
 from welltuned.training.checkpoint import Checkpoint, Position
 from welltuned.training.durable import BESIDE, remove_folder, settle_folder
 from welltuned.training.events import Note, Observer, silent
@@ -43,6 +46,7 @@ from welltuned.training.prepare import Prepared
 from welltuned.training.process import allocator_keeps_memory, memory_used, return_freed_memory
 from welltuned.training.rundir import (
     ADAPTER,
+    AVERAGE,
     MODEL,
     PLAN,
     RECIPE,
@@ -54,10 +58,12 @@ from welltuned.training.rundir import (
     require_free,
 )
 from welltuned.training.settings import adamw_settings as adamw_settings
+from welltuned.training.shown import When, ask, keep_replies, keep_rows, questions
 from welltuned.training.snapshot import Origin
 from welltuned.training.speed import remember_speed
 from welltuned.training.starting import save_model, score_at_start, trained_parts
 from welltuned.training.step import Engine, Evaluation, Objective, Supervised, Trained
+from welltuned.training.trackers import require_trackers, tracked
 from welltuned.training.watch import is_divergence, monitor
 from welltuned.training.watcher import MakeWatch
 
@@ -110,9 +116,10 @@ def make_ready(plan: Plan) -> Ready:
     model = load_model(recipe.model, dtype=dtype, device=device, nf4=recipe.tune is Tune.QLORA, trust=recipe.trust)
     idle = idle_parts(model)
     trained: Trained = trained_parts(model, plan, idle, lambda: _reached(model, plan, idle))
+    lost = _loftq(trained, plan) if isinstance(trained, AdapterBank) else ()
     fused = fuse(model, trained if isinstance(trained, AdapterBank) else None)
     head = find_head(model)
-    notes = [*fused.sentences(), *(f"text never reaches {name}, which stays as it is" for name in idle)]
+    notes = [*lost, *fused.sentences(), *(f"text never reaches {name}, which stays as it is" for name in idle)]
     if head is None:
         notes.append("the output head does something this engine does not know: the model's own logits are used")
     if not packs(model):
@@ -123,12 +130,24 @@ def make_ready(plan: Plan) -> Ready:
     return Ready(Engine(model, trained, head, budget), Supervised(), fused, tuple(notes))
 
 
+def _loftq(bank: AdapterBank, plan: Plan) -> tuple[str, ...]:
+    """Start at what 4 bits lose, where the plan says so; a sentence on how much that is."""
+    recipe = plan.recipe
+    if recipe.adapter is not None or bank.settings[0].init is not Init.LOFTQ:
+        return ()
+    dtype = DTYPES[plan.value("dtype")]
+    lost = start_loftq(bank, load_model(recipe.model, dtype=dtype, trust=recipe.trust))
+    gc.collect()
+    return (lost.sentence(),)
+
+
 def _reached(model: PreTrainedModel, plan: Plan, idle: tuple[str, ...]) -> LoraSettings:
     """The LoRA settings without the targets in parts that text never reaches: they could not learn."""
     settings = lora_settings(plan)
     if not idle:
         return settings
-    targets = tuple(name for name in find_targets(model, settings.target_modules) if not within(name, idle))
+    wanted = settings.target_modules, settings.layers_to_transform
+    targets = tuple(name for name in find_targets(model, *wanted) if not within(name, idle))
     if not targets:
         what = f"all of the targets lie in {', '.join(idle)}, which text never reaches"
         raise InputError(what, where="target_modules", mend="name layers of the language model")
@@ -137,7 +156,10 @@ def _reached(model: PreTrainedModel, plan: Plan, idle: tuple[str, ...]) -> LoraS
 
 def lora_settings(plan: Plan) -> LoraSettings:
     """The plan's LoRA choices as the adapter bank takes them."""
-    targets = plan.value("target_modules")
+    targets, start = plan.value("target_modules"), parse_init(plan.value("init_lora_weights"))
+    if start is None:
+        raise InputError(f"the start {plan.value('init_lora_weights')} is not known", where="init_lora_weights")
+    given = {name: choice.value for name, choice in plan.choices.items() if name in VARIANTS}
     return LoraSettings(
         r=plan.value("r"),
         lora_alpha=plan.value("lora_alpha"),
@@ -145,8 +167,13 @@ def lora_settings(plan: Plan) -> LoraSettings:
         target_modules=targets if isinstance(targets, str) else tuple(targets),
         use_rslora=plan.value("use_rslora"),
         bias=Bias(plan.value("bias")),
-        init=Init(str(plan.value("init_lora_weights")).lower()),
+        init=start[0],
+        svd_iterations=start[1],
         seed=plan.value("seed"),
+        rank_pattern=tuple(given.get("rank_pattern", {}).items()),
+        alpha_pattern=tuple(given.get("alpha_pattern", {}).items()),
+        layers_to_transform=tuple(given.get("layers_to_transform", ())),
+        use_dora=bool(given.get("use_dora", False)),
     )
 
 
@@ -169,6 +196,7 @@ def train(
         Interrupted: a signal ended the run, after a save.
     """
     require_memory(prepared.plan)
+    require_trackers(prepared.recipe)
     require_free(out)
     with on_this_machine(prepared.plan):
         ready = make_ready(prepared.plan)  # what is wrong with the model shows here, before anything is written
@@ -243,15 +271,18 @@ class Course:
             keeper=keeper,
             origin=Origin(started.run, started.identity, versions()),
         )
-        with interruptible() as asked, _disk_errors(directory.path):
-            loop = Loop(setting, self.observer, self.make_watch, asked)
+        heard = tracked(self.observer, plan, directory.path, started.run)
+        with interruptible() as asked, _disk_errors(directory.path), heard as observer:
+            loop = Loop(setting, observer, self.make_watch, asked)
             if self.found is None:
                 directory.cut_metrics(0)
                 directory.cut_samples(-1)
                 for text in (*prepared.notes, *(text for text in ready.notes if text not in plan.warnings)):
                     loop.tell(Note(text))
+                keep_rows(directory.path, prepared)
                 if before_training is not None:
                     before_training(ready)
+                self._ask(loop, When.BEFORE)
             else:
                 loop.restore(self.found)
             for text in (*self.notes, *((directory.lock.note,) if directory.lock.note else ())):
@@ -261,17 +292,34 @@ class Course:
                 with packed_model(ready.model):
                     loop.run()
                     from_best = loop.take_best()
+                    averaged = finish_average(loop, _beside(directory.path / AVERAGE), self._origin())
                 if is_divergence(loop.at.ended, loop.watch.findings) and not from_best:
                     run = directory.path
                     mend = f"lower learning_rate in {run / RECIPE} and: welltuned resume {run} --accept-changes"
                     raise RunError(f"{loop.at.ended}; no better weights were kept, so there is no result; {mend}")
-                return self._finished(loop, start_hashes)
+                return self._finished(loop, start_hashes, averaged)
             except BaseException:
                 with suppress(Exception):  # what ended the run is what is told
                     keeper.join()
                 raise
 
-    def _finished(self, loop: Loop, start_hashes: dict[str, str]) -> RunResult:
+    def _ask(self, loop: Loop, when: When) -> None:
+        """Have some held-out prompts answered, for the report; that it fails is no reason to end a run."""
+        asked = questions(self.prepared)
+        if not asked:
+            return
+        try:
+            keep_replies(self.directory.path, asked, when, ask(self.ready.model, self.prepared, asked))
+        except Exception as error:
+            loop.tell(Note(f"no held-out prompt could be answered for the report: {in_short(error)}"))
+
+    def _origin(self) -> dict[str, Any]:
+        """What is noted beside the average of the weights, so that it can be asked without its Run."""
+        recipe = self.prepared.recipe
+        named = {"model": recipe.model, "tune": str(recipe.tune), "chat_template": self.prepared.chat_template}
+        return {"made": "train (ema_decay)", "from": str(self.directory.path), **named}
+
+    def _finished(self, loop: Loop, start_hashes: dict[str, str], averaged: dict[str, Any] | None) -> RunResult:
         """Verify and save the result; run.json comes last."""
         at, device = loop.at, self.prepared.plan.facts.machine.device
         result = RunResult(
@@ -286,7 +334,8 @@ class Course:
             peak_memory=memory_used(device).peak,
             diverged=at.ended if is_divergence(at.ended, loop.watch.findings) else None,
         )
-        summary = _summary(self.prepared, self.ready, result)
+        summary = _summary(self.prepared, self.ready, result) | ({} if averaged is None else {"ema": averaged})
+        self._ask(loop, When.AFTER)
         self.directory.write_json(
             RUN,
             {
@@ -420,6 +469,7 @@ def _summary(prepared: Prepared, ready: Ready, result: RunResult) -> dict[str, A
         "method": str(prepared.recipe.method),
         "tune": str(prepared.recipe.tune),
         "chat_template": prepared.chat_template,
+        "chat_template_kwargs": prepared.recipe.chat_template_kwargs,
         "updates": result.updates,
         "held_out": {
             "rows": len(prepared.held_out),

@@ -12,6 +12,7 @@ from welltuned.models.adapter_file import load_adapter
 from welltuned.models.full import FullParameters
 from welltuned.models.lora import LoraSettings, attach
 from welltuned.models.reward import SCORE, add_score, initial_score, require_classifier, save_classifier
+from welltuned.models.saved import named_modules
 from welltuned.recipe import Method, Tune
 from welltuned.training.start_adapter import adapter_folder
 from welltuned.training.step import Trained
@@ -34,6 +35,8 @@ def trained_parts(
         saved = (SCORE,)
     if recipe.tune is Tune.FULL:
         return FullParameters(model, frozen=(*idle, *(_unused_head(model) if saved else ())))
+    elif "modules_to_save" in plan.choices:
+        saved = named_modules(model, plan.value("modules_to_save"))
     if recipe.adapter is None:
         return attach(model, new_adapters(), saved)
     folder = adapter_folder(recipe.adapter)
