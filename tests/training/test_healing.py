@@ -230,15 +230,15 @@ def test_out_of_memory_while_completions_are_sampled(grpo, tmp_path, monkeypatch
     from welltuned.models import sample
 
     welltuned.train(out=tmp_path / "straight", **grpo)
-    real, sizes = sample._Batch.run, []
+    real, sizes = sample._sample, []
 
-    def run(self):
-        sizes.append(sum(self.counts))
+    def some(decoder, names, *rest):
+        sizes.append(sum(map(len, names)))
         if sizes[-1] > most:
             raise ERRORS[0]
-        return real(self)
+        return real(decoder, names, *rest)
 
-    monkeypatch.setattr(sample._Batch, "run", run)
+    monkeypatch.setattr(sample, "_sample", some)
     seen = []
     welltuned.train(out=tmp_path / "run", observer=seen.append, **grpo)
     assert nearly_same(tmp_path / "run", tmp_path / "straight")
