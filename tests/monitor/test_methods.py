@@ -19,8 +19,8 @@ def files(rows, write_rows, tmp_path_factory):
         labels.append({"prompt": asked, "completion": answer if i % 2 else other, "label": bool(i % 2)})
         prompts.append({"prompt": asked, "answer": answer})
     (folder / "rewards.py").write_text(
-        "def short(completion):\n"
-        "    return -len(completion) / 20\n"
+        "def of_12(completion):\n"
+        "    return -abs(len(completion) - 12) / 12\n"
         "def never(completion):\n"
         "    return 0.0\n"
         "def e(completion):\n"
@@ -47,7 +47,7 @@ def options_of(method, files, schooled_dir):
 HEALTHY = [
     pytest.param("dpo", dict(learning_rate=3e-3, num_train_epochs=4), id="dpo"),
     pytest.param("kto", dict(learning_rate=3e-3, num_train_epochs=4), id="kto", marks=SLOW),
-    pytest.param("orpo", dict(learning_rate=3e-3, num_train_epochs=4), id="orpo", marks=SLOW),
+    pytest.param("orpo", dict(learning_rate=1e-2, num_train_epochs=4), id="orpo", marks=SLOW),
 ]
 
 
@@ -55,14 +55,14 @@ HEALTHY = [
 def test_nothing_is_said_of_a_healthy_preference_run(watched, files, schooled_dir, method, changes):
     run = watched(**options_of(method, files, schooled_dir), **changes)
     assert run.error is None and run.evaluations[-1].eval_loss < run.evaluations[0].eval_loss
-    margins = [e.measures.get("rewards/margins", 0.0) for e in run.evaluations]
-    assert margins[-1] > margins[0]
     assert run.findings == {} and run.summary["diverged"] is None
 
 
 @SLOW
 def test_nothing_is_said_of_a_healthy_grpo_run(watched, grpo, files):
-    run = watched(**grpo, rewards=[f"{files['rewards']}:short"])
+    run = watched(
+        **{**grpo, "temperature": 1.2, "eval_fraction": 0.5, "eval_steps": 15}, rewards=[f"{files['rewards']}:of_12"]
+    )
     rewards = [u.measures["reward"] for u in run.updates]
     assert run.error is None and sum(rewards[-5:]) > sum(rewards[:5])
     assert run.findings == {}
@@ -93,14 +93,14 @@ def test_a_preference_run_that_diverges(watched, files, schooled_dir):
 
 
 def test_a_reward_that_says_nothing(watched, grpo, files):
-    run = watched(**{**grpo, "max_steps": 12}, rewards=[f"{files['rewards']}:never"])
+    run = watched(**{**grpo, "max_steps": 20}, rewards=[f"{files['rewards']}:never"])
     assert all(u.measures["frac_reward_zero_std"] == 1 for u in run.updates)
     assert run.findings["no_signal"].changes == {"num_generations": 8}
-    assert "flat_reward" in run.findings or len(run.updates) < 20
+    assert "a gain of 0.000" in run.findings["flat_reward"].what
 
 
 def test_answers_that_are_cut(watched, grpo, files):
-    run = watched(**{**grpo, "max_steps": 12, "max_completion_length": 3}, rewards=[f"{files['rewards']}:short"])
+    run = watched(**{**grpo, "max_steps": 12, "max_completion_length": 3}, rewards=[f"{files['rewards']}:of_12"])
     assert run.findings["truncation"].changes["max_completion_length"] == 6
 
 
@@ -108,4 +108,4 @@ def test_answers_that_are_cut(watched, grpo, files):
 def test_a_policy_that_leaves_its_language(watched, grpo, files):
     run = watched(**{**grpo, "learning_rate": 0.1, "beta": 1e-3}, rewards=[f"{files['rewards']}:e"])
     assert {"kl_blow_up", "entropy_collapse"} & run.findings.keys()
-    assert run.updates[-1].measures["kl"] > limit("kl_most") or "entropy_collapse" in run.findings
+    assert max(u.measures.get("kl", 0.0) for u in run.updates) > limit("kl_most")

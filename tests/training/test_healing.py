@@ -224,31 +224,30 @@ def grpo(tiny_model_dir, write_rows, tmp_path_factory):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("most,budget", [(7, 128), (2, 32)], ids=["fewer prompts", "fewer of one prompt"])
-def test_out_of_memory_while_completions_are_sampled(grpo, tmp_path, monkeypatch, most, budget):
+@pytest.mark.parametrize("most", [8, pytest.param(2, marks=pytest.mark.slow)], ids=["fewer prompts", "fewer of one"])
+def test_out_of_memory_while_completions_are_sampled(grpo, tmp_path, monkeypatch, most):
     """In smaller batches, down to single completions; what is drawn for each is the same in any batch."""
     from welltuned.models import sample
 
     welltuned.train(out=tmp_path / "straight", **grpo)
-    real, sizes = sample._Batch.run, []
+    real, sizes = sample._sample, []
 
-    def run(self):
-        sizes.append(sum(self.counts))
+    def some(decoder, names, *rest):
+        sizes.append(sum(map(len, names)))
         if sizes[-1] > most:
             raise ERRORS[0]
-        return real(self)
+        return real(decoder, names, *rest)
 
-    monkeypatch.setattr(sample._Batch, "run", run)
+    monkeypatch.setattr(sample, "_sample", some)
     seen = []
     welltuned.train(out=tmp_path / "run", observer=seen.append, **grpo)
     assert nearly_same(tmp_path / "run", tmp_path / "straight")
     rewards = [[line["reward"] for line in updates(tmp_path / name)] for name in ("run", "straight")]
     assert rewards[0] == rewards[1]
     said = [text for text in texts(seen) if "ran out of memory" in text]
-    assert said and len(said) < 6
+    assert said and len(said) < 10
     found = json.loads((tmp_path / "run" / "run.json").read_text())["healed"]["token_budget"]
-    assert budget / 4 <= found <= budget * 2
-    assert max(sizes[-3:]) <= most  # remembered
+    assert found < 512 and max(sizes[-6:]) <= most  # remembered, of the evaluation too
 
 
 def test_out_of_memory_while_the_reference_is_asked(tiny_model_dir, rows, write_rows, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from welltuned.training.events import Note
 from welltuned.training.loop import Loop
 from welltuned.training.rundir import AVERAGE
 from welltuned.training.starting import save_model
+from welltuned.training.step import Evaluation, NotFinite
 
 ORIGIN = "welltuned.json"
 
@@ -28,7 +29,7 @@ def finish_average(loop: Loop, folder: AbstractContextManager[Path], facts: Mapp
         return None
     average.exchange(trained.flat_KP)
     try:
-        found = loop.setting.objective.evaluate(loop.engine, prepared.held_out) if prepared.held_out else None
+        found = _judged(loop) if prepared.held_out else None
         with folder as place:
             if isinstance(trained, AdapterBank):
                 save_adapter(trained, place, base=str(loop.engine.model.config.name_or_path))
@@ -45,3 +46,13 @@ def finish_average(loop: Loop, folder: AbstractContextManager[Path], facts: Mapp
     better = "lower than" if found.loss < loop.at.last.loss else "not lower than"
     loop.tell(Note(f"{text}, whose held-out loss {found.loss:.4f} is {better} the result's {loop.at.last.loss:.4f}"))
     return {"decay": average.decay, "held_out": {"loss": found.loss, "standard_error": found.standard_error}}
+
+
+def _judged(loop: Loop) -> Evaluation | None:
+    """None where its held-out loss is not finite: that is no fault of the result beside it."""
+    held_out = loop.setting.prepared.held_out
+    try:
+        return loop.with_memory(lambda: loop.setting.objective.evaluate(loop.engine, held_out), "the evaluation")
+    except NotFinite as error:
+        loop.tell(Note(f"the average of the weights cannot be judged: {error}"))
+        return None

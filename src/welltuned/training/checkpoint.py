@@ -91,7 +91,8 @@ class Position:
 def _evaluation(plain: Mapping[str, Any] | None) -> Evaluation | None:
     if plain is None:
         return None
-    return Evaluation(**{**plain, "loss_of_example": tuple(plain["loss_of_example"])})
+    lists = {name: tuple(value) for name, value in plain.items() if isinstance(value, list)}
+    return Evaluation(**{**plain, **lists})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

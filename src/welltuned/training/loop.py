@@ -240,9 +240,9 @@ class Loop:
             self.optimizer.zero_grad()
             return self.setting.objective.accumulate_gradient(self.engine, rows, keys)
 
-        return self._with_memory(make, where)
+        return self.with_memory(make, where)
 
-    def _with_memory(self, make: Callable[[], T], where: str) -> T:
+    def with_memory(self, make: Callable[[], T], where: str) -> T:
         """What `make` gives, tried again with a smaller token budget each time that memory is out."""
         while True:
             try:
@@ -271,7 +271,7 @@ class Loop:
         prepared = self.setting.prepared
         if not prepared.held_out:
             return None
-        found = self._with_memory(
+        found = self.with_memory(
             lambda: self.setting.objective.evaluate(self.engine, prepared.held_out), "the evaluation"
         )
         rows = found.loss_of_example, found.tokens_of_example
@@ -345,6 +345,7 @@ class Loop:
             self.average.restore(self.trained.start_KP, self.trained.flat_KP)
         self.at = replace(self.at, step=0, last=None, monitor={})
         self.setting.directory.cut_metrics(self._metrics_at_start)
+        self.setting.directory.cut_samples(0)
         self.watch = self._make_watch(self.plan, {})
 
     # ── saving and going on ──────────────────────────────────────────────────────────────────────────────────────────
@@ -407,7 +408,7 @@ class Loop:
             self.tell(Note(f"the weights of update {best} were the best, but {damage}: the last ones are kept"))
             return False
         restore_weights(self.trained, found)
-        last = self._with_memory(
+        last = self.with_memory(
             lambda: self.setting.objective.evaluate(self.engine, self.setting.prepared.held_out), "the evaluation"
         )
         self.at = replace(self.at, last=last)

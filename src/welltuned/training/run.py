@@ -242,17 +242,19 @@ class Course:
             try:
                 with packed_model(ready.model):
                     loop.run()
-                    from_best = loop.take_best()
+                    self._require_result(loop, from_best=loop.take_best())
                     averaged = finish_average(loop, _beside(directory.path / AVERAGE), self._origin())
-                if is_divergence(loop.at.ended, loop.watch.findings) and not from_best:
-                    run = directory.path
-                    mend = f"lower learning_rate in {run / RECIPE} and: welltuned resume {run} --accept-changes"
-                    raise RunError(f"{loop.at.ended}; no better weights were kept, so there is no result; {mend}")
                 return self._finished(loop, start_hashes, averaged)
             except BaseException:
                 with suppress(Exception):  # what ended the run is what is told
                     keeper.join()
                 raise
+
+    def _require_result(self, loop: Loop, *, from_best: bool) -> None:
+        if is_divergence(loop.at.ended, loop.watch.findings) and not from_best:
+            run = self.directory.path
+            mend = f"lower learning_rate in {run / RECIPE} and: welltuned resume {run} --accept-changes"
+            raise RunError(f"{loop.at.ended}; no better weights were kept, so there is no result; {mend}")
 
     def _ask(self, loop: Loop, when: When) -> None:
         """Have some held-out prompts answered, for the report; that it fails is no reason to end a run."""
