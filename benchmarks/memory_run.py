@@ -18,7 +18,8 @@ from common import describe_machine, write_result
 
 from welltuned.facts.machine import read_machine_facts
 
-DEMO = Path(__file__).parents[1] / "src" / "welltuned" / "demo_data"
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "src" / "welltuned" / "demo_data"
 
 
 def run_of(dtype: str, updates: int, model: str) -> dict[str, Any]:
@@ -27,9 +28,10 @@ def run_of(dtype: str, updates: int, model: str) -> dict[str, Any]:
         out = Path(folder) / "run"
         command = [sys.executable, "-m", "welltuned", "train", "--model", model, "--data", str(DEMO / "train.jsonl")]
         command += ["--eval-data", str(DEMO / "heldout.jsonl"), "--out", str(out)]
-        for value in (f"dtype={dtype}", "num_train_epochs=1", f"max_steps={updates}"):
+        for value in (f"dtype={dtype}", "effective_batch_size=4", f"max_steps={updates}"):
             command += ["--set", value]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        # From the root: here a file named gguf.py would stand before the package.
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
         found = json.loads((out / "run.json").read_text(encoding="utf-8"))
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     after = {line["step"]: line["memory_bytes"] for line in lines if "memory_bytes" in line}
