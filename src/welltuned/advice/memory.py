@@ -86,7 +86,8 @@ def _work(model: ModelFacts, s: MemorySetting) -> Iterator[tuple[str, float]]:
     yield "logits", logits
     yield "workspace", workspace
     fragmentation = number(f"memory_fragmentation_{s.device}") * (activations + workspace + logits)
-    yield "overhead", number(f"memory_overhead_{s.device}") + fragmentation
+    compiled = number("memory_compiled_cpu") if s.half and s.device is Device.CPU else 0.0
+    yield "overhead", number(f"memory_overhead_{s.device}") + fragmentation + compiled
 
 
 def _copies(s: MemorySetting) -> int:
