@@ -109,7 +109,10 @@ def test_is_planned_and_fits(path, plan_for):
     plan = plan_for(path)
     assert plan.memory.fits, plan.memory
     for name, choice in plan.choices.items():
-        assert choice.reason and choice.evidence, name
+        assert choice.value is not None and choice.reason and choice.evidence, name
+        number = isinstance(choice.value, int | float) and not isinstance(choice.value, bool)
+        assert (choice.low is not None) == (number and name != "seed"), name
+        assert choice.low is None or choice.low <= choice.high, name
     user = {name for name, choice in plan.choices.items() if choice.set_by is SetBy.USER}
     assert user == set(load_recipe(str(path)).hyperparameters) & set(plan.choices)
 

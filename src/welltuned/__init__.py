@@ -23,6 +23,7 @@ __all__ = [
     "sweep",
     "train",
     "verify",
+    "write_report",
 ]
 
 _HOMES = {
@@ -31,7 +32,21 @@ _HOMES = {
 } | {name: "welltuned.api" for name in __all__ if name not in ("LoraSettings", "attach", "__version__")}
 
 if TYPE_CHECKING:
-    from welltuned.api import average, evaluate, export, inspect, load, merge, plan, resume, scale, sweep, train, verify
+    from welltuned.api import (
+        average,
+        evaluate,
+        export,
+        inspect,
+        load,
+        merge,
+        plan,
+        resume,
+        scale,
+        sweep,
+        train,
+        verify,
+        write_report,
+    )
     from welltuned.models.lora import LoraSettings, attach
 else:
 

@@ -330,6 +330,26 @@ def test_what_is_said_to_be_missing(plan_for):
     assert any("several answers" in sentence for sentence in emit(plan_for("several"), Target.TRL).missing)
 
 
+def test_variants_of_lora(plan_for):
+    """Under the name that each tool has for it; what one has no name for is said."""
+    sets = ("use_dora=true", "rank_pattern={down_proj: 64}", "modules_to_save=[embed_tokens]", "loraplus_lr_ratio=4",
+            "ema_decay=0.99", "layers_to_transform=[1]")  # fmt: skip
+    plan = plan_for("messages", "sft", "lora", *sets)
+    trl = emit(plan, Target.TRL)
+    for words in ("use_dora=True", 'rank_pattern={"down_proj": 64}', 'modules_to_save=["embed_tokens"]',
+                  "layers_to_transform=[1]"):  # fmt: skip
+        assert words in trl.text
+    assert "multiply learning_rate by 4" in " ".join(trl.missing) and "ema_decay" in " ".join(trl.missing)
+    axolotl = yaml.safe_load(emit(plan, Target.AXOLOTL).text)
+    assert axolotl["peft_use_dora"] is True and axolotl["loraplus_lr_ratio"] == 4.0
+    assert axolotl["lora_rank_pattern"] == {"down_proj": 64} and axolotl["lora_modules_to_save"] == ["embed_tokens"]
+    factory = emit(plan, Target.LLAMAFACTORY)
+    there = yaml.safe_load(factory.text)
+    assert (there["use_dora"], there["loraplus_lr_ratio"], there["additional_target"]) == (True, 4.0, "embed_tokens")
+    assert "rank_pattern" in " ".join(factory.missing) and "layers_to_transform" in " ".join(factory.missing)
+    assert "use_dora" not in emit(plan_for("messages"), Target.TRL).text
+
+
 # ── with the real packages, where they are ───────────────────────────────────────────────────────────────────────────
 
 
@@ -409,4 +429,13 @@ def test_set_by_the_user_is_said(plan_for):
     text = emit(plan, Target.LLAMAFACTORY).text
     settings = yaml.safe_load(text)
     assert settings["learning_rate"] == 1e-5 and settings["max_steps"] == 7 and "num_train_epochs" not in settings
-    assert "# set by you; the advice would be" in text
+    assert "# set by you where the advice is" in text
+
+
+def test_values_of_the_chat_template_go_along(plan_for, monkeypatch):
+    plan = plan_for("messages", chat_template_kwargs={"enable_thinking": False})
+    preset = "{% if enable_thinking is not defined %}{% set enable_thinking = false %}{% endif %}\n"
+    for target in (Target.TRL, Target.UNSLOTH):
+        assert f"tokenizer.chat_template = {json.dumps(preset)} + tokenizer.chat_template" in emit(plan, target).text
+    assert yaml.safe_load(emit(plan, Target.AXOLOTL).text)["chat_template_kwargs"] == {"enable_thinking": False}
+    assert any("chat_template_kwargs" in text for text in emit(plan, Target.LLAMAFACTORY).missing)

@@ -39,14 +39,14 @@ def advised_batch(rows: int, epochs: float, max_steps: int | None, method: Metho
     value = max(1, min(value, rows))
     updates = steps_per_run(rows, value, epochs)
     noun = "pair" if method in (Method.DPO, Method.ORPO, Method.REWARD) else "row"
-    run = f"your {counted(rows, noun)} make {counted(updates, 'update')} of {value} in {passes_words(epochs)}"
+    run = f"{counted(updates, 'update')} of your {counted(rows, noun)} in {passes_words(epochs)}"
     if value < start:
-        wish = f"batches of {start} would leave only {steps_per_run(rows, start, epochs):,}"
-        why = f"{run}; {wish}, and below about {wanted:.0f} updates a run cannot settle"
+        fewer = f"batches of {start} would make only {steps_per_run(rows, start, epochs):,}"
+        why = f"{run}, where {fewer}; below about {wanted:.0f} a run rarely settles"
     elif method is Method.SFT:
-        why = f"{run}; small batches learn most per token with LoRA, and this is the usual size for as many rows"
+        why = f"{run}: small batches learn most per token; this is the usual size for as many rows"
     else:
-        why = f"{run}; the size with which the {method} rates in use were found, as far as your rows allow"
+        why = f"{run}: the size with which the {method} rates in use were found; smaller where rows are few"
     spread = int(number("batch_range"))
     evidence = cited(table, "updates_wanted")
     return Choice(value=value, low=max(1, value // spread), high=value * spread, reason=why, evidence=evidence)

@@ -25,6 +25,29 @@ def model_line(model: ModelFacts) -> str:
     return " · ".join([model.id, model.family, size, layers, words, context, stored, template])
 
 
+def brief_model(model: ModelFacts) -> str:
+    """smollm2-135m-instruct · llama of 135M parameters · 30 layers of 576 · context 8,192 · chat template."""
+    active = f", {size_words(model.active_parameters)} active" if model.active_parameters != model.parameters else ""
+    about = "" if model.parameters_exact else "about "
+    size = f"{model.family} of {about}{size_words(model.parameters)} parameters{active}"
+    layers = f"{counted(model.layers, 'layer')} of {model.hidden_size:,}"
+    context = [f"context {model.context_length:,}"] if model.context_length else []
+    quantised = [f"stored as {model.quantized}"] if model.quantized else []
+    template = "chat template" if model.has_chat_template else "no chat template"
+    return " · ".join([model.id, size, layers, *context, *quantised, template])
+
+
+def brief_data(data: DatasetFacts) -> str:
+    """337 training rows, 84 more held out · 28,871 tokens, 35% of them trained · lengths 66 to 108, half up to 86."""
+    noun = "pair" if data.sequences_per_row > 1 else "row"
+    held = f"{data.heldout_rows:,} more held out" if data.heldout_rows else "none held out"
+    trained = f", {data.supervised_share:.0%} of them trained" if data.supervised_tokens else " of prompts"
+    lengths = f"lengths {data.length_min:,} to {data.length_max:,}, half up to {data.length_median:,}"
+    answers = [f"answers {_lengths(data.answers)}"] if data.answers is not None else []
+    rows = f"{counted(data.rows, f'training {noun}')}, {held}"
+    return " · ".join([rows, f"{data.tokens:,} tokens{trained}", lengths, *answers, *_risks(data)])
+
+
 def data_line(data: DatasetFacts) -> str:
     """337 training rows, 84 held out · 28,871 tokens, 35% of them trained · lengths …"""
     noun = "pair" if data.sequences_per_row > 1 else "row"

@@ -16,7 +16,8 @@ user and paid for with a wider range. The rate stays below those at which runs h
 
 Full fine-tuning has no open sweep: the rate is the geometric mean of a tenth of LoRA's at alpha 32 and what released
 recipes of that size use, with LoRA's term for batches and a term of its own for updates (D011). Preference and
-reinforcement learning have no law at all: their bands are those of recipes (R) and vendors (V), in alpha · lr.
+reinforcement learning have no law at all: their bands are those of recipes (R) and vendors (V), in alpha · lr, since at
+rates as low as theirs A hardly moves (E094).
 """
 
 import math
@@ -92,6 +93,11 @@ def alpha_factor(alpha_equivalent: float) -> float:
     return float((number("rate_alpha") / alpha_equivalent) ** number("rate_alpha_exponent"))
 
 
+def as_at_the_sweeps(rate: float, alpha_equivalent: float) -> float:
+    """The rate at the sweep's alpha that does what this one does at this alpha."""
+    return rate / alpha_factor(alpha_equivalent)
+
+
 def batch_factor(batch: int) -> float:
     return float(min(1.0, batch / number("rate_batch")) ** number("rate_batch_exponent"))
 
@@ -118,7 +124,7 @@ def lora_rate(setting: RateSetting) -> Rate:
     to_batch, to_updates = batch_factor(setting.batch), updates_factor(setting.updates)
     rate = base * to_alpha * to_batch * to_updates
     limited, evidence = "", _law_evidence(setting)
-    floor, cap = (limit * to_alpha / number("rate_alpha") for limit in (number("rate_floor"), _alpha_rate_cap(setting)))
+    floor, cap = (at_sweeps * to_alpha for at_sweeps in (number("rate_floor"), _cap(setting)))
     if rate > cap:
         rate, limited = cap, f"held at {shown(two_digits(cap))}, above which runs have diverged"
         evidence = _merged(evidence, cited("rate_cap"))
@@ -177,8 +183,8 @@ def _law_evidence(setting: RateSetting) -> tuple[str, ...]:
     return cited(*names)
 
 
-def _alpha_rate_cap(setting: RateSetting) -> float:
-    """The highest alpha · rate, at alpha 32."""
+def _cap(setting: RateSetting) -> float:
+    """The highest rate at alpha 32."""
     sizes, caps = rule("rate_cap_sizes").value, rule("rate_cap").value
     if setting.parameters >= sizes["dense_huge"] and not setting.mixture:
         return float(caps["dense_huge"])
@@ -232,7 +238,7 @@ def choose_learning_rate(method: Method, tune: Tune, setting: RateSetting, rows:
     if tune is Tune.FULL:
         return _recipe_choice(method, f"{method}_full_rate", _full_preference_rate(method, setting), setting, "")
     value = number(f"{method}_alpha_rate") / setting.alpha_equivalent
-    unit = f"alpha · rate = {shown(number(f'{method}_alpha_rate'))} at your alpha of {shown(setting.alpha_equivalent)}"
+    unit = f"at your alpha of {shown(setting.alpha_equivalent)}"
     return _recipe_choice(method, f"{method}_alpha_rate", value, setting, unit)
 
 
@@ -249,7 +255,9 @@ def _recipe_choice(method: Method, name: str, value: float, setting: RateSetting
         below = above = number("preference_range")
         ranges = "preference_range"
     where = unit or f"{size_words(setting.parameters)} parameters, all of them trained"
-    reason = f"{method} has no measured law for the rate; released recipes centre here ({where})"
+    reason = f"released {method} recipes centre on {shown(two_digits(value))} ({where}); no law was measured"
+    if unit:
+        reason += f", and at such rates alpha · rate is what counts, {shown(number(f'{method}_alpha_rate'))}"
     return _choice(value, value / below, value * above, reason, cited(name, ranges))
 
 
@@ -261,20 +269,20 @@ def _reason(tune: Tune, setting: RateSetting, rate: Rate, rows: int) -> str:
     size = size_words(setting.parameters)
     known = family_of(setting.family)
     if tune is Tune.FULL:
-        start = f"between a tenth of LoRA's rate and released recipes for {size}: {shown(rate.base)}"
+        start = f"between a tenth of LoRA's rate and what released recipes take at {size}"
     else:
-        name = f"{known} models" if known else f"families it did not cover, as {setting.family},"
-        where = f"{number('rate_updates'):.0f} updates of {number('rate_batch'):.0f}"
-        start = f"the law for {name} of {size} at r {setting.r} gives {shown(rate.base)} at {where}"
-    parts = []
+        name = f"{known} models" if known else f"models of families that were not, as {setting.family},"
+        start = f"from measured runs of {name}, at {size} and r {setting.r}"
+    run = f"your {counted(rows, 'row')} make {counted(setting.updates, 'update')} of {setting.batch}"
+    where = f"{number('rate_updates'):.0f} updates of {number('rate_batch'):.0f}"
+    parts = [f"{shown(rate.base)} at {where}"]
     if rate.alpha_factor != 1:
         parts.append(f"{times(rate.alpha_factor)} for your alpha of {shown(setting.alpha_equivalent)}")
     if rate.batch_factor != 1:
         parts.append(f"{times(rate.batch_factor)} for batches of {setting.batch}")
     if two_digits(rate.updates_factor) != 1:
         parts.append(f"{times(rate.updates_factor)} for {counted(setting.updates, 'update')}")
-    run = f"your {counted(rows, 'row')} make {counted(setting.updates, 'update')} of {setting.batch}"
-    reason = f"{run}; {start}" + (f", {', '.join(parts)}" if parts else "")
+    reason = f"{start}, where {run}; {', '.join(parts)}"
     if rate.limited:
         reason += f"; {rate.limited}"
     if rate.extrapolated:

@@ -16,14 +16,14 @@ def choose_max_length(method: Method, data: DatasetFacts, epoch: Epoch, advised:
         answer = epoch.longest - data.length_max
         room = f"your longest prompt has {data.length_max:,} tokens and answers may have {answer:,}"
     else:
-        room = f"the longest of your {counted(data.rows, noun)} has {data.length_max:,} tokens, half of them up to "
-        room += f"{data.length_median:,}"
+        room = f"the longest has {data.length_max:,} tokens"
     if advised >= epoch.longest:
-        why = f"{room}: nothing is cut"
+        sound = f"none of {counted(data.rows, noun)} is cut: {room}"
+        why = f"{room}: nothing is cut" if method is Method.GRPO else sound
     elif method is Method.GRPO:
         why = f"{room}: what is longer is cut"
     else:
-        why = f"{room}; about {share:.0%} of the {noun}s are cut"
+        why = f"about {share:.0%} of your {counted(data.rows, noun)} are cut, since {room}"
     low = min(epoch.typical, advised)
     evidence = cited("packing", "length_step")
     return Choice(value=advised, low=low, high=max(advised, whole), reason=why, evidence=evidence)

@@ -7,7 +7,8 @@ parameters number at least half of the supervised tokens, within the band in whi
 from difflib import get_close_matches
 
 from welltuned.advice.rules import cited, number, rule
-from welltuned.advice.settle import counted, from_rule, passes_words, settle, shown
+from welltuned.advice.settle import counted, from_rule, passes_words, settle, shown, size_words
+from welltuned.advice.variants import variant_choices
 from welltuned.choice import Choice, SetBy
 from welltuned.errors import InputError
 from welltuned.facts.adapter import AdapterFacts
@@ -39,6 +40,7 @@ def adapter_choices(
     choices["use_rslora"] = settle(recipe, "use_rslora", choose_rslora(r))
     choices["init_lora_weights"] = settle(recipe, "init_lora_weights", choose_init())
     choices["bias"] = settle(recipe, "bias", choose_bias())
+    choices |= variant_choices(recipe, model)
     return targets
 
 
@@ -83,13 +85,11 @@ def choose_rank(model: ModelFacts, targets: tuple[str, ...] | None, supervised_t
     value = next((rank for rank in ranks if model.lora_parameters(rank, targets) >= wanted), ranks[-1])
     parameters = model.lora_parameters(value, targets)
     if parameters >= wanted:
-        floor = " (the floor: lower ranks save next to nothing)" if value == ranks[0] else ""
-        why = f"r {value} gives {parameters:,} parameters for your {supervised_tokens:,} trained tokens, enough{floor}"
+        floor = "; it is the floor, since lower ranks save next to nothing" if value == ranks[0] else ""
+        why = f"{size_words(parameters)} parameters hold your {supervised_tokens:,} trained tokens{floor}"
     else:
-        why = (
-            f"your {supervised_tokens:,} trained tokens could use more than r {value}'s {parameters:,} parameters, "
-            "but beyond it the measured gain is about 0.1 %"
-        )
+        why = f"your {supervised_tokens:,} trained tokens could use more than {parameters:,} parameters"
+        why += "; a higher rank was measured to gain about 0.1 %"
     span = rule("lora_rank_range").value
     evidence = cited("lora_ranks", "lora_parameters_per_token", "lora_rank_floor", "lora_rank_cap")
     return Choice(value=value, low=span["low"], high=span["high"], reason=why, evidence=evidence)
@@ -100,8 +100,8 @@ def choose_rank_by_reward(model: ModelFacts, targets: tuple[str, ...] | None, pr
     spec = rule("lora_rank_reward")
     parameters = model.lora_parameters(spec.value, targets)
     why = (
-        f"an answer brings about one bit, and r {spec.value} has {parameters:,} parameters for those to your "
-        f"{prompts:,} prompts: capacity is no matter, and sources disagree on whether r 1 would do"
+        f"an answer brings about one bit, so capacity is no matter; r {spec.value} has {parameters:,} parameters for "
+        f"those to your {prompts:,} prompts, and sources disagree on whether r 1 would do"
     )
     return from_rule(spec, why)
 
@@ -109,10 +109,12 @@ def choose_rank_by_reward(model: ModelFacts, targets: tuple[str, ...] | None, pr
 def choose_alpha(r: int) -> Choice:
     """The sweep's own alpha, so that its rates need no conversion; never below r, so that alpha/r stays at least 1."""
     value = float(max(number("lora_alpha"), r))
-    why = (
-        f"scales the update by {shown(value / r)} at r {r}; rates were measured at alpha "
-        f"{shown(number('lora_alpha'))}, and the rate is chosen to match"
-    )
+    measured = f"at alpha {shown(number('lora_alpha'))}"
+    if value == number("lora_alpha"):
+        why = f"the rates were measured {measured}; at r {r} it scales the adapter by {shown(value / r)}"
+    else:
+        why = f"at least r, which scales the adapter by {shown(value / r)}"
+        why += f"; the rates were measured {measured}, and yours is converted"
     return Choice(value=value, low=float(r), high=float(max(2 * r, value)), reason=why, evidence=cited("lora_alpha"))
 
 
@@ -126,7 +128,7 @@ def choose_dropout(epochs: float, rows: int) -> Choice:
 
 def choose_targets(model: ModelFacts) -> Choice:
     names = model.module_names
-    why = f"all {len(names)} kinds of linear layer ({shown(names)}): attention alone learns less at equal size"
+    why = f"attention alone learns less at equal size; these are all {len(names)} kinds of linear layer: {shown(names)}"
     if any(shape.expert for shape in model.lora_shapes):
         why += f"; the experts keep their weights, unless you write [{ALL_LINEAR}, {EXPERTS}]"
     return from_rule(rule("lora_targets"), why)

@@ -37,7 +37,7 @@ def choose_warmup(updates: int, schedule: str) -> Choice:
     most = max(1, math.floor(share.high * updates))
     value = 0 if schedule == "constant" else min(max(round(share.value * updates), int(number("warmup_least"))), most)
     low = min(value, max(0, math.floor(share.low * updates)))
-    why = f"{value} of your {counted(updates, 'update')}: enough for Adam's averages to settle, little of the run"
+    why = f"of your {counted(updates, 'update')}, for Adam's averages to settle; more would be taken from the run"
     if schedule == "constant":
         why = "the constant schedule has no warm-up; constant_with_warmup has"
     return Choice(value=value, low=low, high=most, reason=why, evidence=cited("warmup_share", "warmup_least"))
@@ -106,8 +106,8 @@ def choose_eval_steps(updates: int, train_tokens: float, heldout_tokens: int, he
     value = max(1, math.ceil(updates / times))
     share = math.ceil(updates / value) * cost / train_tokens
     why = (
-        f"{counted(math.ceil(updates / value), 'look')} at your {counted(heldout_rows, 'held-out row')} over "
-        f"{counted(updates, 'update')} to see the loss turn, for {share:.0%} of the time"
+        f"{counted(math.ceil(updates / value), 'look')} at your {counted(heldout_rows, 'held-out row')}, "
+        f"for {share:.0%} of the time; over {counted(updates, 'update')} they show the loss turn"
     )
     if not heldout_rows:
         why = f"0 rows are held out: none of your {counted(updates, 'update')} will be followed by a look at them"

@@ -110,6 +110,13 @@ def _of_user_values(choices: Mapping[str, Choice], updates: int) -> Iterator[_We
         yield weight, f"{name} {shown(choice.value)} (yours) is {side} the sound range {span}: {choice.reason}"
 
 
+def _why_so_few(choices: Mapping[str, Choice]) -> str:
+    """The user's own values that make a run short."""
+    yours = [n for n in ("num_train_epochs", "max_steps", "effective_batch_size") if n in choices]
+    yours = [f"{n} {shown(choices[n].value)}" for n in yours if choices[n].set_by is SetBy.USER]
+    return f"; {' and '.join(yours)} {'is' if len(yours) == 1 else 'are'} yours" if yours else ""
+
+
 def _of_run(
     recipe: Recipe,
     model: ModelFacts,
@@ -125,7 +132,8 @@ def _of_run(
     if batch > data.rows * group:
         yield 45, f"an update of {batch} takes each of the {counted(data.rows, 'row')} more than once"
     if updates < number("updates_wanted"):
-        yield 35, f"only {counted(updates, 'update')}: below about {number('updates_wanted'):.0f} a run rarely settles"
+        few = f"only {counted(updates, 'update')}: below about {number('updates_wanted'):.0f} a run rarely settles"
+        yield 35, few + _why_so_few(choices)
     setting = rate_setting(model, choices, batch, updates)
     beta = choices["beta"].value if "beta" in choices else 0.0
     calm = moves_nothing(recipe.method, recipe.tune, setting, choices["learning_rate"].value, beta)

@@ -46,7 +46,7 @@ class Because(StrEnum):
 
 MEANING: Mapping[Because, str] = MappingProxyType(
     {
-        Because.UNITS: "another unit: what acts is alpha · rate, with its scaling by r",
+        Because.UNITS: "another unit: a larger alpha, or another scaling by r, wants a lower rate",
         Because.BATCH: "another batch size",
         Because.UPDATES: "a run of another length",
         Because.METHOD: "another method, or full fine-tuning instead of LoRA",

@@ -4,14 +4,15 @@ import argparse
 import json
 
 from welltuned.advice.plan import Plan
+from welltuned.cli.plan_view import print_plan, train_command
 from welltuned.cli.safe import visible
-from welltuned.cli.terminal import RowsShown, console, print_plan, quiet_libraries
+from welltuned.cli.terminal import RowsShown, console, quiet_libraries
 from welltuned.recipe import Recipe, load_recipe
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
     """The recipe that a command's options describe."""
-    names = ("model", "data", "eval_data", "map", "memory", "method", "tune")
+    names = ("model", "data", "eval_data", "map", "subset", "split", "memory", "method", "tune")
     options = {name: vars(arguments)[name] for name in names}
     return load_recipe(arguments.recipe, options, arguments.sets)
 
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     for note in (note for note in prepared.notes if note not in prepared.plan.warnings):
         console.print(f"  {visible(note)}", style="dim", markup=False)
-    print_plan(prepared.plan)
+    print_plan(prepared.plan, whole=arguments.all, command=train_command(arguments))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""How things look in a terminal: the plan, the progress of a run, its result. Everything goes to stderr."""
+"""How the progress of a run and its result look in a terminal. Everything goes to stderr; `plan_view` has the plan."""
 
 import json
 import logging
@@ -12,17 +12,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from welltuned.advice.describe import data_line, machine_line, model_line, time_line
-from welltuned.advice.plan import Plan, plan_lines
-from welltuned.choice import SetBy
 from welltuned.cli.safe import visible
 from welltuned.training.events import Evaluated, Event, Finding, Note, Severity, Skipped, Updated
 
 # In a file or a pipe rich would fold everything to 80 columns.
 console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
-
-
-MOST_IDS = 3  # of the evidence, beside a choice
 
 
 def quiet_libraries() -> None:
@@ -58,48 +52,6 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
-
-
-def print_plan(plan: Plan, out: Console = console) -> None:
-    """The plan on one screen: facts, choices with reasons, memory, warnings."""
-    out.print()
-    _field(out, "Model", model_line(plan.facts.model))
-    _field(out, "Data", data_line(plan.facts.dataset))
-    for part in plan.facts.dataset.mixture:
-        share = f"{part.rows_of_epoch:,} of {part.rows:,} rows, {part.share:.0%} of the tokens, from {part.name}"
-        _field(out, "", f"an epoch: {share}")
-    _field(out, "Machine", machine_line(plan.facts.machine))
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for column in ("choice", "value", "range"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("why", ratio=1)
-    for line in plan_lines(plan):
-        user = plan.choices[line.name].set_by is SetBy.USER
-        reason = Text(line.reason).append(_evidence(plan.choices[line.name].evidence), style="dim")
-        table.add_row(line.name, Text(line.value, style="cyan" if user else "bold green"), line.span, reason)
-    out.print()
-    out.print(table)
-    parts = ", ".join(f"{name} {size(part)}" for name, part in plan.memory.parts.items() if part >= 1e6)
-    out.print()
-    _field(out, "Memory", f"about {size(plan.memory.total_bytes)} ({parts})")
-    _field(out, "Time", time_line(plan.time))
-    for warning in plan.warnings:
-        out.print(Text("! " + visible(warning), style="yellow"))
-    out.print()
-
-
-def _evidence(ids: tuple[str, ...]) -> str:
-    """The first few; `why` has all of them."""
-    more = f" +{len(ids) - MOST_IDS}" if len(ids) > MOST_IDS else ""
-    return f" [{' '.join(ids[:MOST_IDS])}{more}]" if ids else ""
-
-
-def _field(out: Console, name: str, text: str) -> None:
-    grid = Table.grid(padding=(0, 1))
-    grid.add_column(width=8, style="bold", no_wrap=True)
-    grid.add_column(ratio=1)
-    grid.add_row(name, Text(visible(text)))
-    out.print(grid)
 
 
 @dataclass(slots=True)

@@ -196,8 +196,8 @@ _WORDS: Mapping[Kind, tuple[float, str]] = MappingProxyType(
         Kind.LOST_THINKING: (68, "have a thinking block that the chat template leaves out, so it is not learned"),
         Kind.LOST_MESSAGE: (77, "have a system or user message that the chat template leaves out of the text"),
         Kind.LOST_TOOLS: (67, "have tools that the chat template leaves out: the model learns calls of unseen tools"),
-        Kind.LEAK: (65, "are also found in the training data (they repeat a training row or its prompt): the held-out "
-                        "loss will flatter the run"),
+        Kind.LEAK: (65, "are also found in the training data (they repeat a training row or the prompt of its last "
+                        "answer): the held-out loss will flatter the run"),
         Kind.BAD_ENCODING: (50, "have characters of a wrong encoding, such as Ã© for é, which the model would learn"),
         Kind.CONTROL_TOKEN: (40, "spell a special token in their own text; it is read as text, never as that token"),
         Kind.EQUAL_PAIR: (70, "have a chosen answer that is the rejected one too, token for token"),

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from welltuned.data.cache import Cache, cache_key
 from welltuned.data.conversation import Conversation, Format, MixedSchema, NotTrained, Policy, Teaching
@@ -42,6 +42,7 @@ class Reading:
     instruction_part: str | None = None
     response_part: str | None = None
     chat_template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def renderer(self, tokenizer: "PreTrainedTokenizerBase") -> Renderer:
         return Renderer(
@@ -50,6 +51,7 @@ class Reading:
             instruction_part=self.instruction_part,
             response_part=self.response_part,
             chat_template=self.chat_template,
+            chat_template_kwargs=self.chat_template_kwargs,
         )
 
 
@@ -70,7 +72,8 @@ def read_store(
     if 0 < source.size < SMALLEST_CACHED:
         return _built(StoreWriter(), source, tokenizer, reading, on_bad_row, progress).store()
     cache = cache or Cache()
-    options = {**asdict(reading), "chat_template": None}  # the template itself counts, not where it was found
+    # The template itself counts, its values included, not where it was found.
+    options = {**asdict(reading), "chat_template": None, "chat_template_kwargs": None}
     template = reading.renderer(tokenizer).template
     key = cache_key(source.fingerprint(), source.name, tokenizer, template, options)
     store = cache.find(key)

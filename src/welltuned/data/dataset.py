@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from welltuned.data.audit import Audit, audit
 from welltuned.data.build import Reading, RowsRead, conversations_at, read_store, unwatched
@@ -256,6 +257,7 @@ def reading_of(recipe: Recipe) -> Reading:
         instruction_part=recipe.instruction_part,
         response_part=recipe.response_part,
         chat_template=recipe.chat_template,
+        chat_template_kwargs=dict(recipe.chat_template_kwargs or {}),
     )
 
 
@@ -309,8 +311,15 @@ def _split(recipe: Recipe, rows: Rows, datasets: int) -> tuple[Rows, Rows, str]:
         recipe.hyperparameters.get("seed", DEFAULT_SEED),
         owner=rows.owner(),
         shared="a prompt" if recipe.group_by is None else f"the same `{recipe.group_by}`",
+        finer=_asked_last(rows) if recipe.group_by is None else None,
     )
     return rows.where(~split.held_out), rows.where(split.held_out), split.sentence
+
+
+def _asked_last(rows: Rows) -> NDArray[np.uint64]:
+    """A number for each row [n]: what stands before its last answer; where nothing does, all of it."""
+    asked = rows.column("prompt")
+    return np.where(asked != 0, asked, rows.column("digest"))
 
 
 def _mixture(recipe: Recipe, train: Rows) -> Mixture:

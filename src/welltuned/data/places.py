@@ -17,6 +17,18 @@ def ends(examples: Sequence[Example], trained: Sequence[NDArray[np.int64]]) -> t
     return [first for first, _ in found], [last for _, last in found]
 
 
+def last_answer(example: Example, trained: NDArray[np.int64]) -> int:
+    """Where the last run of trained tokens begins, of a pair the first one: what stands before it was asked.
+
+    Conversations may share their opening, a greeting say, and be different; those that ask the same last are not.
+    0 where nothing is trained.
+    """
+    if not len(trained):
+        return 0
+    breaks = np.flatnonzero(np.diff(trained) != 1)
+    return int(trained[0] if example.fork is not None or not len(breaks) else trained[breaks[-1] + 1])
+
+
 def forks(examples: Sequence[Example], firsts: Sequence[int]) -> Iterator[list[int]]:
     """The fields shared, second, longest and needed of each row, a list for each field."""
     rows = []

@@ -22,7 +22,7 @@ from welltuned.data.policies import KEPT_ORIGINS, Finding, Named, Policies, foun
 from welltuned.data.render import Renderer
 from welltuned.data.source import Row, Source
 from welltuned.data.store import digest
-from welltuned.data.stream import hold_out
+from welltuned.data.stream import among, hold_out
 from welltuned.errors import InputError
 from welltuned.recipe import Recipe
 
@@ -45,7 +45,7 @@ class Prompt:
     answer_tokens: int
     row: Mapping[str, Any]
     origin: str
-    group: int
+    group: int  # of what keeps prompts on one side of the held-out split
     found: frozenset[Kind] = frozenset()
 
 
@@ -55,6 +55,11 @@ class GroupMixture(Mixture):
 
     group: int = 1
     iterations: int = 1
+
+    @property
+    def in_a_set(self) -> int:
+        """A set's completions are those of the policy before its first update, which no checkpoint within it knows."""
+        return self.iterations
 
     def steps_per_epoch(self, effective_batch: int) -> int:
         return self.iterations * Mixture.steps_per_epoch(self, effective_batch // self.group)
@@ -146,8 +151,10 @@ def read_prompts(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", sources: 
     findings[Kind.BAD_ROW] = replace(bad, named=tuple(reader.bad[:KEPT_ORIGINS]))
     if not keep.any():
         raise InputError("no prompt is left", where=recipe.datasets[0], mend="see the policies of the recipe")
-    held, sentence = _held_out(recipe, rows, owner, keep, len(sources.train))
-    trained = keep & ~held
+    asked = np.array([_number(p.ids.tobytes()) for p in rows], np.uint64)
+    held, sentence = _held_out(recipe, rows, asked, owner, keep, len(sources.train))
+    findings[Kind.LEAK], repeated = _leaks(rows, asked, keep & ~held, keep & held, policies[Kind.LEAK])
+    trained = keep & ~held & ~repeated
     if not trained.any():
         raise InputError("no training prompt is left", where=recipe.datasets[0])
     sizes = [int(trained[owner == i].sum()) for i in range(len(sources.train))]
@@ -178,23 +185,53 @@ def _sifted(rows: Sequence[Prompt], policies: Policies) -> tuple[dict[Kind, Find
 
 
 def _held_out(
-    recipe: Recipe, rows: Sequence[Prompt], owner: NDArray[np.int64], keep: NDArray[np.bool_], datasets: int
+    recipe: Recipe,
+    rows: Sequence[Prompt],
+    asked: NDArray[np.uint64],
+    owner: NDArray[np.int64],
+    keep: NDArray[np.bool_],
+    datasets: int,
 ) -> tuple[NDArray[np.bool_], str]:
     """Which rows are held out [n], and a sentence."""
     if recipe.eval_data is not None:
         held = owner >= datasets
-        trained = {p.group for p, h in zip(rows, held, strict=True) if not h}
-        leaks = sum(p.group in trained for p, h in zip(rows, held, strict=True) if h)
-        said = f"Held out: the {int((held & keep).sum()):,} prompts of {', '.join(recipe.eval_datasets)}"
-        return held, said + (f"; {leaks:,} of them are trained on too." if leaks else ".")
+        return held, f"Held out: the {int((held & keep).sum()):,} prompts of {', '.join(recipe.eval_datasets)}."
     index = np.flatnonzero(keep)
-    groups = np.array([rows[int(i)].group for i in index], np.uint64)
+    groups = np.array([rows[i].group for i in index.tolist()], np.uint64)
     seed = recipe.hyperparameters.get("seed", DEFAULT_SEED)
-    shared = "a prompt" if recipe.group_by is None else f"the same `{recipe.group_by}`"
-    split = hold_out(groups, recipe.eval_fraction, seed, owner=owner[index].astype(np.uint16), shared=shared)
+    split = hold_out(
+        groups,
+        recipe.eval_fraction,
+        seed,
+        owner=owner[index].astype(np.uint16),
+        shared="a prompt" if recipe.group_by is None else f"the same `{recipe.group_by}`",
+        finer=asked[index] if recipe.group_by is None else None,
+    )
     held = np.zeros(len(rows), bool)
     held[index[split.held_out]] = True
     return held, split.sentence
+
+
+def _leaks(
+    rows: Sequence[Prompt],
+    asked: NDArray[np.uint64],
+    trained: NDArray[np.bool_],
+    held: NDArray[np.bool_],
+    policy: Policy,
+) -> tuple[Finding, NDArray[np.bool_]]:
+    """Held-out prompts that are trained on too, and which training rows [n] are left out for it."""
+    firsts: dict[int, int] = {}
+    for i in np.flatnonzero(trained).tolist():
+        firsts.setdefault(int(asked[i]), i)
+    index = np.flatnonzero(held)
+    hit = among(asked[index], asked[trained])
+    repeated = trained & among(asked, asked[held]) & (policy is Policy.DROP)
+
+    def name(at: int) -> Named:
+        row = int(index[at])
+        return rows[row].origin, "as " + rows[firsts[int(asked[row])]].origin
+
+    return found(Kind.LEAK, policy, hit, name, int(repeated.sum())), repeated
 
 
 def _repeated(rows: Sequence[Prompt]) -> NDArray[np.bool_]:
@@ -256,7 +293,7 @@ class _Reader:
             else 1 + len(self.tokenizer.encode(asked.answer, add_special_tokens=False)),
             row=row.record,
             origin=row.origin,
-            group=int.from_bytes(digest(repr(group).encode("utf-8", "surrogatepass")), "little"),
+            group=_number(repr(group).encode("utf-8", "surrogatepass")),
             found=self._seen(conversation),
         )
 
@@ -274,6 +311,10 @@ class _Reader:
         if shown.tools and seen_in.loses_tools(shown, rendered.text, self.renderer.chat.template):
             found.add(Kind.LOST_TOOLS)
         return frozenset(found)
+
+
+def _number(data: bytes) -> int:
+    return int.from_bytes(digest(data), "little")
 
 
 def _column(row: Row, name: str) -> object:

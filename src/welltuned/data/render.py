@@ -5,10 +5,10 @@ tokenised as text (see `control`), at inference too. Texts that are rendered wit
 with completions for a base model, are taken as they are: what they spell are control tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from welltuned.data.fork import Fork
 from welltuned.data.parts import Parts
 from welltuned.data.spans import LossOn, MaskFrom, Rendered, wanted
 from welltuned.data.speakers import Speaker
-from welltuned.data.templates import MEND_TEMPLATE, control_tokens, resolve_chat_template
+from welltuned.data.templates import MEND_TEMPLATE, NO_VALUES, control_tokens, resolve_chat_template
 from welltuned.data.tokens import FastEncoder, SlowTokeniser, Tokenised, Tokeniser, opened, opening_ids
 from welltuned.errors import InputError
 
@@ -98,9 +98,10 @@ class Renderer:
         instruction_part: str | None = None,
         response_part: str | None = None,
         chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] = NO_VALUES,
     ):
         self.parts = _parts(instruction_part, response_part)
-        self.template = resolve_chat_template(tokenizer, chat_template)
+        self.template = resolve_chat_template(tokenizer, chat_template, chat_template_kwargs)
         if self.parts is not None and self.template is None:
             raise InputError("`instruction_part` and `response_part` need a chat template", mend=MEND_TEMPLATE)
         self.tokenizer = tokenizer

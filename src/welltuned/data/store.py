@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from welltuned.data.conversation import Kind
 from welltuned.data.fork import Fork
-from welltuned.data.places import ends, forks
+from welltuned.data.places import ends, forks, last_answer
 from welltuned.data.render import Example
 from welltuned.errors import InputError
 
@@ -41,7 +41,7 @@ RECORD = np.dtype(
         ("origin", "<i8"),  # start of its origin
         ("row", "<i8"),  # its number in the source, from 0, rows left out counted
         ("digest", "<u8"),  # of its ids
-        ("prompt", "<u8"),  # of its ids before the first trained one; 0: no more than a start token is before it
+        ("prompt", "<u8"),  # of its ids before its last answer; 0: no more than a start token is before that
         ("group", "<u8"),  # of what keeps rows on one side of the held-out split
         ("length", "<i4"),
         ("trained", "<i4"),  # number of trained tokens
@@ -338,7 +338,8 @@ class StoreWriter:
         records["shared"], records["second"], records["longest"], records["needed"] = forks(examples, firsts)
         records["label"] = [-1 if e.desirable is None else int(e.desirable) for e in examples]
         texts = [e.ids.tobytes() for e in examples]
-        prompts = [t[: 4 * first] if first > 1 else b"" for t, first in zip(texts, firsts, strict=True)]
+        asked = [last_answer(example, at) for example, at in zip(examples, trained, strict=True)]
+        prompts = [t[: 4 * n] if n > 1 else b"" for t, n in zip(texts, asked, strict=True)]
         named = [t if e.desirable is None else t + bytes([e.desirable]) for t, e in zip(texts, examples, strict=True)]
         records["digest"] = np.frombuffer(b"".join(map(digest, named)), "<u8")
         records["prompt"] = np.frombuffer(b"".join(digest(p) if p else bytes(8) for p in prompts), "<u8")

@@ -30,6 +30,7 @@ def hold_out(
     *,
     owner: NDArray[np.uint16] | None = None,
     shared: str = "a prompt",
+    finer: NDArray[np.uint64] | None = None,
 ) -> Split:
     """Hold out whole groups of rows, so that no held-out prompt is trained on.
 
@@ -38,6 +39,8 @@ def hold_out(
         fraction: None is 10 % of fewer than 1,000 rows, else 5 %, at most 512 rows. A given fraction is not capped.
         owner: the dataset that each row belongs to [n]; each gives its share. A group belongs to that of its first row.
         shared: what rows of a group share, for the sentence.
+        finer: another number for each row [n], by which groups larger than a dataset's share of the held-out rows are
+            divided: conversations that only begin alike are different ones.
     """
     if fraction is not None and not 0 <= fraction < 1:
         raise ValueError(f"the held-out fraction must be in [0, 1), not {fraction}")
@@ -50,19 +53,52 @@ def hold_out(
     how = f"{share:.0%} of {count:,} rows"
     if fraction is None and target > MOST_HELD_OUT:
         target, how = MOST_HELD_OUT, f"capped at {MOST_HELD_OUT} of {count:,} rows"
-    firsts, sizes = _in_order(groups)
-    home = np.zeros(len(sizes), np.uint16) if owner is None else owner[firsts]
-    chosen = np.zeros(len(sizes), bool)
-    for dataset, quota in enumerate(_quotas(np.bincount(home, weights=sizes).astype(np.float64), target)):
-        mine = np.flatnonzero(home == dataset)
-        chosen[mine[_choose_groups(sizes[mine], quota, seed)]] = True
-    held = among(groups, groups[firsts[chosen]])
-    how += f"; rows that share {shared} stay on one side" if len(sizes) < count else ""
+    found = _grouped(groups, owner, target)
+    divided = np.zeros(count, bool) if finer is None else among(groups, groups[found.firsts[found.too_large]])
+    if finer is not None and divided.any():
+        groups = np.where(divided, finer, groups)
+        found = _grouped(groups, owner, target)
+    held = among(groups, groups[found.firsts[_choose(found, seed)]])
+    how += f"; rows that share {shared} stay on one side" if len(found.sizes) < count else ""
+    if divided.any() and held[divided].any():
+        how += f"; {int(divided.sum()):,} rows begin alike, and are divided by what they are asked last"
     if not held.any():
         held[_permutation(count, seed, 0)[:target]] = True
         how = f"{share:.0%} of {count:,} rows; most rows share {_one(shared)}, so held-out prompts are also trained on"
     rows = int(held.sum())
     return Split(held, f"{rows:,} {'row is' if rows == 1 else 'rows are'} held out ({how})")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Groups:
+    """Groups of rows by their first rows, ascending: those rows [g], sizes [g] and datasets [g], and how many rows are
+    to be held out of each dataset."""
+
+    firsts: NDArray[np.int64]
+    sizes: NDArray[np.int32]
+    home: NDArray[np.uint16]
+    quotas: NDArray[np.int64]
+
+    @property
+    def too_large(self) -> NDArray[np.bool_]:
+        """Groups that can never be held out as a whole [g]."""
+        return self.sizes > self.quotas[self.home]
+
+
+def _grouped(groups: NDArray[np.uint64], owner: NDArray[np.uint16] | None, target: int) -> _Groups:
+    firsts, sizes = _in_order(groups)
+    home = np.zeros(len(sizes), np.uint16) if owner is None else owner[firsts]
+    quotas = _quotas(np.bincount(home, weights=sizes).astype(np.float64), target)
+    return _Groups(firsts, sizes, home, np.array(quotas, np.int64))
+
+
+def _choose(found: _Groups, seed: int) -> NDArray[np.bool_]:
+    """The groups that are held out [g]."""
+    chosen = np.zeros(len(found.sizes), bool)
+    for dataset, quota in enumerate(found.quotas.tolist()):
+        mine = np.flatnonzero(found.home == dataset)
+        chosen[mine[_choose_groups(found.sizes[mine], quota, seed)]] = True
+    return chosen
 
 
 def _one(shared: str) -> str:

@@ -1,10 +1,12 @@
 """Chat templates: which one is used, and texts rendered with it; a template's failure names the row it failed on."""
 
+import json
 import os.path
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from welltuned.data.conversation import Conversation, Message
@@ -20,6 +22,7 @@ CHATML = (
     "+ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+NO_VALUES: Mapping[str, Any] = MappingProxyType({})
 MEND_TEMPLATE = "set `chat_template: chatml` in the recipe, or use a model that has a chat template"
 
 
@@ -60,12 +63,22 @@ def _branch(node: dict[str, Any]) -> str:
     return f"(?:{joined})?" if "" in node else joined
 
 
-def resolve_chat_template(tokenizer: "PreTrainedTokenizerBase", spec: str | None = None) -> str | None:
-    """The jinja text: the tokenizer's own (None where it has none), `chatml`, an inline template, or a file's.
+def resolve_chat_template(
+    tokenizer: "PreTrainedTokenizerBase", spec: str | None = None, values: Mapping[str, Any] = NO_VALUES
+) -> str | None:
+    """The jinja text: the tokenizer's own (None where it has none), `chatml`, an inline template, or a file's; with
+    `values` for its variables.
 
     The named ChatML ends a turn with the tokenizer's own end token where <|im_end|> is not one of its tokens, since a
     model that spells out its end-of-turn in pieces would not stop there.
     """
+    template = _resolved(tokenizer, spec)
+    if values and template is None:
+        raise InputError("the tokenizer has no chat template", where="chat_template_kwargs", mend=MEND_TEMPLATE)
+    return None if template is None else with_values(template, values)
+
+
+def _resolved(tokenizer: "PreTrainedTokenizerBase", spec: str | None) -> str | None:
     if spec is None:
         try:
             return tokenizer.get_chat_template() if tokenizer.chat_template else None
@@ -84,6 +97,42 @@ def resolve_chat_template(tokenizer: "PreTrainedTokenizerBase", spec: str | None
     except (OSError, UnicodeDecodeError) as error:
         mend = "give a template file, an inline template, or the name `chatml`"
         raise InputError(f"{spec} is not a readable template ({error})", where="chat_template", mend=mend) from error
+
+
+def with_values(template: str, values: Mapping[str, Any]) -> str:
+    """The template with these values for its variables, unless whoever renders it gives others.
+
+    They are part of the text, so whatever has the template has them too: the Run, chat, a merged model, a server. The
+    newline is one that transformers' `trim_blocks` takes away again, so the template begins where it began.
+
+    Raises:
+        InputError: the template does not ask for one of them, or gets it from elsewhere.
+    """
+    for name in values:
+        if name in _GIVEN:
+            what = f"{name} is given to every chat template with the row"
+            raise InputError(what, where="chat_template_kwargs", mend=f"take {name} out")
+        if not re.search(rf"\b{re.escape(name)}\b", template):
+            what = f"the chat template never asks for {name}"
+            raise InputError(what, where="chat_template_kwargs", mend="see what its variables are called")
+    return preset(values) + template if values else template
+
+
+def preset(values: Mapping[str, Any]) -> str:
+    """What is put before a template to give its variables values."""
+    sets = (f"{{% if {n} is not defined %}}{{% set {n} = {_literal(v)} %}}{{% endif %}}" for n, v in values.items())
+    return "".join(sets) + "\n"
+
+
+# What transformers hands to a template by itself.
+_GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+
+
+def _literal(value: Any) -> str:
+    """The value as jinja writes it."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def has_generation_markers(template: str) -> bool:

@@ -8,6 +8,7 @@ the ids of a row do not depend on what is trained of it.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -51,22 +52,18 @@ class Tokens(NamedTuple):
 
 
 class FastEncoder:
-    """A fast tokenizer of transformers."""
+    """A fast tokenizer of transformers, asked below its Python layer, which costs as much as the tokenising itself."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
-        self.tokenizer = tokenizer
+        self.backend = tokenizer.backend_tokenizer
         self.control_ids = frozenset(control_tokens(tokenizer).values())
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        encoded = self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # no warning about the model's length: max_length is ours to judge
-        )
-        return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+        self.backend.no_truncation()  # whoever used the tokenizer last may have set these
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = False
+        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in encodings]
 
 
 class Tokeniser:
@@ -215,7 +212,7 @@ def opened(ids: NDArray[np.int32], opening: list[int]) -> NDArray[np.int32]:
 def _tokens(ids: list[int], offsets: list[tuple[int, int]]) -> Tokens:
     """Byte-level tokenizers may leave a token's leading spaces out of its offsets: the ends alone are reliable, and
     each token begins where the one before it ended."""
-    pairs = np.array(offsets, np.int64).reshape(-1, 2)
+    pairs = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets)).reshape(-1, 2)
     ends = np.maximum.accumulate(pairs[:, 1])
     starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])[: len(ends)]
     return Tokens(np.array(ids, np.int32), starts, ends, pairs[:, 0])

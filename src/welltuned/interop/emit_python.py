@@ -1,9 +1,11 @@
 """A plan as a Python script for TRL, or for Unsloth, which trains with TRL's trainers on its own models."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from welltuned.advice.plan import Plan
+from welltuned.data.templates import preset
 from welltuned.facts.machine import Device
 from welltuned.interop.emit_code import data_code
 from welltuned.interop.emit_missing import (
@@ -83,6 +85,12 @@ def emit_script(plan: Plan, *, unsloth: bool) -> Script:
 def _missing(job: _Job) -> Iterator[str]:
     plan, recipe = job.plan, job.plan.recipe
     yield from missing_everywhere(plan, (*job.looks, *job.held_out), job.shape)
+    if "loraplus_lr_ratio" in plan.choices:
+        ratio = plan.value("loraplus_lr_ratio")
+        yield (
+            f"loraplus_lr_ratio {ratio:g}: pass optimizers=(peft.optimizers.create_loraplus_optimizer(...), None), or "
+            f"multiply learning_rate by {ratio:g}: it is A's here"
+        )
     if job.evaluates and not job.held_out:
         yield other_rows_held_out(plan)
     if (mixed := mixture_differs(plan)) is not None:
@@ -282,6 +290,10 @@ def _adapter_settings(job: _Job) -> Iterator[Setting]:
         value = plan.value(name)
         whole = name == "lora_alpha" and float(value).is_integer()
         yield reasoned(plan, name, value=int(value) if whole else value)
+    for name in ("use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save"):
+        if name in plan.choices:
+            value = plan.value(name)
+            yield reasoned(plan, name, value=list(value) if isinstance(value, tuple) else value)
     targets = plan.value("target_modules")
     if targets == ALL_LINEAR and job.unsloth:
         targets = plan.facts.model.module_names
@@ -296,6 +308,9 @@ def _main(job: _Job) -> str:
     lines = ["def main() -> None:", *(_unsloth_model(job) if job.unsloth else _trl_model(job))]
     if job.plan.recipe.chat_template is not None:
         lines.append(f"    tokenizer.chat_template = {template_code(job.plan.recipe.chat_template)}")
+    if job.plan.recipe.chat_template_kwargs is not None:
+        values = json.dumps(preset(job.plan.recipe.chat_template_kwargs), ensure_ascii=False)
+        lines.append(f"    tokenizer.chat_template = {values} + tokenizer.chat_template")
     lines.append("    train, held_out = split(TRAIN)")
     lines += ["    held_out, _ = split(EVAL)"] if job.held_out else []
     lines += [f"    trainer = {trainer}(", "        model=model,", "        args=config,"]

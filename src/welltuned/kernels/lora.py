@@ -100,11 +100,15 @@ class Rows:
 
 @dataclass(slots=True)
 class Projection:
-    """One adapted projection. `scale_K` is s of each adapter; `index` tells projections apart for dropout."""
+    """One adapted projection. `scale_K` is s of each adapter; `index` tells projections apart for dropout.
+
+    `taken`: (A0_KRI, B0_KOR), frozen, where adapters start at a part of the weights: W - s B0 A0 stands in W's place.
+    """
 
     weight: FrozenWeight
     scale_K: Tensor | Sequence[float]
     index: int = 0
+    taken: tuple[Tensor, Tensor] | None = None
 
 
 def lora_reference(
@@ -118,6 +122,10 @@ def lora_reference(
     parts = [
         float(p.scale_K[k]) * (dropped_NI[span] @ a_KRI[k].t()) @ b_KOR[k].t() for k, span in rows.spans(x_NI.shape[0])
     ]
+    if p.taken is not None:
+        a0, b0 = p.taken
+        spans = enumerate(rows.spans(x_NI.shape[0]))
+        parts = [parts[i] - float(p.scale_K[k]) * x_NI[span] @ a0[k].t() @ b0[k].t() for i, (k, span) in spans]
     return y_NO + torch.cat(parts)
 
 
@@ -137,6 +145,8 @@ class _Even:
 
 
 def _even(spans: list[tuple[int, slice]]) -> _Even | None:
+    if not spans:
+        return None
     first, last = spans[0][0], spans[-1][0]
     counts = {span.stop - span.start for _, span in spans}
     return _Even(first, len(spans)) if len(spans) == last - first + 1 > 1 and len(counts) == 1 else None
@@ -161,7 +171,7 @@ def project(
     in_NI = x_NI * rows.dropout.mask(x_NI, p.index) if rows.dropout.p else x_NI
     s_NR = x_NI.new_empty(x_NI.shape[0], a_KRI.shape[1])
     spans = rows.spans(x_NI.shape[0])
-    if spans and (even := _even(spans)) is not None:
+    if p.taken is None and (even := _even(spans)) is not None:
         a, b = even.of(a_KRI, x_NI.dtype), even.of(b_KOR, x_NI.dtype)
         torch.bmm(even.rows(in_NI), a.transpose(1, 2), out=even.rows(s_NR))
         _scale(s_NR, spans, p.scale_K)
@@ -170,6 +180,9 @@ def project(
     for k, span in spans:
         torch.mm(in_NI[span], a_KRI[k].to(x_NI.dtype).t(), out=s_NR[span]).mul_(float(p.scale_K[k]))
         y_NO[span].addmm_(s_NR[span], b_KOR[k].to(x_NI.dtype).t())
+        if p.taken is not None:
+            a0_RI, b0_OR = (t[k].to(x_NI.dtype) for t in p.taken)
+            y_NO[span].addmm_(x_NI[span] @ a0_RI.t(), b0_OR.t(), alpha=-float(p.scale_K[k]))
     return y_NO, s_NR
 
 
@@ -199,7 +212,7 @@ def project_backward(
     in_NI = x_NI if mask_NI is None else x_NI * mask_NI
     ds_NR = torch.empty_like(s_NR)
     spans = rows.spans(x_NI.shape[0])
-    even = _even(spans) if spans else None
+    even = _even(spans) if p.taken is None else None
     if even is not None:
         torch.bmm(even.rows(g_NO), even.of(b_KOR, g_NO.dtype), out=even.rows(ds_NR))
         _scale(ds_NR, spans, p.scale_K)
@@ -219,6 +232,10 @@ def project_backward(
     w_OI = p.weight.dense(g_NO.dtype)
     dx_NI = torch.mm(g_NO, w_OI) if dx_NI is None else dx_NI.addmm_(g_NO, w_OI)
     _add_through(dx_NI, ds_NR, mask_NI, a_KRI, spans, even)
+    if p.taken is not None:
+        for k, span in spans:
+            a0_RI, b0_OR = (t[k].to(g_NO.dtype) for t in p.taken)
+            dx_NI[span].addmm_(g_NO[span] @ b0_OR, a0_RI, alpha=-float(p.scale_K[k]))
     return dx_NI, da_KRI, db_KOR
 
 
@@ -282,5 +299,7 @@ def autocast_input(x: Tensor) -> Tensor:
 @torch.compiler.disable  # Inductor has miscompiled traced LoRA backward passes: keep it opaque
 def lora(x_NI: Tensor, p: Projection, a_KRI: Tensor, b_KOR: Tensor, bias_O: Tensor | None, rows: Rows) -> Tensor:
     """y_NO, differentiable in x, A, B and the bias; W is frozen. A and B keep their own dtype (fp32 master weights)."""
+    if not torch.is_grad_enabled():  # sampling: nothing to be kept for a backward pass
+        return project(autocast_input(x_NI), p, a_KRI, b_KOR, bias_O, rows)[0]
     y_NO: Tensor = _Lora.apply(autocast_input(x_NI), a_KRI, b_KOR, bias_O, p, rows)
     return y_NO

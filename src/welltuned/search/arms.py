@@ -171,6 +171,15 @@ def _require_searchable(base: Plan) -> None:
         raise InputError("a search begins with new adapters", where="adapter", mend="remove it")
     if base.value("bias") != "none":
         raise InputError("biases belong to the base that all arms share", where="bias", mend="use bias: none")
+    if "ema_decay" in base.recipe.hyperparameters:
+        what = "a search keeps averages of its own, to compare arms by"
+        raise InputError(what, where="ema_decay", mend="remove it; train with it once the search has chosen")
+    for name in ("modules_to_save", "embedding_learning_rate"):
+        if name in base.choices:
+            what = "what is trained whole belongs to the base that all arms share"
+            raise InputError(what, where=name, mend="remove it")
+    if str(base.value("init_lora_weights")).lower() == "loftq":
+        raise InputError("a bank of arms does not start at what 4 bits lose", where="init_lora_weights")
     if not base.facts.dataset.heldout_rows:
         what = "no rows are held out, so that arms cannot be compared"
         raise InputError(what, where="eval_fraction", mend="give a share such as 0.1, or --eval-data")

@@ -13,7 +13,7 @@ from welltuned.errors import RunError
 from welltuned.models.lora import AdapterBank
 from welltuned.search.items import Items, Share, gradients
 from welltuned.training.checkpoint import Checkpoint, Position, Snapshot, named
-from welltuned.training.optimizer import AdamWSettings, FlatAdamW, clip_
+from welltuned.training.optimizer import AdamWSettings, FlatAdamW, Span, clip_
 from welltuned.training.snapshot import Origin
 from welltuned.training.step import Engine, Gradient
 
@@ -28,15 +28,15 @@ class Bank:
             decayed rate would reach: constant rates with averaging match decay (Hägele et al. 2024, arXiv 2405.18392).
     """
 
-    def __init__(self, engine: Engine, settings: AdamWSettings):
+    def __init__(self, engine: Engine, settings: AdamWSettings, spans: Sequence[Span]):
         assert isinstance(engine.trained, AdapterBank)
-        self.engine, self.adapters, self._settings = engine, engine.trained, settings
+        self.engine, self.adapters, self._settings, self._spans = engine, engine.trained, settings, spans
         self.average_KP = self.adapters.flat_KP.clone()
         self._take_buffers()
 
     def _take_buffers(self) -> None:
         bank = self.adapters
-        self.optimizer = FlatAdamW(bank.flat_KP, bank.grad_KP, bank.decayed, self._settings)
+        self.optimizer = FlatAdamW(bank.flat_KP, bank.grad_KP, bank.decayed, self._settings, self._spans)
         bank.claim_gradients()
 
     @property
@@ -87,7 +87,8 @@ class Bank:
             fresh: places in the new order that begin anew, from their own A and with nothing remembered.
         """
         at = list(rows)
-        moments = self.optimizer.exp_avg_KP[at], self.optimizer.exp_avg_sq_KP[at], self.optimizer.steps_G[at]
+        steps_KG = self.optimizer.steps_G.view(self.size, -1)[at]
+        moments = self.optimizer.exp_avg_KP[at], self.optimizer.exp_avg_sq_KP[at], steps_KG
         self.average_KP = self.average_KP[at]
         self.adapters.keep(rows)
         for k in fresh:
@@ -96,7 +97,7 @@ class Bank:
             for moment in moments:
                 moment[k] = 0
         self._take_buffers()
-        self.optimizer.restore(*moments)
+        self.optimizer.restore(moments[0], moments[1], steps_KG.flatten())
 
     def start_over(self) -> None:
         """Every row as it was before its first update."""

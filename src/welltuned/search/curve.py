@@ -22,9 +22,9 @@ Array = NDArray[np.float64]
 
 CURVE, CURVE_DOUBT = 0.15, 0.10  # relative loss per square of ln(rate): our cells at 135M have 0.06 to 0.25
 LEAST_CURVE = 0.02  # a draw that is flatter, or opens downward, counts as this
-FAR = 0.3  # share of the parabola's own height that a point may be off by, growing from the best point outward
+FAR = 0.3  # share of the parabola's own height that a point may be off by at 4 times the best rate, less nearer by
 REPEAT = 0.001  # relative: what two runs that differ in nothing that matters differ by
-SHIFT = 0.25  # deviation of ln(best rate at the end) - ln(best rate now), times sqrt(ln(1 / share of the run))
+SHIFT = 0.15  # assumed: deviation of ln(best rate at the end) - ln(best rate now), times sqrt(ln(1 / share of the run))
 DRAWS = 4_000
 EDGE = math.log(4.0)  # the lowest point is looked for this far beyond the arms, no further
 
@@ -83,7 +83,7 @@ def fit(points: Sequence[Point], weights: Sequence[float], prior: Prior, share: 
     z_K = np.array([p.x for p in points]) - prior.x
     best = z_K[int(mean_K.argmin())]
     noise_KK = covariance(loss_KI, weight_I) / level**2
-    noise_KK += np.diag(REPEAT**2 + (FAR * CURVE / 2 * (z_K - best) ** 2) ** 2)
+    noise_KK += np.diag(REPEAT**2 + (FAR * CURVE / 2 * np.abs(z_K - best) ** 3 / EDGE) ** 2)
     design_K3 = np.stack([np.ones_like(z_K), z_K, z_K**2 / 2], axis=1)
     before_33 = np.diag([1e-6, (CURVE * prior.doubt) ** -2, CURVE_DOUBT**-2])
     known = np.linalg.solve(noise_KK, design_K3)

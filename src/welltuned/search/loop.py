@@ -39,7 +39,7 @@ from welltuned.training.monitor import divergence
 from welltuned.training.optimizer import Schedule
 from welltuned.training.prepare import Prepared
 from welltuned.training.rundir import RunDir
-from welltuned.training.settings import adamw_settings, schedule_of
+from welltuned.training.settings import adamw_settings, rate_spans, schedule_of
 from welltuned.training.snapshot import Origin
 from welltuned.training.step import Engine, Evaluation, Gradient, Objective
 from welltuned.training.watch import Watch
@@ -86,7 +86,7 @@ class Search:
         numbers = tuple(self.arms)
         states = tuple(ArmState(number=n, settings=self.arms[n].settings, like=n) for n in numbers)
         self.state = State(arms=states, bank=numbers)
-        self.bank = Bank(setting.engine, adamw_settings(self.plan))
+        self.bank = Bank(setting.engine, adamw_settings(self.plan), rate_spans(self.plan, setting.engine.trained))
         self.rounds, self.seconds, self.elapsed = 0, 0.0, 0.0
         self.before: Evaluation | None = None
         self.last_decision: Decision | None = None

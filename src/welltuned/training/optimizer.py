@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -56,15 +57,34 @@ class AdamWSettings:
     weight_decay: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Columns of the flat buffer from `start` to `end`, whose rate is `factor` times the row's."""
+
+    start: int
+    end: int
+    factor: float = 1.0
+
+
 class FlatAdamW:
     """AdamW for the rows of flat_KP, each with its own rate; only the first `decayed` columns decay.
+
+    Args:
+        spans: where columns have rates of their own, all columns in their order; () for one rate.
 
     Attributes:
         exp_avg_KP, exp_avg_sq_KP: the two moments, as flat as the weights, made at once so that no update needs more
             memory than the one before.
     """
 
-    def __init__(self, flat_KP: Tensor, grad_KP: Tensor, decayed: int, settings: AdamWSettings):
+    def __init__(
+        self,
+        flat_KP: Tensor,
+        grad_KP: Tensor,
+        decayed: int,
+        settings: AdamWSettings,
+        spans: Sequence[Span] = (),
+    ):
         self._grad_KP = grad_KP
         self.exp_avg_KP, self.exp_avg_sq_KP = torch.zeros_like(flat_KP), torch.zeros_like(flat_KP)
         self._steps: list[Tensor] = []
@@ -72,11 +92,12 @@ class FlatAdamW:
         groups = []
         state = {}
         for k in range(flat_KP.shape[0]):
-            for columns, decay in ((slice(0, decayed), settings.weight_decay), (slice(decayed, None), 0.0)):
+            for span in _cut(spans or [Span(0, flat_KP.shape[1])], decayed):
+                columns, decay = slice(span.start, span.end), settings.weight_decay if span.end <= decayed else 0.0
                 row = flat_KP[k, columns].detach().requires_grad_(True)
                 if row.numel():
                     self._gradients.append(grad_KP[k, columns])
-                    groups.append({"params": [row], "weight_decay": decay, "adapter": k})
+                    groups.append({"params": [row], "weight_decay": decay, "adapter": k, "factor": span.factor})
                     self._steps.append(torch.zeros((), dtype=torch.float32, device=row.device))
                     moments = {"exp_avg": self.exp_avg_KP[k, columns], "exp_avg_sq": self.exp_avg_sq_KP[k, columns]}
                     state[row] = {"step": self._steps[-1], **moments}
@@ -101,12 +122,26 @@ class FlatAdamW:
         """One update; the gradients are left as they are. An adapter whose rate is None is not touched."""
         for group, gradient in zip(self.adamw.param_groups, self._gradients, strict=True):
             rate = rate_K[group["adapter"]]
-            group["lr"] = 0.0 if rate is None else rate
+            group["lr"] = 0.0 if rate is None else rate * group["factor"]
             group["params"][0].grad = None if rate is None else gradient
         self.adamw.step()
 
     def zero_grad(self) -> None:
         self._grad_KP.zero_()
+
+
+def _cut(spans: Sequence[Span], at: int) -> list[Span]:
+    """The same columns, with no span across `at`; neighbours of one factor are one."""
+    cut: list[Span] = []
+    for span in spans:
+        ends = [span.start, at, span.end] if span.start < at < span.end else [span.start, span.end]
+        for start, end in pairwise(ends):
+            last = cut[-1] if cut else None
+            if last is not None and last.end == start != at and last.factor == span.factor:
+                cut[-1] = Span(last.start, end, span.factor)
+            else:
+                cut.append(Span(start, end, span.factor))
+    return cut
 
 
 def clip_(grad_KP: Tensor, limit: float) -> list[float]:

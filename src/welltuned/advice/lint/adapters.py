@@ -4,10 +4,12 @@ import re
 from collections.abc import Iterator
 from difflib import get_close_matches
 
+from welltuned.advice.learning_rate import as_at_the_sweeps, two_digits
 from welltuned.advice.lint.bands import supervised_adapter, supervised_full
 from welltuned.advice.lint.check import Hit, Severity, check, limit
 from welltuned.advice.lint.config import Config, Tool
 from welltuned.advice.lint.derived import alpha_equivalent, is_mixture
+from welltuned.advice.rules import number
 from welltuned.advice.settle import shown
 from welltuned.recipe import ALL_LINEAR, Method
 
@@ -53,22 +55,22 @@ def adapter_not_trained(config: Config) -> Iterator[Hit]:
     "WT021",
     "alpha-below-rank",
     Severity.NOTE,
-    looks_for="alpha / r below 1 without rsLoRA, at a rate that is sound by alpha · rate.",
-    why="What moves the weights at first is alpha · rate, whatever r is. A small scale "
-    "is no fault by itself (QLoRA's own "
-    "is 0.25), but a rate copied from a recipe with alpha = 2r is then too low.",
-    mend="compare recipes by alpha · rate; keep alpha fixed when you change r",
-    evidence=("E094", "E055", "P004"),
+    looks_for="alpha / r below 1 without rsLoRA, at a rate that is sound at this alpha.",
+    why="The best rate falls with about the square root of alpha, whatever r is. A small scale is no fault by itself "
+    "(QLoRA's own is 0.25), but a rate copied from a recipe with alpha = 2r is then too low.",
+    mend="compare recipes by rate · √alpha; keep alpha fixed when you change r",
+    evidence=("E094", "D012", "E055", "P004"),
 )
 def alpha_below_rank(config: Config) -> Iterator[Hit]:
     alpha, rank, rate = config.number("lora_alpha"), config.number("r"), config.number("learning_rate")
     if not config.trains_adapter or not alpha or not rank or config.on("use_rslora"):
         return
     if alpha < rank and (config.given("lora_alpha") or config.given("r")):
-        product = f"; alpha · rate is {shown(alpha * rate)}" if rate else ""
-        yield Hit(
-            name="lora_alpha", sentence=f"alpha {shown(alpha)} / r {shown(rank)} is {shown(alpha / rank)}{product}"
-        )
+        same = ""
+        if rate and config.method is Method.SFT:
+            same = f"; the rate does what {shown(two_digits(as_at_the_sweeps(rate, alpha)))} does at alpha "
+            same += shown(number("rate_alpha"))
+        yield Hit(name="lora_alpha", sentence=f"alpha {shown(alpha)} / r {shown(rank)} is {shown(alpha / rank)}{same}")
 
 
 @check(
@@ -80,7 +82,7 @@ def alpha_below_rank(config: Config) -> Iterator[Hit]:
     "rate of 1e-4 and above.",
     why="rsLoRA multiplies by alpha/√r instead of alpha/r: alpha = r = 64 acts like alpha 512. In PEFT's benchmark it "
     "learned more and forgot twice as much, because it was a higher rate.",
-    mend="with rsLoRA divide alpha (or the rate) by √r",
+    mend="with rsLoRA divide alpha by √r",
     evidence=("E081", "E079", "E091"),
     factor=4.0,
     rate=1e-4,

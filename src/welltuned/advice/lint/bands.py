@@ -7,7 +7,7 @@ range here is the hull of what the law gives and of what released recipes use: a
 import math
 from dataclasses import dataclass
 
-from welltuned.advice.learning_rate import RateSetting, full_rate, lora_rate
+from welltuned.advice.learning_rate import RateSetting, alpha_factor, full_rate, lora_rate
 from welltuned.advice.lint.config import Config
 from welltuned.advice.lint.derived import (
     active_parameters,
@@ -24,7 +24,7 @@ from welltuned.recipe import Method
 # Full fine-tuning: the highest rates of released recipes by size (E048, E044, E051), between which lines are drawn in
 # logarithms. No recipe of that size is above the line.
 _FULL_HIGHEST = ((3.6e8, 1.0e-3), (1.7e9, 3.0e-4), (8.0e9, 5.0e-5), (7.0e10, 2.0e-5))
-_LARGE = 1.0e9  # from here on E024's divergence bounds alpha · rate
+_LARGE = 1.0e9  # from here on E024's divergence bounds the rate
 _SHORT = 100  # updates below which recipes, which are of longer runs, say nothing
 _SMALL = 2.0e8  # parameters up to which short runs were measured (M001 to M011, at 135M)
 _USUAL_BATCH = 16
@@ -40,14 +40,14 @@ class Band:
 
 
 def supervised_adapter(config: Config) -> Band | None:
-    """LoRA and QLoRA; None where alpha is not known. The bounds are in alpha · rate."""
+    """LoRA and QLoRA; None where alpha is not known. Bounds were found at alpha 32 and are moved as the law says."""
     alpha = alpha_equivalent(config)
     if alpha is None:
         return None
     size, run = parameters(config), updates(config)
     caps = rule("rate_cap").value
     cap = caps["small"] if size is None or size < _LARGE else caps["large"]
-    low, high = number("rate_floor") / alpha, cap / alpha
+    low, high = (bound * alpha_factor(alpha) for bound in (number("rate_floor"), cap))
     if size is None or run is None:
         return Band(low=low, high=high)
     rate = lora_rate(_setting(config, size, run, alpha))
@@ -71,7 +71,10 @@ def supervised_full(config: Config) -> Band:
 
 
 def preference_adapter(config: Config, method: Method) -> Band | None:
-    """DPO, KTO and ORPO with an adapter: recipes' centre in alpha · rate, a decade to either side."""
+    """DPO, KTO and ORPO with an adapter: recipes' centre, a decade to either side.
+
+    At rates as low as these A hardly moves, so that alpha · rate is what counts (E094); nothing else was measured.
+    """
     alpha = alpha_equivalent(config)
     if alpha is None:
         return None

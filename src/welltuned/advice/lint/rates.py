@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from welltuned.advice.learning_rate import two_digits
+from welltuned.advice.learning_rate import as_at_the_sweeps, two_digits
 from welltuned.advice.lint.bands import (
     Band,
     grpo,
@@ -14,6 +14,7 @@ from welltuned.advice.lint.bands import (
 from welltuned.advice.lint.check import Hit, Severity, check, limit
 from welltuned.advice.lint.config import Config
 from welltuned.advice.lint.derived import alpha_equivalent, batch, parameters, updates
+from welltuned.advice.rules import number
 from welltuned.advice.settle import shown, size_words
 from welltuned.recipe import Method, Tune
 
@@ -42,7 +43,10 @@ def said(config: Config) -> str:
 def _scale(config: Config) -> str:
     alpha = alpha_equivalent(config) or 0.0
     how = " (rsLoRA: alpha · √r)" if config.on("use_rslora") else ""
-    return f"at alpha {shown(alpha)}{how} is alpha · rate {shown(two_digits(alpha * (adam_rate(config) or 0)))}"
+    if not alpha or alpha == number("rate_alpha"):
+        return f"at alpha {shown(alpha)}{how} is"
+    same = shown(two_digits(as_at_the_sweeps(adam_rate(config) or 0, alpha)))
+    return f"at alpha {shown(alpha)}{how}, which does what {same} does at {shown(number('rate_alpha'))}, is"
 
 
 def _model(config: Config) -> str:
@@ -74,7 +78,7 @@ def span(low: float, high: float) -> str:
     "WT001",
     "adapter-rate-diverges",
     Severity.ERROR,
-    looks_for="SFT with LoRA: a rate more than three times above where runs have diverged (in alpha · rate).",
+    looks_for="SFT with LoRA: a rate more than three times above where runs have diverged.",
     why="Of the 80 runs that diverged in one sweep at alpha 32, 72 had the rate 3e-3; their loss did not come back.",
     mend="lower the rate into the range, or leave it to `welltuned plan`",
     evidence=("E024", "E094"),
@@ -85,7 +89,7 @@ def adapter_rate_diverges(config: Config) -> Iterator[Hit]:
     if band and rate and rate > band.high * limit("WT001", "factor") * 0.999:
         yield Hit(
             name=RATE,
-            sentence=f"{said(config)} {_scale(config)}, {rate / band.high:.0f} times above what {_model(config)} "
+            sentence=f"{said(config)} {_scale(config)} {rate / band.high:.0f} times above what {_model(config)} "
             f"has stood: {span(band.low, band.high)} is sound",
         )
 
@@ -94,7 +98,7 @@ def adapter_rate_diverges(config: Config) -> Iterator[Hit]:
     "WT002",
     "adapter-rate-high",
     Severity.WARNING,
-    looks_for="SFT with LoRA: a rate above the range that the sweep and the recipes support (in alpha · rate).",
+    looks_for="SFT with LoRA: a rate above the range that the sweep and the recipes support.",
     why="Divergence begins here: the best rates of 35 swept models lie below it.",
     mend="lower the rate into the range; halve it where forgetting matters",
     evidence=("E024", "E021", "E094"),
@@ -104,7 +108,7 @@ def adapter_rate_high(config: Config) -> Iterator[Hit]:
     if band and rate and band.high * 1.001 < rate <= band.high * limit("WT001", "factor") * 0.999:
         yield Hit(
             name=RATE,
-            sentence=f"{said(config)} {_scale(config)}, above the sound range {span(band.low, band.high)} "
+            sentence=f"{said(config)} {_scale(config)} above the sound range {span(band.low, band.high)} "
             f"for {_model(config)}",
         )
 
@@ -114,18 +118,17 @@ def adapter_rate_high(config: Config) -> Iterator[Hit]:
     "full-rate-for-adapter",
     Severity.WARNING,
     looks_for="SFT with LoRA: a rate that belongs to full fine-tuning, about ten times too low for an adapter.",
-    why="LoRA's best rate is about ten times that of full fine-tuning; at a tenth of "
-    "it the run costs the same and learns "
-    "a fraction: below 4e-5 the loss of every swept model is more than 3 % above its best.",
+    why="LoRA's best rate is about ten times that of full fine-tuning; at a tenth of it the run costs the same and "
+    "learns a fraction: at 4e-5, the lowest rate of one sweep, losses lay 3.6 % above their best on average.",
     mend="multiply the rate by about 10, or ask `welltuned plan`",
-    evidence=("E031", "E063", "E026", "D003"),
+    evidence=("E031", "E063", "E021", "D003"),
 )
 def full_rate_for_adapter(config: Config) -> Iterator[Hit]:
     band, rate = _adapter_band(config), adam_rate(config)
     if band and rate and band.low / limit("WT004", "factor") <= rate < band.low * 0.999:
         yield Hit(
             name=RATE,
-            sentence=f"{said(config)} {_scale(config)}, below the sound range {span(band.low, band.high)} "
+            sentence=f"{said(config)} {_scale(config)} below the sound range {span(band.low, band.high)} "
             f"of an adapter for {_model(config)}",
         )
 
