@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from welltuned.cli.plan import recipe_of
-from welltuned.cli.safe import visible
 from welltuned.cli.plan_view import print_plan
+from welltuned.cli.safe import visible
 from welltuned.cli.terminal import RowsShown, console, quiet_libraries
 from welltuned.cli.train import print_json, print_result
 from welltuned.search.events import ArmAdded, ArmEnded, ArmJudged, ArmUpdated, SearchEvent
