@@ -3,7 +3,7 @@
 Near its lowest point the loss is a parabola in ln(alpha · rate); the published sweep and our own cells look like one
 over a factor of four. With z = ln(alpha · rate) - ln(advised), the model of an arm's relative loss is
 
-    y = a + b z + c z^2 / 2        a free, c ~ N(CURVE, CURVE_DOUBT^2), b ~ N(0, (CURVE · doubt)^2)
+    y = a + b z + c z^2 / 2        a free, c ~ N(CURVE, CURVE_DOUBT^2), b ~ N(0, (c · doubt)^2)
 
 where `doubt` is the advice's own, as a deviation of ln(rate). Measurement errors are those of means over the same
 held-out rows, with their covariance, so that what rows differ by among themselves drops out; a point far from the best
@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-CURVE, CURVE_DOUBT = 0.15, 0.10  # relative loss per square of ln(rate): our cells at 135M have 0.06 to 0.25
-LEAST_CURVE = 0.02  # a draw that is flatter, or opens downward, counts as this
+# Relative loss per square of ln(rate): 0.14 to 0.29 in ten cells at 135M (M091), 0.015 from 1B to 70B (E025).
+CURVE, CURVE_DOUBT = 0.10, 0.10
+LEAST_CURVE = 0.01  # a draw that is flatter, or opens downward, counts as this
 FAR = 0.3  # share of the parabola's own height that a point may be off by at 4 times the best rate, less nearer by
 REPEAT = 0.001  # relative: what two runs that differ in nothing that matters differ by
 SHIFT = 0.15  # assumed: deviation of ln(best rate at the end) - ln(best rate now), times sqrt(ln(1 / share of the run))
@@ -83,12 +84,15 @@ def fit(points: Sequence[Point], weights: Sequence[float], prior: Prior, share: 
     z_K = np.array([p.x for p in points]) - prior.x
     best = z_K[int(mean_K.argmin())]
     noise_KK = covariance(loss_KI, weight_I) / level**2
-    noise_KK += np.diag(REPEAT**2 + (FAR * CURVE / 2 * np.abs(z_K - best) ** 3 / EDGE) ** 2)
     design_K3 = np.stack([np.ones_like(z_K), z_K, z_K**2 / 2], axis=1)
-    before_33 = np.diag([1e-6, (CURVE * prior.doubt) ** -2, CURVE_DOUBT**-2])
-    known = np.linalg.solve(noise_KK, design_K3)
-    precision_33 = before_33 + design_K3.T @ known
-    centre_3 = np.linalg.solve(precision_33, before_33 @ [0.0, 0.0, CURVE] + known.T @ (mean_K / level - 1))
+    curve = CURVE
+    for _ in range(2):  # the second time with the curvature that the first found
+        off_K = FAR * curve / 2 * np.abs(z_K - best) ** 3 / EDGE
+        before_33 = np.diag([1e-6, (curve * prior.doubt) ** -2, CURVE_DOUBT**-2])
+        known = np.linalg.solve(noise_KK + np.diag(REPEAT**2 + off_K**2), design_K3)
+        precision_33 = before_33 + design_K3.T @ known
+        centre_3 = np.linalg.solve(precision_33, before_33 @ [0.0, 0.0, CURVE] + known.T @ (mean_K / level - 1))
+        curve = max(LEAST_CURVE, float(centre_3[2]))
     draw = np.random.default_rng(0)
     drawn_D3 = draw.multivariate_normal(centre_3, np.linalg.inv(precision_33), size=DRAWS, method="cholesky")
     curves = np.maximum(drawn_D3[:, 2], LEAST_CURVE)

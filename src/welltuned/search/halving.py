@@ -22,6 +22,7 @@ CHANCE = 0.05  # that the best rate moves so far until the end that the arm woul
 APART = math.log(1.15)  # arms nearer to each other than this are one
 STEP = math.log(2.0)
 BOOTSTRAPS = 1_000
+LEAST_POINTS = 3  # of a curve, where some rung has as many
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +140,17 @@ def paired(ours: Entry, theirs: Entry, weights: Sequence[int]) -> Difference:
 
 
 def _curve(group: Sequence[Entry], weights: Sequence[int], prior: Prior, share: float) -> Curve:
-    """Through all arms of the group that were judged at this rung, those that are dropped since included."""
-    points = [Point(e.x, look.loss_of_row) for e in group for look in e.looks if abs(look.share - share) < 0.02]
-    return fit([p for p in points if all(map(math.isfinite, p.loss_of_row))], weights, prior, share)
+    """Through all arms of the group that were judged at the latest rung that saw three of them, dropped ones included.
+
+    At the end of a search that stopped early one arm is left, and the curve is that of the rung where it stopped.
+    """
+    at: dict[float, list[Point]] = {}
+    for e in group:
+        for look in e.looks:
+            if look.share <= share and all(map(math.isfinite, look.loss_of_row)):
+                at.setdefault(look.share, []).append(Point(e.x, look.loss_of_row))
+    latest = max((s for s in at if len(at[s]) >= LEAST_POINTS), default=max(at))
+    return fit(at[latest], weights, prior, latest)
 
 
 def _between(alive: Sequence[Entry], weights: Sequence[int]) -> dict[int, float]:
