@@ -3,13 +3,14 @@
     python benchmarks/sweep.py grid  --case gsm8k|tickets [--gsm8k FILE] --work DIR    # once; goes on where it ended
     python benchmarks/sweep.py sweep --case gsm8k|tickets [--gsm8k FILE] --work DIR
     python benchmarks/sweep.py bank  [--arms 1,2,4,8]
+    python benchmarks/sweep.py cells                                          # computes no run: reads lr_law.jsonl
 
 **grid**: one bank trains seven rates around the advice, a factor of √2 apart, and the defaults of other tools, each to
 its end, and judges all of them at every rung: with running averages, as a search does, and with the weights as they
 are. **sweep**: what `welltuned sweep` finds on the same rows, the tokens that it takes, and its regret: the held-out
 loss of its choice against the lowest of the grid's. The grid's rows also replay searches whose arms are the grid's.
 **bank**: tokens a second, and peak memory, of K arms at once against the same K runs one after another, in turn
-(A B A B), each in a process of its own.
+(A B A B), each in a process of its own. **cells**: paired errors and the curve through the rates of lr_law.jsonl.
 """
 
 import argparse
@@ -36,8 +37,11 @@ from welltuned.models.packed import packed_model
 from welltuned.models.resolve import DEMO_ALIAS
 from welltuned.recipe import load_recipe
 from welltuned.search.arms import Question, question_of
+from welltuned.search.curve import Point, Prior, fit
+from welltuned.search.halving import STEP
 from welltuned.search.items import Share, SupervisedItems, gradients
 from welltuned.search.sweep import SweepResult, is_sweep, resume_sweep, sweep
+from welltuned.training.monitor.robust import difference
 from welltuned.training.optimizer import FlatAdamW, clip_
 from welltuned.training.prepare import Prepared, prepare
 from welltuned.training.process import memory_used
@@ -197,6 +201,37 @@ def rank_correlation(a: list[float], b: list[float]) -> float:
     return 1 - 6 * sum((p - q) ** 2 for p, q in zip(*ranks, strict=True)) / (n * (n * n - 1))
 
 
+def run_cells() -> None:
+    """What three rates of a finished cell say of the best one, and how sure they are."""
+    found = []
+    cells: dict[str, dict[int, dict[str, Any]]] = {}
+    for run in (json.loads(line) for line in (RESULTS / "lr_law.jsonl").read_text(encoding="utf-8").splitlines()):
+        if "cell" in run and not run["diverged"] and run["step"] == int(run["step"]):
+            cells.setdefault(run["cell"], {})[int(run["step"])] = run
+    for name, runs in cells.items():
+        if len(runs) < 3:
+            continue
+        best = min(runs, key=lambda k: runs[k]["loss"])
+        weights = runs[best]["held_out_tokens"]
+        rows = {k: [s / w for s, w in zip(r["held_out_sums"], weights, strict=True)] for k, r in runs.items()}
+        gaps = {k: difference(rows[k], rows[best], weights) for k in runs if k != best}
+        curve = fit([Point(k * STEP, rows[k]) for k in runs], weights, Prior(best * STEP, 0.5))
+        found.append(
+            {
+                "cell": name,
+                "best_step": best,
+                "lowest_step": round(curve.x / STEP, 3),
+                "lowest_step_error": round(curve.x_error / STEP, 3),
+                "curve": round(curve.curve, 4),
+                "regret_of_best_step": round(curve.regret(best * STEP), 5),
+                "above_best": {k: round(gap.mean / runs[best]["loss"], 5) for k, gap in gaps.items()},
+                "paired_error": {k: round((gap.error or 0.0) / runs[best]["loss"], 5) for k, gap in gaps.items()},
+                "unpaired_error": round(runs[best]["standard_error"] / runs[best]["loss"], 5),
+            }
+        )
+    print(write_result("sweep_cells", {"machine": describe_machine(), "cells": found}))
+
+
 # ── many arms at once ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -274,7 +309,7 @@ def rounded(losses: tuple[float, ...]) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("grid", "sweep", "bank", "alone"))
+    parser.add_argument("what", choices=("grid", "sweep", "bank", "alone", "cells"))
     parser.add_argument("--case", choices=("gsm8k", "tickets"), default="tickets")
     parser.add_argument("--model", default=DEMO_ALIAS, help="SmolLM2-135M-Instruct, or a folder with it")
     parser.add_argument("--gsm8k", default="gsm8k_train.jsonl", help="GSM8K's training rows, as JSONL")
@@ -285,6 +320,8 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     if arguments.what == "grid":
         run_grid(arguments)
+    elif arguments.what == "cells":
+        run_cells()
     elif arguments.what == "sweep":
         run_sweep(arguments)
     elif "," in arguments.arms:
