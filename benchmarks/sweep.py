@@ -131,36 +131,32 @@ def run_grid(arguments: argparse.Namespace) -> None:
 
 def run_sweep(arguments: argparse.Namespace) -> None:
     """A real search, judged on the same rows as the grid; and searches replayed on the grid's own recordings."""
-    found = searched(arguments, question_of(None, []), "sweep", grid=False)
+    out = arguments.work / f"{arguments.case}-sweep"
+    if not (out / "run.json").exists():
+        searched(arguments, question_of(None, []), "sweep", grid=False)
+    run = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    found = run["sweep"]
     grid = json.loads((RESULTS / f"sweep_grid_{arguments.case}.json").read_text(encoding="utf-8"))
     weights = grid["weights"]
     whole = {arm["learning_rate"]: final(arm, weights) for arm in grid["arms"] if arm["status"] == "done"}
     best = min(whole, key=lambda rate: whole[rate])
-    chosen = found.found.rows[found.found.winner]
-    loss = chosen.looks[-1].loss
+    chosen = next(arm for arm in found["arms"] if arm["number"] == found["winner"])
+    loss = chosen["looks"][-1]["loss"]
     low = min(whole[best], loss)
-    others = {name: regret(whole.get(rate), low) for name, rate in DEFAULTS.items()}
+    names = ("advice", "best_rate", "best_rate_factor", "regret", "tokens", "runs_worth", "share_of_a_grid_of_seven")
     result = {
         "machine": describe_machine(),
         "case": arguments.case,
-        "updates": chosen.total_updates,
+        "updates": chosen["total_updates"],
         "grid": {f"{rate:g}": round(value, 5) for rate, value in sorted(whole.items())},
         "grid_best": {"learning_rate": best, "loss": round(whole[best], 5)},
-        "found": {"learning_rate": chosen.learning_rate, "loss": round(loss, 5)},
-        "regret": regret(loss, whole[best]),
+        "chosen": {"learning_rate": chosen["learning_rate"], "loss": round(loss, 5)},
+        "regret_against_the_grid": regret(loss, whole[best]),
         "regret_of_the_advice": regret(whole.get(grid["advised"]), low),
-        "regret_of_defaults": others,
-        "tokens": found.found.tokens,
-        "share_of_a_grid_of_seven": round(found.found.grid_share, 4),
-        "seconds": round(found.run.seconds, 1),
-        "expected_regret": found.found.regret,
-        "best_rate": found.found.best_rate,
-        "best_rate_factor": found.found.best_rate_factor,
-        "advice": found.found.advice,
-        "arms": [
-            {"learning_rate": row.learning_rate, "status": row.status, "updates": row.updates, "why": row.why}
-            for row in found.found.rows
-        ],
+        "regret_of_defaults": {name: regret(whole.get(rate), low) for name, rate in DEFAULTS.items()},
+        "seconds": run["seconds"],
+        "found": {name: found[name] for name in names},
+        "arms": [{name: arm[name] for name in ("learning_rate", "status", "updates", "why")} for arm in found["arms"]],
         "replayed": replay(grid),
     }
     print(write_result(f"sweep_{arguments.case}", result))

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-# Relative loss per square of ln(rate): 0.14 to 0.29 in ten cells at 135M (M091), 0.015 from 1B to 70B (E025).
+# Relative loss per square of ln(rate): 0.11 to 0.27 in ten cells at 135M (M091), 0.015 from 1B to 70B (E025).
 CURVE, CURVE_DOUBT = 0.10, 0.10
 LEAST_CURVE = 0.01  # a draw that is flatter, or opens downward, counts as this
 FAR = 0.3  # share of the parabola's own height that a point may be off by at 4 times the best rate, less nearer by
