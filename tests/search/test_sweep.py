@@ -119,6 +119,25 @@ def test_a_search_that_was_killed_ends_as_if_it_had_not_been(found, prepared_for
         resume_sweep(out)
 
 
+def test_a_search_that_could_not_write_its_result_has_it(found, prepared_for, tmp_path, monkeypatch):
+    """All arms are trained, and only the end is made again."""
+    from welltuned.search import sweep as sweep_module
+
+    whole, result, _ = found
+    out, told = tmp_path / "out", []
+
+    def fails(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_module, "verify_and_save", fails)
+        with pytest.raises(Killed):
+            sweep(prepared_for(learning_rate=2e-3), question_of(3, []), out)
+    again = resume_sweep(out, told.append)
+    assert not any(isinstance(e, ArmUpdated) for e in told)
+    assert same(adapter(out), adapter(whole)) and again.found.advice == result.found.advice
+
+
 def test_pairs_share_their_reference(tiny_model_dir, write_rows, tmp_path):
     """DPO: arms of a search against separate runs, and the reference is asked once."""
     rows = [

@@ -136,6 +136,8 @@ class Search:
                 self._judge()
             self._say(self.setting.keeper.news())
         self.save(wait=True)
+        if self.last_decision is None:  # it went on after its last decision
+            self.last_decision = self._decide()
         assert self.state.winner is not None
         return self.arms[self.state.winner]
 
@@ -321,7 +323,8 @@ class Search:
         """Do what was decided; True where another arm began, which must catch up first."""
         self.last_decision = decision
         self._record(decision)
-        if last and (self.setting.grid or decision.add is None):
+        settled = self.setting.grid or self.state.winner is not None
+        if last and (settled or decision.add is None):
             self.state = replace(self.state, winner=decision.leader, ended=True)
             return False
         if self.setting.grid:
@@ -333,7 +336,7 @@ class Search:
                 if arm.number != decision.leader:
                     self._end(arm.number, Status.DROPPED, f"the search stopped: {decision.stop}")
             self.state = replace(self.state, winner=decision.leader)
-        if decision.add is None:
+        if decision.add is None or settled:
             self._compact()
             return False
         self._add(decision)
