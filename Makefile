@@ -54,8 +54,9 @@ format: setup ## put the source into ruff's format
 bench: setup ## measure speed and memory; results go to benchmarks/results
 	@$(BIN)/python benchmarks/sft_cpu.py $(ARGS)
 
-docs: setup ## make docs/evidence.md again from the rules and their evidence
+docs: setup ## make docs/evidence.md and docs/when_it_goes_wrong.md again from the code's own words
 	@$(BIN)/python -m welltuned.advice.page docs/evidence.md
+	@$(BIN)/python -m welltuned.training.monitor.page > docs/when_it_goes_wrong.md
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

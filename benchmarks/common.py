@@ -42,6 +42,18 @@ def write_result(name: str, result: dict[str, Any], folder: Path = RESULTS) -> P
     return path
 
 
+def runs_so_far(name: str, settings: dict[str, Any], folder: Path = RESULTS) -> dict[str, list[dict[str, Any]]]:
+    """The runs that NAME.json holds, so that rounds can be added to them; only those of the same settings will do."""
+    result = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    for key, value in settings.items():
+        if result[key] != value:
+            raise SystemExit(
+                f"{name}.json was measured with {key} {result[key]}, not {value}: begin anew, without --more"
+            )
+    runs: dict[str, list[dict[str, Any]]] = result["runs"]
+    return runs
+
+
 def _processor() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")

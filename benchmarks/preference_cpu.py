@@ -1,15 +1,17 @@
-"""LoRA DPO of SmolLM2-135M, fp32 on the CPU: tokens per second and peak memory, beside TRL on the same pairs.
+"""LoRA DPO of SmolLM2-135M on the CPU: tokens per second and peak memory, beside TRL on the same pairs.
 
-    python benchmarks/preference_cpu.py --data dpo_en_demo.json [--trl-python ENV/bin/python] [--pairs N] [--rounds N]
+    python benchmarks/preference_cpu.py --data dpo_en_demo.json [--trl-python ENV/bin/python] [--rounds N] [--more]
 
 The systems run in turn (A B C A B C ...), each in a process of its own; medians are quoted. Tokens are those of both
 sequences of each pair, prompts counted twice, without padding, whatever a system does with them: so a shared prompt
 shows as speed. The pass under the reference model is part of the time. Pairs that do not fit `--max-length` whole are
-left out beforehand, so that every system sees the same ones. Let nothing else run meanwhile.
+left out beforehand, so that every system sees the same ones. Let nothing else run meanwhile; the processor's seconds
+(`cpu`, both cores together) say more where something does.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import describe_machine, write_result
+from common import describe_machine, runs_so_far, write_result
 from sft_cpu import PEERS, saved_model
 
 from welltuned.data.dataset import open_sources
@@ -40,7 +42,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="runs of each system (default: %(default)s)")
     parser.add_argument("--trl-python", help="python of an environment with TRL and PEFT")
     parser.add_argument("--no-result", action="store_true", help="print only, write no result")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: %(default)s)")
+    parser.add_argument("--more", action="store_true", help="add the rounds to those of the last result")
     arguments = parser.parse_args()
+    name_of_result = "preference_cpu" if arguments.dtype == "float32" else f"preference_cpu_{arguments.dtype}"
     pythons = {"welltuned": sys.executable, "unshared": sys.executable, "trl": arguments.trl_python}
     systems = {name: python for name, python in pythons.items() if python}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in systems}
@@ -48,6 +53,8 @@ def main() -> None:
         model = Path(arguments.model) if arguments.model else saved_model(Path(folder) / "model")
         data = Path(folder) / "pairs.jsonl"
         counts = write_pairs(arguments, str(model), data)
+        if arguments.more:
+            runs = runs_so_far(name_of_result, {"dtype": arguments.dtype, "max_length": arguments.max_length, **counts})
         for turn in range(arguments.rounds):
             for name, python in systems.items():
                 runs[name].append(one_run(name, python, model, data, arguments))
@@ -55,7 +62,7 @@ def main() -> None:
     result = summary(runs, counts, arguments)
     print(json.dumps(result["median"], indent=1))
     if not arguments.no_result:
-        print(write_result("preference_cpu", result))
+        print(write_result(name_of_result, result))
 
 
 def write_pairs(arguments: argparse.Namespace, model: str, path: Path) -> dict[str, Any]:
@@ -91,7 +98,7 @@ def one_run(name: str, python: str, model: Path, data: Path, arguments: argparse
     """One process; its last line of output is its result."""
     script = "trl_dpo.py" if name == "trl" else "welltuned_dpo.py"
     numbers = (str(n) for n in (arguments.pairs, BATCH, arguments.max_length))
-    command = [python, str(PEERS / script), str(model), str(data), *numbers, SYSTEMS[name]]
+    command = [python, str(PEERS / script), str(model), str(data), *numbers, SYSTEMS[name], arguments.dtype]
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([c for c in command if c], capture_output=True, text=True, cwd=folder, check=False)
     if done.returncode:
@@ -111,6 +118,7 @@ def summary(
     medians: dict[str, Any] = {
         name: {
             "tokens_per_s": round(tokens / median(name, "seconds"), 1),
+            "cpu_s": round(median(name, "cpu_seconds"), 1),
             "peak_gb": round(median(name, "peak_rss_gb"), 2),
         }
         for name in runs
@@ -120,6 +128,7 @@ def summary(
             both = zip(runs["welltuned"], runs[name], strict=True)
             ratio = statistics.median(theirs["seconds"] / ours["seconds"] for ours, theirs in both)
             medians[name]["welltuned_speed_ratio"] = round(ratio, 2)
+            medians[name]["cpu_ratio"] = round(median(name, "cpu_seconds") / median("welltuned", "cpu_seconds"), 2)
             memory = median("welltuned", "peak_rss_gb") / median(name, "peak_rss_gb")
             medians[name]["welltuned_memory_ratio"] = round(memory, 2)
     return {
@@ -129,6 +138,8 @@ def summary(
         "share_of_tokens_saved_by_sharing": round(counts["shared_prompt_tokens"] / tokens, 3),
         "effective_batch_size": BATCH,
         "r": R,
+        "dtype": arguments.dtype,
+        "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
         "max_length": arguments.max_length,
         "median": medians,
         "runs": runs,

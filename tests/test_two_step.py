@@ -76,10 +76,10 @@ def test_a_real_model_comes_to_prefer_the_better_answers():
 
     arguments = argparse.Namespace(
         data=str(DEMO_PAIRS), model=DEMO_ALIAS, sft_updates=8, updates=24, batch=4, max_length=192, held_out=0.16,
-        no_result=True,
+        rate=None, no_result=True,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        dpo = two_step.two_steps(arguments, Path(folder))["dpo"]
+        dpo = two_step.two_steps(arguments, Path(folder))["dpo_by_rate"]["0.0003"]
     assert dpo["loss_before"] == pytest.approx(math.log(2), abs=1e-4)
     assert dpo["after"]["loss"] < dpo["loss_before"]
     assert dpo["accuracy_after"] > 0.5 and dpo["after"]["rewards/margins"] > 0

@@ -1,6 +1,6 @@
 """The same updates with TRL's GRPOTrainer and PEFT, in an environment of its own; prints one JSON line.
 
-python trl_grpo.py MODEL_DIR PROMPTS.jsonl UPDATES PROMPTS GENERATIONS TOKENS R
+python trl_grpo.py MODEL_DIR PROMPTS.jsonl UPDATES PROMPTS GENERATIONS TOKENS R DTYPE
 """
 
 import json
@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 model_dir, data = sys.argv[1:3]
 updates, prompts, generations, tokens, r = map(int, sys.argv[3:8])
-torch.set_num_threads(os.cpu_count() or 1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
 rows = [json.loads(line)["prompt"] for line in Path(data).read_text(encoding="utf-8").splitlines()]
 dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in rows])
 spent = {"generation": 0.0, "reward": 0.0}
@@ -41,17 +41,25 @@ def timed(name, function):
 class Clock(TrainerCallback):
     def on_step_begin(self, *_, **__):
         spent.update(generation=0.0, reward=0.0)
-        self.started = time.perf_counter()
+        self.started, self.cpu = time.perf_counter(), time.process_time()
 
     def on_step_end(self, *_, **__):
         whole = time.perf_counter() - self.started
         update = whole - spent["generation"] - spent["reward"]
-        found.append({**spent, "update": update, "whole": whole, "tokens": prompts * generations * tokens})
+        found.append(
+            {
+                **spent,
+                "update": update,
+                "whole": whole,
+                "cpu": time.process_time() - self.cpu,
+                "tokens": prompts * generations * tokens,
+            }
+        )
 
 
 with tempfile.TemporaryDirectory() as folder:
     trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, sys.argv[8])),
         processing_class=AutoTokenizer.from_pretrained(model_dir),
         reward_funcs=lambda completions, **_: [c[0]["content"].count("e") / 10 for c in completions],
         train_dataset=dataset,

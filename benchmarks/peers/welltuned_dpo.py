@@ -1,6 +1,6 @@
-"""One LoRA DPO run of welltuned, fp32 on the CPU; prints one JSON line. Called by preference_cpu.py.
+"""One LoRA DPO run of welltuned on the CPU; prints one JSON line. Called by preference_cpu.py.
 
-python welltuned_dpo.py MODEL_DIR DATA.jsonl PAIRS BATCH MAX_LENGTH shared|unshared
+python welltuned_dpo.py MODEL_DIR DATA.jsonl PAIRS BATCH MAX_LENGTH shared|unshared DTYPE
 """
 
 import json
@@ -15,7 +15,7 @@ import welltuned
 from welltuned.training import preference
 from welltuned.training.events import Updated
 
-model, data, pairs, batch, length, layout = sys.argv[1:]
+model, data, pairs, batch, length, layout, dtype = sys.argv[1:]
 if layout == "unshared":
     preference.shares = lambda model: False
 with tempfile.TemporaryDirectory() as folder:
@@ -28,7 +28,7 @@ with tempfile.TemporaryDirectory() as folder:
 
     def watch(event: object) -> None:
         if not marks and not isinstance(event, Updated):
-            marks.append(time.perf_counter())
+            marks.extend((time.perf_counter(), time.process_time()))
 
     result = welltuned.train(
         model=model,
@@ -44,15 +44,17 @@ with tempfile.TemporaryDirectory() as folder:
         r=16,
         lora_alpha=16.0,
         learning_rate=1e-5,
-        dtype="float32",
+        dtype=dtype,
     )
-    seconds = time.perf_counter() - marks[0]  # from the reference on: loading is not counted
+    # From the reference on: loading is not counted.
+    seconds, cpu = time.perf_counter() - marks[0], time.process_time() - marks[1]
     metrics = [json.loads(line) for line in (result.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 updates = [line for line in metrics if "loss" in line]
 print(
     json.dumps(
         {
             "seconds": seconds,
+            "cpu_seconds": cpu,
             "tokens_laid": sum(line["tokens"] for line in updates),
             "losses": [round(line["loss"], 5) for line in updates],
             "margins": [round(line["rewards/margins"], 5) for line in updates],

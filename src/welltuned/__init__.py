@@ -22,6 +22,7 @@ __all__ = [
     "scale",
     "train",
     "verify",
+    "write_report",
 ]
 
 _HOMES = {
@@ -30,7 +31,20 @@ _HOMES = {
 } | {name: "welltuned.api" for name in __all__ if name not in ("LoraSettings", "attach", "__version__")}
 
 if TYPE_CHECKING:
-    from welltuned.api import average, evaluate, export, inspect, load, merge, plan, resume, scale, train, verify
+    from welltuned.api import (
+        average,
+        evaluate,
+        export,
+        inspect,
+        load,
+        merge,
+        plan,
+        resume,
+        scale,
+        train,
+        verify,
+        write_report,
+    )
     from welltuned.models.lora import LoraSettings, attach
 else:
 

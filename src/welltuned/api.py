@@ -31,8 +31,11 @@ from welltuned.finished.scores import Metric
 from welltuned.models.generate import Decoding, replies
 from welltuned.models.lora import AdapterBank
 from welltuned.models.resolve import NO_TRUST
+from welltuned.models.tokenizer import in_short
 from welltuned.recipe import KEYS, Trust, load_recipe
-from welltuned.training.events import Observer, silent
+from welltuned.report.page import write_report as write_page
+from welltuned.training.checkpoint import checkpoints
+from welltuned.training.events import Note, Observer, silent
 from welltuned.training.inspection import SHOWN, Inspection
 from welltuned.training.inspection import inspect as inspect_recipe
 from welltuned.training.prepare import prepare
@@ -71,10 +74,24 @@ def inspect(recipe: str | None = None, *, show: int = SHOWN, rows: Sequence[str]
 
 
 def train(recipe: str | None = None, *, out: str | Path, observer: Observer = silent, **options: Any) -> RunResult:
-    """Plan and train, and write the Run to `out`; options as in `plan`."""
+    """Plan and train, and write the Run to `out`, with its page; options as in `plan`."""
     asked = _recipe(recipe, options)
     require_free(Path(out))
-    return train_prepared(prepare(asked), Path(out), observer)
+    return _reported(train_prepared(prepare(asked), Path(out), observer), observer)
+
+
+def _reported(result: RunResult, observer: Observer) -> RunResult:
+    """The same, with its page beside it; that this fails is told and no reason to lose a result."""
+    try:
+        write_page(result.path)
+    except Exception as error:
+        observer(Note(f"there is no report ({in_short(error)}); once more: welltuned report {result.path}"))
+    return result
+
+
+def write_report(run: str | Path, *others: str | Path, out: str | Path | None = None) -> Path:
+    """Write a run's page, finished or not, with the curves of others laid over its own; where it lies."""
+    return write_page(Path(run), [Path(other) for other in others], None if out is None else Path(out))
 
 
 def resume(run: str | Path, *, observer: Observer = silent, accept_changes: bool = False) -> RunResult:
@@ -87,7 +104,7 @@ def resume(run: str | Path, *, observer: Observer = silent, accept_changes: bool
     Raises:
         InputError: there is no unfinished run, or something changed.
     """
-    return resume_run(Path(run), observer, accept_changes=accept_changes)
+    return _reported(resume_run(Path(run), observer, accept_changes=accept_changes), observer)
 
 
 def _recipe(path: str | None, options: dict[str, Any]) -> Any:
@@ -201,6 +218,25 @@ def average(
     with written_whole(Path(out), needs) as folder:
         save(averaged.adapter, folder, found.origin(f"adapter average: {of}"))
     return averaged
+
+
+def average_checkpoints(
+    run: str | Path, *, out: str | Path, decay: float, rank: int | str | None = None
+) -> averaging.Averaged:
+    """Write the mean of a run's checkpoints, each weighted by `decay` to the power of the updates that it lies back.
+
+    Raises:
+        InputError: there are fewer than two, or `decay` is not above 0 and at most 1.
+    """
+    if not 0 < decay <= 1:
+        raise InputError(f"{decay:g} is no decay", where="--ema", mend="give a number above 0 and at most 1, as 0.99")
+    kept = checkpoints(Path(run))
+    if len(kept) < 2:
+        mend = "train with a smaller save_steps and a larger save_total_limit, or with ema_decay"
+        raise InputError(f"the run has {len(kept)} checkpoints", where=str(run), mend=mend)
+    shares = [decay ** (kept[0][0] - step) for step, _ in kept]
+    weights = [share / sum(shares) for share in shares]
+    return average(*(folder for _, folder in kept), out=out, weights=weights, rank=rank)
 
 
 def _adapter_of(run: str | Path) -> tuple[finding.Finished, AdapterFile]:

@@ -77,6 +77,11 @@ def made_by_peft(folder, to, **options):
         ("llama", dict(target_modules="all-linear")),
         ("llama", dict(layers_to_transform=[1])),
         ("llama", dict(init_lora_weights="gaussian")),
+        ("llama", dict(use_dora=True)),
+        ("llama", dict(rank_pattern={"v_proj": 8, "layers.0.mlp.up_proj": 2}, alpha_pattern={"q_proj": 3})),
+        ("llama", dict(modules_to_save=["embed_tokens", "lm_head"], ensure_weight_tying=True)),
+        ("llama", dict(modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
+        ("qwen2", dict(use_dora=True, bias="all")),
         ("qwen2", dict(bias="lora_only")),
         ("qwen2", dict(bias="all")),
         ("qwen2", dict(bias="all", target_modules=["o_proj"])),
@@ -100,11 +105,7 @@ def test_an_adapter_of_pefts_loads_here(folders, tmp_path, kind, options):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(use_dora=True),
-        dict(rank_pattern={"v_proj": 8}),
-        dict(alpha_pattern={"v_proj": 8}),
         dict(lora_bias=True),
-        dict(modules_to_save=["lm_head"]),
         dict(trainable_token_indices=[1, 2]),
         dict(alora_invocation_tokens=[7]),
     ],
@@ -116,6 +117,13 @@ def test_what_is_more_than_lora_is_refused(folders, tmp_path, options):
     with pytest.raises(InputError, match=next(iter(options))) as error:
         load_adapter(model, tmp_path)
     assert "PEFT" in str(error.value) and torch.equal(logits(model), before)
+
+
+def test_a_copy_of_a_shared_weight_is_refused(folders, tmp_path):
+    """PEFT trains a copy of the head and leaves the embedding; here they are one."""
+    made_by_peft(folders("llama"), tmp_path, target_modules=["q_proj"], r=4, modules_to_save=["lm_head"])
+    with pytest.raises(InputError, match="lm_head was trained without model.embed_tokens, which shares"):
+        load_adapter(load_model(folders("llama"), dtype=torch.float32), tmp_path)
 
 
 def test_starts_that_change_the_base_are_refused(folders, tmp_path):
@@ -184,8 +192,8 @@ def trained(folders, data_file, tmp_path_factory):
     def train(kind, **options):
         out = tmp_path_factory.mktemp("run") / "out"
         welltuned.train(
-            out=out, model=folders(kind), data=data_file, max_steps=6, effective_batch_size=16, learning_rate=2e-2,
-            **options,
+            out=out, model=folders(kind), data=data_file, max_steps=6, effective_batch_size=16,
+            **{"learning_rate": 2e-2, **options},
         )  # fmt: skip
         return out
 
@@ -199,6 +207,11 @@ def trained(folders, data_file, tmp_path_factory):
         ("llama", dict(use_rslora=True, r=8, lora_alpha=4)),
         ("llama", dict(target_modules=["q_proj", "v_proj"], lora_alpha=2.5)),
         ("llama", dict(target_modules=["layers.1.mlp.down_proj", "k_proj"])),
+        ("llama", dict(use_dora=True)),
+        ("llama", dict(init_lora_weights="pissa", use_rslora=True)),
+        ("llama", dict(init_lora_weights="olora", learning_rate=2e-3)),
+        ("llama", dict(rank_pattern={"down_proj": 5}, alpha_pattern={"q_proj": 3}, layers_to_transform=[1])),
+        ("llama", dict(modules_to_save=["embed_tokens"], loraplus_lr_ratio=4.0)),
         ("qwen2", dict(bias="lora_only", target_modules=["q_proj", "o_proj"])),
         ("qwen2", dict(bias="all")),
         ("gpt2", {}),

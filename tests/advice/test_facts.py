@@ -215,6 +215,21 @@ def test_cgroup_version_1(tmp_path):
     assert (facts.memory_total, facts.memory_available) == (3_000_000_000, 2_000_000_000) and facts.cores >= 1
 
 
+@pytest.mark.parametrize("soft,expected", [("2500000000", (2_500_000_000, 1_500_000_000)), ("unlimited", None)])
+def test_a_limit_of_the_process(tmp_path, soft, expected):
+    """`ulimit -v`: what is mapped counts against it."""
+    root = fake_machine(
+        tmp_path,
+        {
+            "proc/self/limits": f"Limit  Soft Limit  Hard Limit  Units\nMax address space  {soft}  unlimited  bytes\n",
+            "proc/self/status": "Name: python\nVmSize:    976562 kB\nVmRSS:    200000 kB\n",
+        },
+    )
+    facts = read_machine_facts(root=root)
+    expected = expected or (8_000_000 * 1024, 6_000_000 * 1024)
+    assert (facts.memory_total, facts.memory_available) == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "gpt_oss"])
 @pytest.mark.parametrize("targets", [("experts",), ("experts.down_proj",), ("all-linear", "experts"),
                                      ("q_proj", "experts.gate_up_proj")], ids=str)  # fmt: skip

@@ -53,6 +53,30 @@ def test_equals_reference(agree, tiles, kind):
     assert not each.requires_grad
 
 
+@pytest.mark.parametrize("op", ["loss", "logprob"])
+def test_a_vocabulary_of_262_thousand_needs_no_logits_of_all_rows(op):
+    """Gemma 3's vocabulary: the logits of these rows would take 0.54 GB, and their gradient as much."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from welltuned.kernels.token_logprob import token_logprob
+
+    m, vocabulary = 512, 262_144
+    h = torch.randn(m, 8, requires_grad=True)
+    head, target = Head(torch.randn(vocabulary, 8)), torch.randint(vocabulary, (m,))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        if op == "loss":
+            value = token_loss(h, head, target, torch.full((m,), 1 / m))[0]
+        else:
+            value = -token_logprob(h, head, target)[0].mean()
+        value.backward()
+    now = peak = 0
+    for event in record.profiler.kineto_results.events():
+        now += event.nbytes() if event.name() == "[memory]" else 0
+        peak = max(peak, now)
+    assert 0 < peak < 4 * m * vocabulary / 16
+    assert float(value.detach()) > 5 and torch.isfinite(h.grad).all()
+
+
 @pytest.mark.parametrize("kind", [{}, {"softcap": 2.0}, {"train_head": True}], ids=str)
 def test_frozen_hidden_states_and_no_gradient_at_all(tiles, kind):
     h, head, target, weight = problem(**kind)

@@ -63,7 +63,7 @@ def test_all_linear_is_every_projection_but_head_and_routers(tools):
     assert leaves("mixtral") == attention
 
 
-@pytest.mark.parametrize("init", Init)
+@pytest.mark.parametrize("init", [Init.KAIMING, Init.GAUSSIAN])
 def test_start_depends_on_seed_and_module_only(tools, init):
     """Not on rank beyond its own rows, nor on what else is adapted: runs of a sweep start alike."""
 

@@ -1,6 +1,7 @@
 """Faults to order: a system whose n-th call of a save fails, tears or kills, and snapshots to be saved."""
 
 import os
+import traceback
 
 import torch
 
@@ -79,6 +80,7 @@ def in_child(work):
         try:
             work()
         except BaseException:
+            traceback.print_exc()
             os._exit(99)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -325,6 +325,15 @@ def test_format_1_is_read():
     assert is_what_was_saved(read_checkpoint(FIXTURE / "checkpoints" / "step-000007"), 7)
 
 
+def test_the_fixture_is_older_than_what_is_written_now(run):
+    """It lacks what was added since, which is read with its default; it is never written again."""
+    old = json.loads((FIXTURE / "checkpoints" / "step-000007" / STATE).read_text())["position"]
+    new = json.loads((folder_of(run, 20) / STATE).read_text())["position"]
+    assert new["before"].keys() - old["before"].keys() >= {"tokens_of_example", "samples", "notes"}
+    found = read_checkpoint(FIXTURE / "checkpoints" / "step-000007")
+    assert found.position.before.tokens_of_example == () and found.position.before.notes == ()
+
+
 def test_a_newer_format_is_not_taken_for_damaged(run):
     path = folder_of(run, 20) / MANIFEST
     plain = {**json.loads(path.read_text()), "format": FORMAT + 1}

@@ -146,6 +146,40 @@ def test_evaluating_changes_nothing(run, cuts, eval_steps):
     assert [line["step"] for line in finished.evaluations] == asked
 
 
+def test_generating_changes_nothing(tiny_model_dir, tiny_tokenizer, data_file, tmp_path):
+    """Replies before the first update and completions in the middle, with dropout on."""
+    import numpy as np
+
+    from welltuned.models.generate import Decoding, replies
+    from welltuned.models.sample import Sampling, complete
+    from welltuned.recipe import load_recipe
+    from welltuned.training.events import Updated
+    from welltuned.training.prepare import prepare
+    from welltuned.training.run import train
+
+    made, said = [], []
+
+    def before(ready):
+        made.append(ready)
+        said.append(replies(ready.model, tiny_tokenizer, [[5, 6, 7], [8, 9]], Decoding(max_new_tokens=6)))
+
+    def observer(event):
+        if isinstance(event, Updated) and event.step in (2, 5):
+            engine = made[0].engine
+            engine.trained.no_dropout()
+            drawn = complete(
+                engine.model, engine.head, [np.array([5, 6, 7], np.int32)], [[event.step]], Sampling(max_new_tokens=6)
+            )
+            said.append(drawn)
+
+    given = dict(model=str(tiny_model_dir), data=data_file, max_steps=7, learning_rate=2e-2, effective_batch_size=16)
+    prepared = prepare(load_recipe(None, {**given, "lora_dropout": 0.1}))
+    train(prepared, tmp_path / "a", observer, before)
+    train(prepared, tmp_path / "b")
+    name = "adapter/adapter_model.safetensors"
+    assert len(said) == 3 and (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
 def test_gradient_checkpointing_changes_nothing(run, cuts):
     finished = run(token_budget=budget(4), gradient_checkpointing=True)
     assert finished.result.engine.model.config.num_hidden_layers == finished.summary["fused"]["checkpointed layer"]

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import threading
 
 import pytest
 import torch
@@ -207,6 +208,71 @@ def test_out_of_memory_in_generation(options, straight, monkeypatch):
     monkeypatch.setattr(generate, "_batch", batch)
     assert generate.replies(tuned.model, tuned.tokenizer, prompts, decoding) == expected
     assert sizes == [5, 3, 2, 2, 1]
+
+
+@pytest.fixture(scope="module")
+def grpo(tiny_model_dir, write_rows, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grpo")
+    (folder / "rewards.py").write_text(
+        "def vowels(completion):\n    return sum(completion.count(v) for v in 'aeiou')\n"
+    )
+    prompts = write_rows(folder / "prompts.jsonl", [{"prompt": f"say {c}", "answer": c} for c in "abcdefghijkl"])
+    return dict(
+        model=str(tiny_model_dir), data=prompts, method="grpo", rewards=[f"{folder / 'rewards.py'}:vowels"],
+        num_generations=4, effective_batch_size=16, max_completion_length=8, max_steps=3, learning_rate=1e-2,
+        eval_steps=2, token_budget=512, mask_truncated_completions=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("most", [8, pytest.param(2, marks=pytest.mark.slow)], ids=["fewer prompts", "fewer of one"])
+def test_out_of_memory_while_completions_are_sampled(grpo, tmp_path, monkeypatch, most):
+    """In smaller batches, down to single completions; what is drawn for each is the same in any batch."""
+    from welltuned.models import sample
+
+    welltuned.train(out=tmp_path / "straight", **grpo)
+    real, sizes = sample._sample, []
+
+    def some(decoder, names, *rest):
+        sizes.append(sum(map(len, names)))
+        if sizes[-1] > most:
+            raise ERRORS[0]
+        return real(decoder, names, *rest)
+
+    monkeypatch.setattr(sample, "_sample", some)
+    seen = []
+    welltuned.train(out=tmp_path / "run", observer=seen.append, **grpo)
+    assert nearly_same(tmp_path / "run", tmp_path / "straight")
+    rewards = [[line["reward"] for line in updates(tmp_path / name)] for name in ("run", "straight")]
+    assert rewards[0] == rewards[1]
+    said = [text for text in texts(seen) if "ran out of memory" in text]
+    assert said and len(said) < 10
+    found = json.loads((tmp_path / "run" / "run.json").read_text())["healed"]["token_budget"]
+    assert found < 512 and max(sizes[-6:]) <= most  # remembered, of the evaluation too
+
+
+def test_out_of_memory_while_the_reference_is_asked(tiny_model_dir, rows, write_rows, tmp_path, monkeypatch):
+    from welltuned.training import reference
+
+    pairs = [
+        {"prompt": a["content"], "chosen": b["content"], "rejected": b["content"] + " no"}
+        for a, b in (row["messages"] for row in rows[:40])
+    ]
+    monkeypatch.setenv("WELLTUNED_CACHE", str(tmp_path / "cache"))
+    real, budgets = reference.answer_logps, []
+
+    def logps(token, laid):
+        budgets.append(len(laid.packed.ids_N))
+        if budgets[-1] > 300:
+            raise ERRORS[1]
+        return real(token, laid)
+
+    monkeypatch.setattr(reference, "answer_logps", logps)
+    seen = []
+    data = write_rows(tmp_path / "pairs.jsonl", pairs)
+    options = dict(model=str(tiny_model_dir), data=data, method="dpo", max_steps=2, effective_batch_size=8)
+    welltuned.train(out=tmp_path / "run", observer=seen.append, learning_rate=1e-3, token_budget=2048, **options)
+    assert any("asking the reference ran out of memory" in text for text in texts(seen))
+    assert max(budgets) > 300 and budgets[-1] <= 300
 
 
 def test_out_of_memory_while_the_model_is_loaded(options, tmp_path, monkeypatch):
@@ -415,6 +481,81 @@ def test_it_does_not_go_back_for_ever(even, tmp_path, monkeypatch):
         welltuned.train(out=tmp_path / "run", **even)
 
 
+def test_two_in_a_row_at_the_end_are_a_failure(even, tmp_path, monkeypatch):
+    """No later update can show that only rows were at fault: weights may be past saving, and nobody would know."""
+    spoil_from(monkeypatch, UPDATES - 1)
+    seen, failed = trained(tmp_path / "run", even)
+    assert f"{2} updates in a row were not finite, the last: the gradient of update {UPDATES}" in str(failed)
+    assert [event.step for event in seen if isinstance(event, Skipped)] == [UPDATES - 1, UPDATES]
+    assert (
+        not (tmp_path / "run" / "run.json").exists() and newest(tmp_path / "run", None)[0].position.step < UPDATES - 1
+    )
+
+
+def test_one_at_the_end_is_left_out_as_elsewhere(even, tmp_path, monkeypatch):
+    spoil_from(monkeypatch, UPDATES)
+    seen, failed = trained(tmp_path / "run", even)
+    assert failed is None and [event.step for event in seen if isinstance(event, Skipped)] == [UPDATES]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["healed"]["updates_left_out"] == 1
+
+
+def test_two_in_a_row_before_the_end_are_left_out(even, tmp_path, monkeypatch):
+    spoil_from(monkeypatch, UPDATES - 2, until=UPDATES)
+    seen, failed = trained(tmp_path / "run", even)
+    assert failed is None and len([event for event in seen if isinstance(event, Skipped)]) == 2
+
+
+def test_two_at_the_end_go_back_where_the_advice_chose_the_rate(even, tmp_path, monkeypatch):
+    spoil_from(monkeypatch, UPDATES - 1, until=UPDATES + 1)
+    seen = []
+    result = welltuned.train(out=tmp_path / "run", observer=seen.append, **even)
+    assert result.updates == UPDATES
+    assert any("2 updates in a row were not finite" in text and "back to update" in text for text in texts(seen))
+    assert [line["step"] for line in updates(tmp_path / "run")] == list(range(1, UPDATES + 1))
+
+
+def test_a_lower_rate_is_accepted_after_a_stop(even, tmp_path, monkeypatch):
+    """What the message says to do."""
+    spoil_from(monkeypatch, 6)
+    run = tmp_path / "run"
+    _, failed = trained(run, even)
+    assert f"lower learning_rate in {run}/recipe.yaml and: welltuned resume {run} --accept-changes" in str(failed)
+    monkeypatch.undo()
+    (run / "recipe.yaml").write_text(
+        (run / "recipe.yaml").read_text().replace("learning_rate: 0.02", "learning_rate: 0.01")
+    )
+    seen = []
+    resume(run, seen.append, accept_changes=True)
+    assert [line["step"] for line in updates(run)] == list(range(1, UPDATES + 1))
+    assert max(event.learning_rate for event in seen if isinstance(event, Updated)) <= 0.01
+
+
+def spoil_evaluation(monkeypatch, number):
+    """The n-th evaluation's loss is not finite."""
+    real, calls = step_module.evaluate, []
+
+    def evaluate(engine, rows):
+        calls.append(1)
+        if len(calls) == number:
+            raise step_module.NotFinite("the held-out loss is not finite in rows.jsonl:7")
+        return real(engine, rows)
+
+    monkeypatch.setattr(step_module, "evaluate", evaluate)
+
+
+def test_an_evaluation_that_is_not_finite_goes_back_or_stops(even, tmp_path, monkeypatch):
+    spoil_evaluation(monkeypatch, 3)
+    seen = []
+    welltuned.train(out=tmp_path / "back", observer=seen.append, **even)
+    assert any("not finite in rows.jsonl:7: back to update 4" in text for text in texts(seen))
+    assert [line["step"] for line in updates(tmp_path / "back")] == list(range(1, UPDATES + 1))
+    monkeypatch.undo()
+    spoil_evaluation(monkeypatch, 3)
+    _, failed = trained(tmp_path / "stop", even)
+    assert "the held-out loss is not finite in rows.jsonl:7; the last checkpoint is as it was" in str(failed)
+    assert newest(tmp_path / "stop", None)[0].position.step == 4
+
+
 def test_a_weight_that_is_not_finite_is_taken_from_the_last_checkpoint(options, tmp_path, monkeypatch):
     """A memory error in a weight: no row is at fault, and nothing can be learned from there."""
     engines = []
@@ -500,7 +641,11 @@ def test_a_disk_that_stays_full_ends_the_run_after_training_with_the_last_checkp
 
     def observer(event):
         seen.append(event)
-        disk.broken = disk.broken or (isinstance(event, Updated) and event.step == 5)
+        if isinstance(event, Updated) and event.step == 5:
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint":  # that of update 4
+                    thread.join()
+            disk.broken = True
 
     with pytest.raises(RunError, match="No space left on device"):
         welltuned.train(out=tmp_path / "run", observer=observer, learning_rate=2e-2, **options)

@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+import torch
 
 import welltuned
 from welltuned.training import keeper as keeper_module
@@ -47,18 +48,33 @@ def same(run, straight):
     return (run / name).read_bytes() == (straight / name).read_bytes()
 
 
-def patched(monkeypatch, place, name, number, signals=1):
-    """Raise the signal when this function is called for the n-th time."""
+def patched(monkeypatch, place, name, number, kinds=(signal.SIGINT,)):
+    """Raise these signals when this function is called for the n-th time."""
     real, calls = getattr(place, name), []
 
     def wrapped(*arguments, **options):
         calls.append(1)
         if len(calls) == number:
-            for _ in range(signals):
-                os.kill(os.getpid(), signal.SIGINT)
+            for kind in kinds:
+                os.kill(os.getpid(), kind)
         return real(*arguments, **options)
 
     monkeypatch.setattr(place, name, wrapped)
+
+
+def patched_backward(monkeypatch, number, kinds):
+    """The same in the middle of the n-th backward pass."""
+    real, calls = step_module._loss, []
+
+    def loss(*arguments):
+        value = real(*arguments)
+        if torch.is_grad_enabled():
+            calls.append(1)
+            if len(calls) == number:
+                value.register_hook(lambda gradient: [os.kill(os.getpid(), kind) for kind in kinds] and None)
+        return value
+
+    monkeypatch.setattr(step_module, "_loss", loss)
 
 
 @pytest.mark.parametrize("kind,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
@@ -78,31 +94,31 @@ def test_the_update_is_finished_and_saved(options, straight, tmp_path, kind, cod
     assert same(tmp_path / "run", straight)
 
 
-@pytest.mark.parametrize(
-    "place,name,number",
-    [
-        (step_module, "_loss", 4),  # the forward pass of update 4
-        (FlatAdamW, "step", 4),
-        (step_module, "evaluate", 2),
-        (keeper_module, "write_checkpoint", 1),
-    ],
-)
-def test_in_every_phase(options, straight, tmp_path, monkeypatch, place, name, number):
-    patched(monkeypatch, place, name, number)
-    with pytest.raises(Interrupted):
+PHASES = {
+    "forward": (step_module, "_loss", 4),  # of update 4
+    "backward": None,
+    "optimizer": (FlatAdamW, "step", 4),
+    "evaluation": (step_module, "evaluate", 2),
+    "save": (keeper_module, "write_checkpoint", 1),
+}
+TWICE = (signal.SIGINT, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("kinds", [(signal.SIGINT,), (signal.SIGTERM,), TWICE], ids=["Ctrl-C", "SIGTERM", "both"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_in_every_phase(options, straight, tmp_path, monkeypatch, phase, kinds):
+    """Once, it ends after a save; twice, at once: the checkpoint that is there is whole either way."""
+    if PHASES[phase] is None:
+        patched_backward(monkeypatch, 4, kinds)
+    else:
+        patched(monkeypatch, *PHASES[phase], kinds)
+    with pytest.raises(KeyboardInterrupt if kinds == TWICE else Interrupted) as caught:
         welltuned.train(out=tmp_path / "run", **options)
     monkeypatch.undo()
     found, notes = newest(tmp_path / "run", None)
     assert found is not None and found.position.step >= 2 and not notes
-    resume(tmp_path / "run")
-    assert same(tmp_path / "run", straight)
-
-
-def test_twice_ends_at_once(options, straight, tmp_path, monkeypatch):
-    patched(monkeypatch, step_module, "_loss", 5, signals=2)
-    with pytest.raises(KeyboardInterrupt):
-        welltuned.train(out=tmp_path / "run", **options)
-    monkeypatch.undo()
+    if kinds != TWICE:
+        assert caught.value.exit_code == 128 + kinds[0] and found.position.step in (3, 4)
     resume(tmp_path / "run")
     assert same(tmp_path / "run", straight)
 

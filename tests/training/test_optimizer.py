@@ -191,3 +191,70 @@ def test_a_run_clips_and_names_its_rate(run):
     assert tight.updates[0]["grad_norm"] == free.updates[0]["grad_norm"] > 0.01
     assert tight.updates[1]["loss"] == pytest.approx(free.updates[1]["loss"], rel=1e-3)  # Adam hides the first scale
     assert tight.losses != free.losses
+
+
+# ── rates of their own ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_loraplus_is_pefts(tiny_model_dir):
+    """B's rate is a multiple of A's: the same numbers as PEFT's optimizer, with a decay that spares nothing of B."""
+    peft = pytest.importorskip("peft")
+    from peft.optimizers import create_loraplus_optimizer
+    from transformers import AutoModelForCausalLM
+
+    from welltuned.training.optimizer import Span
+
+    def model():
+        return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+
+    bank = attach(model(), LoraSettings(r=3, target_modules=("q_proj", "up_proj")))
+    twin = peft.get_peft_model(model(), peft.LoraConfig(r=3, target_modules=["q_proj", "up_proj"]))
+    theirs = create_loraplus_optimizer(
+        twin, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.1
+    )
+    spans = [Span(s.start, s.start + s.size, 16.0 if s.name.endswith("lora_B") else 1.0) for s in bank.slots]
+    ours = FlatAdamW(bank.flat_KP, bank.grad_KP, bank.decayed, AdamWSettings(weight_decay=0.1), spans)
+    parameters = {n.replace(".default.weight", "").removeprefix("base_model.model."): p for n, p in
+                  twin.named_parameters() if p.requires_grad}  # fmt: skip
+    for name, tensor in bank.tensors().items():
+        parameters[name].data.copy_(tensor)
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        bank.grad_KP.copy_(torch.randn(bank.grad_KP.shape, generator=draw))
+        for slot in bank.slots:
+            parameters[slot.name].grad = bank.grad_KP[0, slot.start : slot.start + slot.size].view(slot.shape).clone()
+        ours.step([1e-2])
+        theirs.step()
+    moved = bank.flat_KP - bank.start_KP
+    for name, tensor in bank.tensors().items():
+        assert torch.allclose(tensor, parameters[name], rtol=1e-5, atol=1e-6), name
+    assert float(moved.abs().max()) > 0.3  # B's own rate is 0.16
+
+
+def test_spans_are_cut_where_the_decay_ends():
+    from welltuned.training.optimizer import Span
+
+    flat = torch.ones(1, 10)
+    spans = [Span(0, 3), Span(3, 5), Span(5, 10, 2.0)]
+    optimizer = FlatAdamW(flat, torch.zeros_like(flat), 7, AdamWSettings(weight_decay=0.5), spans)
+    optimizer.step([0.1])
+    assert flat[0].tolist() == pytest.approx([0.95] * 5 + [0.9] * 2 + [1.0] * 3)
+    assert len(optimizer.steps_G) == 3  # neighbours of one rate are one group
+
+
+def test_the_plan_says_which_rates(tiny_model_dir):
+    """LoRA+ and what is trained whole, by the names of the tensors."""
+    from types import SimpleNamespace
+
+    from transformers import AutoModelForCausalLM
+
+    from welltuned.training.settings import rate_spans
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    bank = attach(model, LoraSettings(r=3, use_dora=True), ("model.embed_tokens",))
+    values = {"learning_rate": 1e-3, "loraplus_lr_ratio": 4.0, "embedding_learning_rate": 1e-4}
+    plan = SimpleNamespace(choices=values, value=values.__getitem__)
+    found = {slot.name.rpartition(".")[2]: span.factor for slot, span in
+             zip(bank.slots, rate_spans(plan, bank), strict=True)}  # fmt: skip
+    assert found == pytest.approx({"lora_A": 1.0, "lora_B": 4.0, "weight": 0.1, "lora_magnitude_vector": 4.0})
+    assert rate_spans(SimpleNamespace(choices={}, value=None), bank) == []

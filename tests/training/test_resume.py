@@ -282,7 +282,15 @@ def test_a_changed_base_model(unfinished, make_model_dir):
 
 
 def test_a_changed_tokenizer(unfinished):
-    replace_text(unfinished / "model" / "chat_template.jinja", "user" if False else "im_end", "im_end")
+    path = unfinished / "model" / "tokenizer.json"
+    plain = json.loads(path.read_text())
+    plain["model"]["merges"].pop()
+    path.write_text(json.dumps(plain))
+    with pytest.raises(InputError, match="the tokenizer changed"):
+        resume(unfinished / "run")
+
+
+def test_a_changed_chat_template(unfinished):
     replace_text(unfinished / "model" / "chat_template.jinja", "\n{% endfor %}", "{% endfor %}")
     with pytest.raises(InputError, match="the chat template changed"):
         resume(unfinished / "run")

@@ -64,7 +64,7 @@ def test_every_tensor_moved(each):
 def test_what_lies_in_the_directory(each):
     names = {p.name for p in each.path.iterdir()}
     result = "model" if each.summary["tune"] == "full" else "adapter"
-    files = {"recipe.yaml", "plan.yaml", "started.json", "metrics.jsonl", "run.json"}
+    files = {"recipe.yaml", "plan.yaml", "started.json", "metrics.jsonl", "run.json", "shown.json", "report.html"}
     assert names == {*files, "checkpoints", result}
     assert [p.name for p in (each.path / "checkpoints").iterdir()] == ["step-000040"]
     assert not list(each.path.rglob("*.tmp")) and not list(each.path.rglob("*.bin"))

@@ -22,7 +22,7 @@ from welltuned.adapters.merge_stream import can_stream, merge_stream
 from welltuned.adapters.place import written_whole
 from welltuned.adapters.verify import some
 from welltuned.errors import InputError
-from welltuned.models.adapter_file import WEIGHTS, load_adapter
+from welltuned.models.adapter_file import UNDERSTOOD, WEIGHTS, load_adapter
 from welltuned.models.fingerprint import fingerprint
 from welltuned.models.load import load_config, load_model, load_skeleton, load_tokenizer
 from welltuned.models.resolve import SourceKind, resolve
@@ -71,7 +71,7 @@ def merge(job: Job, out: Path) -> Merged:
         InputError: something that would give a wrong model: see `refuse_wrong`, `refuse_other_base`.
         RunError: the merged model is not what base and adapter are.
     """
-    adapter = read_adapter(job.adapter)
+    adapter = read_adapter(job.adapter, accept=UNDERSTOOD)
     skeleton, tokenizer = load_skeleton(job.base), load_tokenizer(job.base)
     refuse_wrong(job, adapter, skeleton, tokenizer)
     elements = sum(p.numel() for p in skeleton.parameters())
@@ -157,10 +157,11 @@ def _refuse_vocabulary(
 ) -> None:
     rows = skeleton.get_input_embeddings().weight.shape[0]
     for name in adapter.others:
-        if _plain(name).removesuffix(".weight").replace(".base_layer", "") in _ends(skeleton):
+        resized = len(adapter.tensors[name]) != rows
+        if resized and _plain(name).removesuffix(".weight").replace(".base_layer", "") in _ends(skeleton):
             what = f"the adapter holds all of {_plain(name)} with {len(adapter.tensors[name]):,} rows: its vocabulary "
             mend = "merge it with PEFT, after resizing the base"
-            raise InputError(f"{what}was resized or trained (the base has {rows:,})", where=str(job.adapter), mend=mend)
+            raise InputError(f"{what}was resized (the base has {rows:,})", where=str(job.adapter), mend=mend)
     own = job.adapter / "tokenizer.json"
     if own.is_file():
         added = json.loads(own.read_text(encoding="utf-8")).get("added_tokens") or []

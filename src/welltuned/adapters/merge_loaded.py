@@ -52,6 +52,8 @@ def _merged_linear(module: LoraLinear, dtype: torch.dtype) -> nn.Module:
     scale = float(module.projection.scale_K[0])
     weight = frozen_weight(module.base).dense(torch.float32)
     weight = weight + scale * (module.lora_B[0].float() @ module.lora_A[0].float())
+    if module.magnitude_KO is not None:
+        weight *= (module.magnitude_KO[0].float() / weight.norm(dim=1))[:, None]
     if isinstance(module.base, NF4Linear):
         return _linear(weight, module.base._parameters.get("bias"), dtype)
     stored = weight.t() if isinstance(module.base, Conv1D) else weight

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 
 from welltuned.advice.rules import cited, number, rule
 from welltuned.advice.settle import counted, from_rule, passes_words, settle, shown, size_words
+from welltuned.advice.variants import variant_choices
 from welltuned.choice import Choice, SetBy
 from welltuned.errors import InputError
 from welltuned.facts.adapter import AdapterFacts
@@ -39,6 +40,7 @@ def adapter_choices(
     choices["use_rslora"] = settle(recipe, "use_rslora", choose_rslora(r))
     choices["init_lora_weights"] = settle(recipe, "init_lora_weights", choose_init())
     choices["bias"] = settle(recipe, "bias", choose_bias())
+    choices |= variant_choices(recipe, model)
     return targets
 
 

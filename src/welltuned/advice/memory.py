@@ -48,7 +48,7 @@ def forecast_memory(model: ModelFacts, setting: MemorySetting, limit: int | None
 def trained_parameters(model: ModelFacts, setting: MemorySetting) -> int:
     if setting.tune is Tune.FULL:
         return model.parameters
-    return model.lora_parameters(setting.r, setting.targets)
+    return model.lora_parameters(setting.r, setting.targets) + setting.more
 
 
 def _state(model: ModelFacts, s: MemorySetting) -> Iterator[tuple[str, float]]:
@@ -62,6 +62,8 @@ def _state(model: ModelFacts, s: MemorySetting) -> Iterator[tuple[str, float]]:
     if s.tune is not Tune.FULL:
         starts = 1 if s.device is Device.CPU else 0  # how they began, for the check at the end; a GPU's lie on the host
         yield "adapters", trained * master * (1 + starts)
+    if s.average:
+        yield "average", trained * master
     yield "gradients", trained * master
     yield "optimizer", trained * number("memory_adam_bytes")
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from welltuned.advice import batch as batches
-from welltuned.advice import lora, preference, reinforcement, schedule
+from welltuned.advice import lora, preference, reinforcement, schedule, variants
 from welltuned.advice.activations import MemorySetting
 from welltuned.advice.codec import from_plain, to_plain
 from welltuned.advice.effort import TimeForecast, forecast_time
@@ -193,7 +193,7 @@ def _plan(
     if recipe.method is Method.GRPO:
         reinforcement.require_whole_groups(size, choices["num_generations"].value)
     updates = _updates(choices, recipe, epoch.examples, size, max_steps)
-    trained = trained_parameters(model, _memory_setting(choices, recipe, machine, targets))
+    trained = trained_parameters(model, _memory_setting(choices, recipe, model, machine, targets))
     time = forecast_time(
         *(model, epoch, machine, recipe.method, recipe.tune),
         dtype=choices["dtype"].value,
@@ -220,7 +220,9 @@ def _plan(
 _ORDER = (
     *("learning_rate", "num_train_epochs", "max_steps", "effective_batch_size", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora"),
-    *("init_lora_weights", "bias", "loss_type", "beta", "label_smoothing", "simpo_gamma", "desirable_weight"),
+    *("init_lora_weights", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save"),
+    *("embedding_learning_rate", "loraplus_lr_ratio", "ema_decay"),
+    *("bias", "loss_type", "beta", "label_smoothing", "simpo_gamma", "desirable_weight"),
     *("undesirable_weight", "center_rewards_coefficient", "num_generations", "max_completion_length", "temperature"),
     *("top_p", "epsilon", "epsilon_high", "scale_rewards", "mask_truncated_completions", "num_iterations"),
     *("warmup_steps", "lr_scheduler_type", "weight_decay", "optim", "adam_beta1", "adam_beta2", "max_grad_norm"),
@@ -254,7 +256,11 @@ def _advised_batch(
 
 
 def _memory_setting(
-    choices: Mapping[str, Choice], recipe: Recipe, machine: MachineFacts, targets: tuple[str, ...] | None
+    choices: Mapping[str, Choice],
+    recipe: Recipe,
+    model: ModelFacts,
+    machine: MachineFacts,
+    targets: tuple[str, ...] | None,
 ) -> MemorySetting:
     return MemorySetting(
         tune=recipe.tune,
@@ -264,6 +270,8 @@ def _memory_setting(
         checkpointing=False,
         r=choices["r"].value if "r" in choices else 0,
         targets=targets,
+        more=variants.more_parameters(model, choices, targets),
+        average="ema_decay" in recipe.hyperparameters,
     )
 
 
@@ -287,7 +295,7 @@ def _fitted(
     tried: list[tuple[int, Fitted]] = []
     for length in lengths:
         longest = min(length, epoch.longest)
-        setting = _memory_setting(choices, recipe, machine, targets)
+        setting = _memory_setting(choices, recipe, model, machine, targets)
         budget = user.get("token_budget")
         if budget is None and "per_device_train_batch_size" in user:
             budget = user["per_device_train_batch_size"] * epoch.sequences * longest
@@ -379,8 +387,9 @@ def _rate_and_schedule(
     updates = time.updates
     setting = rate_setting(model, choices, batch, updates)
     advised = choose_rate(recipe.method, recipe.tune, setting, data.rows, data.is_text)
-    choices["learning_rate"] = settle(recipe, "learning_rate", advised)
+    choices["learning_rate"] = settle(recipe, "learning_rate", variants.for_ratio(advised, recipe))
     rate = choices["learning_rate"].value
+    choices |= variants.rate_choices(recipe, rate)
     if recipe.tune is not Tune.FULL:
         dropout = lora.choose_dropout(choices["num_train_epochs"].value, data.rows)
         choices["lora_dropout"] = settle(recipe, "lora_dropout", dropout)

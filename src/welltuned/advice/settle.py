@@ -1,5 +1,6 @@
 """Where advice meets the user's own value: the user's value stands, the advice keeps its range and its reason."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from welltuned.advice.rules import Rule
@@ -50,6 +51,8 @@ def shown(value: Any) -> str:
             return f"{value:.4g}"
         mantissa, _, exponent = f"{value:.1e}".partition("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {shown(item)}" for key, item in value.items())
     if isinstance(value, tuple | list):
         return " ".join(str(item) for item in value)
     return str(value)
@@ -91,3 +94,10 @@ def span_words(seconds: float) -> str:
         if seconds < most * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds / 86400:.0f} days"
+
+
+def duration_words(seconds: float) -> str:
+    """42 s, 2 min 05 s, 2 h 02 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

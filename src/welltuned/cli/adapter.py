@@ -215,7 +215,7 @@ def _numbers(text: str, option: str) -> tuple[float, ...]:
 
 
 def _average(arguments: argparse.Namespace) -> int:
-    from welltuned.api import average
+    from welltuned.api import average, average_checkpoints
 
     weights = _numbers(arguments.weights, "--weights") if arguments.weights else None
     rank: str | int | None = arguments.rank
@@ -223,7 +223,12 @@ def _average(arguments: argparse.Namespace) -> int:
         if not str(rank).isdigit() or int(rank) < 1:
             raise InputError(f"'{rank}' is no rank", where="--rank", mend="give a number from 1 on, or sum")
         rank = int(rank)
-    found = average(*arguments.runs, out=arguments.out, weights=weights, rank=rank)
+    if arguments.ema is None:
+        found = average(*arguments.runs, out=arguments.out, weights=weights, rank=rank)
+    else:
+        if weights is not None or len(arguments.runs) != 1:
+            raise InputError("--ema is of one run, and weighs by itself", where="--ema", mend="leave --weights out")
+        found = average_checkpoints(arguments.runs[0], out=arguments.out, decay=arguments.ema, rank=rank)
     worst = max(found.lost, key=lambda name: found.lost[name], default=None)
     _say(f"{arguments.out} holds the mean, of rank {found.rank}.")
     if worst is not None and found.lost[worst] > 1e-12:

@@ -56,6 +56,13 @@ def _average(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rank", metavar="R", help="of the result: a number, or `sum` to lose nothing (default: the adapters' own)"
     )
+    parser.add_argument(
+        "--ema",
+        type=float,
+        metavar="D",
+        help="of one run: the mean of its checkpoints, each weighted by D to the power of the updates that it lies back"
+        " (a run trained with ema_decay has the average over every update in its folder ema)",
+    )
     _out(parser)
 
 

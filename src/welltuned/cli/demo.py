@@ -12,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from welltuned.cli.plan_view import print_plan
+from welltuned.cli.report import print_report
 from welltuned.cli.terminal import Progress, console, quiet_libraries
 from welltuned.cli.train import print_command, print_result
-from welltuned.demo_score import TicketScore, score
+from welltuned.demo_score import score
 from welltuned.errors import InputError
 from welltuned.models.resolve import DEMO_ALIAS
 from welltuned.recipe import load_recipe
@@ -23,6 +24,7 @@ from welltuned.training.rundir import require_free
 if TYPE_CHECKING:
     from welltuned.training.prepare import Prepared
     from welltuned.training.run import Ready
+    from welltuned.training.shown import Score
 
 EXAMPLES = 3
 LONGEST_REPLY = 60  # tokens; the longest ticket has 36
@@ -35,6 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     require_free(out)
     from welltuned.training.prepare import prepare
     from welltuned.training.run import train
+    from welltuned.training.shown import keep_scores
 
     quiet_libraries()
     with as_file(files("welltuned").joinpath("demo_data")) as folder:
@@ -54,8 +57,11 @@ def run(arguments: argparse.Namespace) -> int:
             progress.close()
     console.print("Asking the tuned model the held-out messages …", style="dim")
     after = _answers(result.engine.model, prepared)
-    _print_scores(prepared, before, after)
+    lines = _scores(prepared, before, after)
+    keep_scores(out, f"on {len(after)} held-out messages", lines)
+    _print_scores(prepared, before, after, lines)
     print_result(result)
+    print_report(out)
     print_command(f'welltuned chat {out} --system "{_system(prepared)}" --base')
     return 0
 
@@ -105,14 +111,25 @@ def _answers(model: object, prepared: "Prepared") -> list[str]:
     return replies(model, prepared.tokenizer, ids, Decoding(max_new_tokens=LONGEST_REPLY, batch_size=28))
 
 
-def _print_scores(prepared: "Prepared", before: Sequence[str], after: Sequence[str]) -> None:
+def _scores(prepared: "Prepared", before: Sequence[str], after: Sequence[str]) -> list["Score"]:
+    from welltuned.training.shown import Score
+
     expected = [c.messages[-1].content for c in prepared.held_out_conversations]
-    scores = score(before, expected), score(after, expected)
+    first, last = score(before, expected), score(after, expected)
+    return [
+        Score("replies that are tickets", first.valid, first.valid_se, last.valid, last.valid_se),
+        Score("fields right", first.fields, first.fields_se, last.fields, last.fields_se),
+        Score("tickets all right", first.exact, first.exact_se, last.exact, last.exact_se),
+    ]
+
+
+def _print_scores(prepared: "Prepared", before: Sequence[str], after: Sequence[str], lines: Sequence["Score"]) -> None:
+    expected = [c.messages[-1].content for c in prepared.held_out_conversations]
     table = Table(box=None, header_style="bold", padding=(0, 3, 0, 0))
     for name in (f"measured on {len(expected)} held-out messages", "before", "after"):
         table.add_column(name)
-    for name, of in (("replies that are tickets", "valid"), ("fields right", "fields"), ("tickets all right", "exact")):
-        table.add_row(name, *(_share(s, of) for s in scores))
+    for line in lines:
+        table.add_row(line.name, f"{line.before:.0%} ± {line.before_se:.0%}", f"{line.after:.0%} ± {line.after_se:.0%}")
     console.print()
     console.print(table)
     for index in range(0, len(expected), max(1, len(expected) // EXAMPLES))[:EXAMPLES]:
@@ -130,12 +147,3 @@ def _print_scores(prepared: "Prepared", before: Sequence[str], after: Sequence[s
         console.print()
         console.print(grid)
     console.print()
-
-
-def _share(found: TicketScore, of: str) -> str:
-    value, error = {
-        "valid": (found.valid, found.valid_se),
-        "fields": (found.fields, found.fields_se),
-        "exact": (found.exact, found.exact_se),
-    }[of]
-    return f"{value:.0%} ± {error:.0%}"

@@ -33,6 +33,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "resume": ("welltuned.cli.resume", "Go on with a run that was interrupted, from its newest sound checkpoint."),
     "chat": ("welltuned.cli.chat", "Talk to a tuned model."),
     "eval": ("welltuned.cli.eval", "Measure a tuned model beside its base: held-out loss, and how good replies are."),
+    "report": ("welltuned.cli.report", "Write the page of a run: report.html in it, or elsewhere."),
+    "serve": ("welltuned.cli.serve", "Show the runs beneath a folder in a browser, live while they train."),
     "adapter": ("welltuned.cli.adapter", "What comes after training: verify, scale, average, merge, export."),
 }
 
@@ -108,6 +110,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", metavar="DIR", help="the Run directory (default: the first free of demo-run, demo-run-2, ...)"
     )
     made["demo"].add_argument("--steps", type=int, metavar="N", help="fewer updates than one pass over the data")
+    made["report"].add_argument("run", metavar="RUN", help="a run, finished or not")
+    made["report"].add_argument("others", nargs="*", metavar="OTHER", help="runs whose curves are laid over it")
+    made["report"].add_argument("--out", metavar="FILE", help="where to write it (default: report.html in the run)")
+    made["report"].add_argument("--json", action="store_true", help="print where it lies as one JSON document")
+    made["serve"].add_argument("folder", nargs="?", default=".", metavar="DIR", help="what holds runs (default: here)")
+    made["serve"].add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine)")
+    made["serve"].add_argument("--port", type=int, default=8321, help="the port; 0 takes a free one (default: 8321)")
     add_adapter(made["adapter"])
     add_eval(made["eval"])
     made["chat"].add_argument("run", metavar="RUN", help="a finished run, an adapter's folder, or a model")

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from rich.markup import escape
 
+from welltuned.cli.report import print_report
 from welltuned.cli.terminal import Progress, console, quiet_libraries
-from welltuned.cli.train import print_command, print_json, print_result
-from welltuned.training.rundir import is_finished
+from welltuned.cli.train import print_command, print_divergence, print_json, print_result
+from welltuned.training.rundir import is_finished, read_run
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -15,6 +16,9 @@ def run(arguments: argparse.Namespace) -> int:
     if is_finished(path):  # not an error: a script may ask again and again until the run is done
         console.print(f"[bold]{escape(str(path))}[/] is finished. Use it with:")
         print_command(f"welltuned chat {path}")
+        diverged = read_run(path).get("diverged")
+        print_divergence(diverged)
+        code = int(diverged is not None)
     else:
         from welltuned.training.resume import resume  # brings torch
 
@@ -25,6 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
         finally:
             progress.close()
         print_result(result)
+        print_report(result.path)
         code = int(result.diverged is not None)
     if arguments.json:
         print_json(path)

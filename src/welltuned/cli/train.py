@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from welltuned.cli.plan import recipe_of
 from welltuned.cli.plan_view import print_plan
+from welltuned.cli.report import print_report
 from welltuned.cli.terminal import Progress, RowsShown, console, duration, quiet_libraries, size
 from welltuned.training.events import Event, Note
 from welltuned.training.rundir import ADAPTER, MODEL, RUN, require_free
@@ -37,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         progress.close()
     print_result(result)
+    print_report(result.path)
     if arguments.json:
         print_json(result.path)
     return int(result.diverged is not None)
@@ -79,8 +81,13 @@ def print_result(result: "RunResult") -> None:
         print_command(f'PeftModel.from_pretrained(base, "{folder}")       # PEFT, and with it TRL')
     elif not scores:
         print_command(f'AutoModelForCausalLM.from_pretrained("{folder}")')
-    if result.diverged is not None:
-        text = f"This run diverged; the weights above are the best from before. It {result.diverged}"
+    print_divergence(result.diverged)
+
+
+def print_divergence(diverged: str | None) -> None:
+    """That a run failed though it has a result, and why."""
+    if diverged is not None:
+        text = f"This run diverged; its result is the best weights from before. It {diverged}"
         console.print(f"\n[bold red]{escape(text)}.[/]", soft_wrap=True)
 
 

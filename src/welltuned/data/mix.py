@@ -23,6 +23,11 @@ class Mixture:
     seed: int
 
     @property
+    def in_a_set(self) -> int:
+        """How many updates in a row are made of one set of rows; only between sets may a run be saved."""
+        return 1
+
+    @property
     def epoch_rows(self) -> int:
         return sum(self.quotas)
 

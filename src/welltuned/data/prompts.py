@@ -56,6 +56,11 @@ class GroupMixture(Mixture):
     group: int = 1
     iterations: int = 1
 
+    @property
+    def in_a_set(self) -> int:
+        """A set's completions are those of the policy before its first update, which no checkpoint within it knows."""
+        return self.iterations
+
     def steps_per_epoch(self, effective_batch: int) -> int:
         return self.iterations * Mixture.steps_per_epoch(self, effective_batch // self.group)
 

@@ -178,6 +178,9 @@ def _memory(root: Path) -> tuple[int, int]:
         total = limit
         used = _number(folder / "memory.current") or _number(folder / "memory.usage_in_bytes") or 0
         available = min(available, limit - max(0, used - _reclaimable(folder)))
+    limit = _address_space(root)
+    if limit is not None and limit < total:  # `ulimit -v`, and some batch systems
+        total, available = limit, min(available, limit - _mapped(root))
     return total, max(0, min(available, total))
 
 
@@ -196,6 +199,23 @@ def _host_memory(root: Path) -> tuple[int, int]:
         raise InputError(what, where="machine", mend="install psutil, or give --memory") from error
     memory = psutil.virtual_memory()
     return int(memory.total), int(memory.available)
+
+
+def _address_space(root: Path) -> int | None:
+    """The process's own limit (RLIMIT_AS), in bytes of addresses."""
+    for line in (_text(root / "proc/self/limits") or "").splitlines():
+        if line.startswith("Max address space"):
+            soft = line.split()[3]
+            return int(soft) if soft.isdigit() else None
+    return None
+
+
+def _mapped(root: Path) -> int:
+    """Bytes of addresses that the process has taken."""
+    for line in (_text(root / "proc/self/status") or "").splitlines():
+        if line.startswith("VmSize:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def _number(path: Path) -> int | None:

@@ -26,8 +26,10 @@ from welltuned.errors import InputError
 from welltuned.finished.card import card, write_card
 from welltuned.finished.find import Finished
 from welltuned.finished.proof import require_as_planned
+from welltuned.models.adapter_file import UNDERSTOOD
 from welltuned.models.generate import stop_ids
 from welltuned.models.load import load_config, load_model, load_skeleton, load_tokenizer
+from welltuned.models.lora_settings import Init
 from welltuned.models.resolve import SourceKind, resolve
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
@@ -71,6 +73,9 @@ def merge_run(finished: Finished, out: Path, options: Options, *, made: str = "a
         what = "there is no adapter to merge: this is a whole model"
         raise InputError(what, where=str(finished.path), mend="use it as it is, or `adapter export`")
     require_as_planned(finished)
+    if options.base is not None and finished.started == Init.LOFTQ:
+        what = "the adapter began at what 4 bits lose of the weights, which this base has"
+        raise InputError(what, where="--base", mend="leave --base out: it is merged into the 4-bit base, dequantised")
     job = Job(
         base=options.base or finished.model,
         adapter=finished.adapter,
@@ -113,7 +118,7 @@ def _title(finished: Finished) -> str:
 def _peft(finished: Finished, out: Path, options: Options) -> Exported:
     assert finished.adapter is not None
     require_as_planned(finished)
-    adapter = read_adapter(finished.adapter, accept=("alpha_pattern",))
+    adapter = read_adapter(finished.adapter, accept=UNDERSTOOD)
     base = str(adapter.config.get("base_model_name_or_path") or finished.model)
     rank = int(adapter.config["r"])
     most = next((r for r in _VLLM_RANKS if r >= rank), rank)
@@ -125,8 +130,10 @@ def _peft(finished: Finished, out: Path, options: Options) -> Exported:
     notes = []
     if resolve(finished.model).kind is SourceKind.GGUF:
         notes.append("the base is a GGUF file, which PEFT and vLLM do not load by that name: give them its hub model")
+    if finished.nf4:
+        notes.append("the adapter was trained on the base in 4 bits (NF4, double quantisation): load it so there too")
     if adapter.others:
-        notes.append("the adapter trained biases, which PEFT loads and vLLM does not")
+        notes.append(f"the adapter trained {adapter.others[0]} too, which PEFT loads and vLLM does not: merge it there")
     with written_whole(out, folder_size(finished.adapter)) as folder:
         save(adapter, folder, finished.origin("adapter export --to peft"))
         tokenizer = load_tokenizer(finished.model)
@@ -220,7 +227,7 @@ def _gguf_notes(written: Written) -> tuple[str, ...]:
 def _lora_gguf(finished: Finished, out: Path, options: Options) -> Exported:
     assert finished.adapter is not None
     require_as_planned(finished)
-    adapter = read_adapter(finished.adapter)
+    adapter = read_adapter(finished.adapter, accept=("alpha_pattern",))
     skeleton = load_skeleton(finished.model)
     name = _title(finished)
     path = out / f"{name}-lora.gguf"

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +14,8 @@ from welltuned.adapters.files import ORIGIN
 from welltuned.advice.plan import Plan, plan_from_yaml
 from welltuned.data.templates import resolve_chat_template
 from welltuned.errors import InputError
-from welltuned.models.adapter_file import CONFIG, load_adapter, read_config
+from welltuned.finished.checkpoints import adapter_of, is_checkpoint
+from welltuned.models.adapter_file import CONFIG, UNDERSTOOD, load_adapter, read_config
 from welltuned.models.load import load_model, load_tokenizer
 from welltuned.models.lora import AdapterBank
 from welltuned.models.paths import inside
@@ -56,6 +57,14 @@ class Finished:
     def is_run(self) -> bool:
         return self.plan is not None
 
+    @property
+    def started(self) -> str | None:
+        """How the adapter began (`init_lora_weights`); None where that is not known."""
+        if self.plan is not None and "init_lora_weights" in self.plan.choices:
+            return str(self.plan.value("init_lora_weights"))
+        known = self.facts.get("init_lora_weights")
+        return None if known is None else str(known)
+
     def origin(self, made: str, **more: Any) -> dict[str, Any]:
         """What is written beside something made from this: enough for chat, eval and export to go on."""
         kept = {key: self.facts[key] for key in ("updates", "held_out", "base_weights") if key in self.facts}
@@ -65,6 +74,7 @@ class Finished:
             "model": self.base,
             "tune": "qlora" if self.nf4 else "lora",
             "chat_template": self.chat_template,
+            "init_lora_weights": self.started,
             **kept,
             **more,
         }
@@ -90,8 +100,8 @@ def find(path: str | Path) -> Finished:
         return _adapter(folder)
     if (folder / RUN).is_file() or (folder / PLAN).is_file():
         return _run(folder)
-    if (folder / ADAPTER / CONFIG).is_file():  # a checkpoint
-        return _adapter(folder / ADAPTER)
+    if is_checkpoint(folder):
+        return replace(_adapter(adapter_of(folder)), path=folder)
     if folder.is_dir() and not (folder / "config.json").is_file():
         mend = "give a run, an adapter's folder or a model"
         raise InputError("there is neither a finished run nor an adapter", where=str(path), mend=mend)
@@ -133,7 +143,7 @@ def _text(path: Path) -> str:
 
 def _adapter(folder: Path) -> Finished:
     facts = _origin(folder)
-    config = read_config(folder, accept=("alpha_pattern",))
+    config = read_config(folder, accept=UNDERSTOOD)
     base = facts.get("model") or config.get("base_model_name_or_path")
     if not base:
         mend = "write its base model's id or path into base_model_name_or_path"

@@ -1,5 +1,6 @@
 """Is what lies on disk what was trained? Every tensor against its checksum and its start, or against another's."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +15,11 @@ from welltuned.adapters.layers import Learned, learned
 from welltuned.adapters.verify import TensorCheck, check_tensors, not_learned, some
 from welltuned.errors import InputError
 from welltuned.finished.find import Finished, find
-from welltuned.models.adapter_file import load_adapter, read_config
+from welltuned.models.adapter_file import UNDERSTOOD, load_adapter, read_config, split_start
 from welltuned.models.frozen import frozen_weight, is_projection
 from welltuned.models.load import load_model, load_skeleton
-from welltuned.models.lora import Init, attach
+from welltuned.models.lora import attach
+from welltuned.models.lora_settings import FROM_WEIGHTS, Init, parse_init
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +60,29 @@ def prove(path: str | Path, against: str | Path | None = None) -> Proof:
 def _of_adapter(subject: Finished, other: Finished | None) -> Proof:
     assert subject.adapter is not None
     notes: list[str] = []
-    biased = read_config(subject.adapter).get("bias") not in (None, "none")
-    skeleton = load_model(subject.model, dtype=torch.float32) if biased else load_skeleton(subject.model)
+    config = read_config(subject.adapter, accept=UNDERSTOOD)
+    whole = config.get("bias") not in (None, "none") or config.get("modules_to_save") or config.get("use_dora")
+    skeleton = (
+        load_model(subject.model, dtype=torch.float32, nf4=subject.nf4) if whole else load_skeleton(subject.model)
+    )
     bank = load_adapter(skeleton, subject.adapter, device="cpu")
     now, settings = {name: t.clone() for name, t in bank.tensors().items()}, bank.settings[0]
     bank.detach()
+    start_of_run: dict[str, Tensor] | None = None
+    if _start_of(subject) in FROM_WEIGHTS:
+        now, start_of_run = split_start(now)
     if other is not None and other.adapter is not None:
         start, words = _other_tensors(skeleton, other.adapter, now), str(other.path)
+    elif start_of_run is not None:
+        start, words = dict[str, Tensor | None](start_of_run), "its start, which the adapter holds too"
     else:
         known = _known_start(subject)
         began = replace(settings, **known) if known is not None else settings
-        start = dict[str, Tensor | None](attach(skeleton, began, device="cpu").tensors())
-        if known is None:
+        start = dict[str, Tensor | None](attach(skeleton, began, bank.saved, device="cpu").tensors())
+        if _start_of(subject) is Init.LOFTQ:
+            start = {name: None if ".lora_" in name else t for name, t in start.items()}
+            notes.append("A and B started at what 4 bits had lost, which is not computed again here")
+        elif known is None:
             start = {name: None if name.endswith("lora_A") else t for name, t in start.items()}
             notes.append("where A started is not known, since this is no Run of welltuned; B started at 0")
         words = "its start"
@@ -96,7 +109,7 @@ def _of_adapter(subject: Finished, other: Finished | None) -> Proof:
 def read_adapter_anyhow(folder: Path) -> Any:
     """The adapter's file, or None where its numbers are not finite (which the checks say)."""
     try:
-        return read_adapter(folder)
+        return read_adapter(folder, accept=UNDERSTOOD)
     except InputError as error:
         if "not finite" in error.what:
             return None
@@ -115,14 +128,20 @@ def _other_tensors(skeleton: PreTrainedModel, folder: Path, now: Mapping[str, Te
     return dict(theirs)
 
 
-def _known_start(subject: Finished) -> dict[str, Any] | None:
-    """The settings from which a Run's adapter began; None where they are not known."""
+def _start_of(subject: Finished) -> Init | None:
+    """How a Run's adapter began; None where that is not known."""
     if subject.plan is None or "init_lora_weights" not in subject.plan.choices:
         return None
-    begun = str(subject.plan.value("init_lora_weights")).lower()
-    if begun not in set(Init):
+    found = parse_init(subject.plan.value("init_lora_weights"))
+    return None if found is None else found[0]
+
+
+def _known_start(subject: Finished) -> dict[str, Any] | None:
+    """The settings from which a Run's adapter began; None where they are not known."""
+    begun = _start_of(subject)
+    if subject.plan is None or begun not in (Init.KAIMING, Init.GAUSSIAN):
         return None
-    return {"init": Init(begun), "seed": subject.plan.value("seed")}
+    return {"init": begun, "seed": subject.plan.value("seed")}
 
 
 def _unmoved(subject: Finished, checks: tuple[TensorCheck, ...], compared: Path | None) -> list[str]:
@@ -168,10 +187,12 @@ def _against_plan(subject: Finished) -> list[str]:
     """Whether the adapter's configuration still says what the plan says: alpha scales all that it does."""
     if subject.plan is None or subject.adapter is None:
         return []
-    config = read_config(subject.adapter)
+    config = read_config(subject.adapter, accept=UNDERSTOOD)
+    twice = 2 if _start_of(subject) in FROM_WEIGHTS else 1  # see models.adapter_file.without_start
+    factors = {"r": twice, "lora_alpha": math.sqrt(twice) if subject.plan.value("use_rslora") else twice}
     found = []
     for key in ("r", "lora_alpha", "use_rslora"):
-        planned = subject.plan.value(key)
+        planned = subject.plan.value(key) * factors.get(key, 1)
         if config.get(key, False) != planned:
             found.append(f"{key} is {config.get(key)} in adapter_config.json and {planned} in plan.yaml")
     return found

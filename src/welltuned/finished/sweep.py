@@ -103,9 +103,10 @@ def _given(evaluation: Evaluation | None) -> Evaluation:
 
 def _refuse_biases(loaded: Loaded) -> None:
     assert loaded.bank is not None
-    biases = [slot.name for slot in loaded.bank.slots if slot.name.endswith("bias")]
-    if biases:
-        raise InputError(f"the adapter trained {biases[0]}, which alpha does not scale", mend="train with bias: none")
+    others = [slot.name for slot in loaded.bank.slots if not slot.name.endswith(("lora_A", "lora_B"))]
+    if others:
+        what = f"the adapter trained {others[0]}, which alpha does not scale"
+        raise InputError(what, mend="train with bias: none, without DoRA and modules_to_save")
 
 
 def _at(engine: Engine, by: float, rows: RowSet) -> Evaluation:
@@ -122,11 +123,11 @@ def _at(engine: Engine, by: float, rows: RowSet) -> Evaluation:
 
 def set_strength(bank: AdapterBank, by: float) -> None:
     """Let the adapters add `by` times what they were trained to add."""
-    for module in bank.modules.values():
+    for name, module in bank.modules.items():
         if isinstance(module, LoraExperts):
             module.scale_K = tuple(s.expert_scale * by for s in bank.settings)
         else:
-            module.projection.scale_K = [s.scale * by for s in bank.settings]
+            module.projection.scale_K = [s.scale_of(name) * by for s in bank.settings]
 
 
 def choose(judged: Sequence[Strength]) -> tuple[float, str]:

@@ -93,6 +93,18 @@ def _axolotl_adapter(job: Job) -> Iterator[Setting]:
         yield reasoned(plan, "target_modules", "lora_target_modules", value=list(plan.value("target_modules")))
     yield reasoned(plan, "use_rslora", "peft_use_rslora")
     yield reasoned(plan, "init_lora_weights", "peft_init_lora_weights")
+    if "use_dora" in plan.choices:
+        yield reasoned(plan, "use_dora", "peft_use_dora")
+    if "loraplus_lr_ratio" in plan.choices:
+        yield reasoned(plan, "loraplus_lr_ratio")
+    if "rank_pattern" in plan.choices:
+        yield reasoned(plan, "rank_pattern", "lora_rank_pattern")
+    for name, there in (
+        ("modules_to_save", "lora_modules_to_save"),
+        ("layers_to_transform", "peft_layers_to_transform"),
+    ):
+        if name in plan.choices:
+            yield reasoned(plan, name, there, value=list(plan.value(name)))
 
 
 def _axolotl_data(job: Job) -> Iterator[Setting]:

@@ -41,6 +41,9 @@ def emit_llamafactory(plan: Plan) -> Written:
         missing.append("max_length: prompt and answer are both shortened there, in proportion; here the end is cut")
     if "init_lora_weights" in plan.choices and plan.value("init_lora_weights") is not True:
         missing.append(f"init_lora_weights {plan.value('init_lora_weights')}: A starts as PEFT's default there")
+    missing += [f"{name}: no such setting there" for name in ("rank_pattern", "alpha_pattern") if name in plan.choices]
+    if "layers_to_transform" in plan.choices:
+        missing.append("layers_to_transform: name the layers in lora_target there")
     if job.shape is not Shape.TEXT:
         missing.append("template: taken from the model's own chat template; set `template` if yours has a name there")
     if plan.recipe.chat_template is not None:
@@ -125,6 +128,11 @@ def _llamafactory_adapter(job: Job) -> Iterator[Setting]:
     targets = plan.value("target_modules")
     yield reasoned(plan, "target_modules", "lora_target", value="all" if targets == ALL_LINEAR else ",".join(targets))
     yield reasoned(plan, "use_rslora")
+    for name in ("use_dora", "loraplus_lr_ratio"):
+        if name in plan.choices:
+            yield reasoned(plan, name)
+    if "modules_to_save" in plan.choices:
+        yield reasoned(plan, "modules_to_save", "additional_target", value=",".join(plan.value("modules_to_save")))
     if tune is Tune.QLORA:
         yield Setting("quantization_bit", 4, "QLoRA: the base lies in memory in 4 bits, as NormalFloat")
         yield Setting("quantization_method", "bnb")

@@ -9,6 +9,8 @@ from welltuned.interop.emit_rows import Look, Shape
 from welltuned.models.resolve import DEMO_ALIAS, DEMO_HUB_ID
 from welltuned.recipe import Recipe, Tune
 
+_OWN = ("embedding_learning_rate", "ema_decay")  # no trainer's own argument
+
 
 def model_there(recipe: Recipe) -> str:
     """The model under a name that other tools know."""
@@ -39,6 +41,9 @@ def missing_everywhere(plan: Plan, looks: Sequence[Look], shape: Shape) -> Itera
     yield from _rows(plan, looks, shape)
     if recipe.tune is not Tune.FULL and EXPERTS in plan.value("target_modules"):
         yield f"adapters on the {EXPERTS}: name their parameters in PEFT's target_parameters yourself"
+    given = [name for name in _OWN if name in plan.choices]
+    if given:
+        yield f"{', '.join(given)}: not written, since their names and meanings differ there; set them yourself"
     if recipe.tune is Tune.QLORA:
         yield "the adapters of a 4-bit base may be kept in bfloat16 there; here they are float32"
 

@@ -85,6 +85,12 @@ def emit_script(plan: Plan, *, unsloth: bool) -> Script:
 def _missing(job: _Job) -> Iterator[str]:
     plan, recipe = job.plan, job.plan.recipe
     yield from missing_everywhere(plan, (*job.looks, *job.held_out), job.shape)
+    if "loraplus_lr_ratio" in plan.choices:
+        ratio = plan.value("loraplus_lr_ratio")
+        yield (
+            f"loraplus_lr_ratio {ratio:g}: pass optimizers=(peft.optimizers.create_loraplus_optimizer(...), None), or "
+            f"multiply learning_rate by {ratio:g}: it is A's here"
+        )
     if job.evaluates and not job.held_out:
         yield other_rows_held_out(plan)
     if (mixed := mixture_differs(plan)) is not None:
@@ -284,6 +290,10 @@ def _adapter_settings(job: _Job) -> Iterator[Setting]:
         value = plan.value(name)
         whole = name == "lora_alpha" and float(value).is_integer()
         yield reasoned(plan, name, value=int(value) if whole else value)
+    for name in ("use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save"):
+        if name in plan.choices:
+            value = plan.value(name)
+            yield reasoned(plan, name, value=list(value) if isinstance(value, tuple) else value)
     targets = plan.value("target_modules")
     if targets == ALL_LINEAR and job.unsloth:
         targets = plan.facts.model.module_names

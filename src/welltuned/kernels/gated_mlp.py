@@ -79,5 +79,9 @@ class _GatedMLP(torch.autograd.Function):
 @torch.compiler.disable
 def gated_mlp(x_NI: Tensor, mlp: GatedMLP, gate: Pair, up: Pair, down: Pair, rows: Rows) -> Tensor:
     """y_NI, differentiable in x and in the three pairs (A_KRI, B_KOR)."""
-    y_NI: Tensor = _GatedMLP.apply(autocast_input(x_NI), mlp, rows, *gate, *up, *down)
+    x_NI = autocast_input(x_NI)
+    if not torch.is_grad_enabled():
+        e_NO, u_NO = project(x_NI, mlp.gate, *gate, None, rows)[0], project(x_NI, mlp.up, *up, None, rows)[0]
+        return project(FORWARD[mlp.activation](e_NO).mul_(u_NO), mlp.down, *down, None, rows)[0]
+    y_NI: Tensor = _GatedMLP.apply(x_NI, mlp, rows, *gate, *up, *down)
     return y_NI

@@ -93,11 +93,15 @@ class Rows:
 
 @dataclass(slots=True)
 class Projection:
-    """One adapted projection. `scale_K` is s of each adapter; `index` tells projections apart for dropout."""
+    """One adapted projection. `scale_K` is s of each adapter; `index` tells projections apart for dropout.
+
+    `taken`: (A0_KRI, B0_KOR), frozen, where adapters start at a part of the weights: W - s B0 A0 stands in W's place.
+    """
 
     weight: FrozenWeight
     scale_K: Tensor | Sequence[float]
     index: int = 0
+    taken: tuple[Tensor, Tensor] | None = None
 
 
 def lora_reference(
@@ -111,6 +115,10 @@ def lora_reference(
     parts = [
         float(p.scale_K[k]) * (dropped_NI[span] @ a_KRI[k].t()) @ b_KOR[k].t() for k, span in rows.spans(x_NI.shape[0])
     ]
+    if p.taken is not None:
+        a0, b0 = p.taken
+        spans = enumerate(rows.spans(x_NI.shape[0]))
+        parts = [parts[i] - float(p.scale_K[k]) * x_NI[span] @ a0[k].t() @ b0[k].t() for i, (k, span) in spans]
     return y_NO + torch.cat(parts)
 
 
@@ -125,6 +133,9 @@ def project(
     for k, span in rows.spans(x_NI.shape[0]):
         torch.mm(in_NI[span], a_KRI[k].to(x_NI.dtype).t(), out=s_NR[span]).mul_(float(p.scale_K[k]))
         y_NO[span].addmm_(s_NR[span], b_KOR[k].to(x_NI.dtype).t())
+        if p.taken is not None:
+            a0_RI, b0_OR = (t[k].to(x_NI.dtype) for t in p.taken)
+            y_NO[span].addmm_(x_NI[span] @ a0_RI.t(), b0_OR.t(), alpha=-float(p.scale_K[k]))
     return y_NO, s_NR
 
 
@@ -170,6 +181,9 @@ def project_backward(
             dx_NI[span].addmm_(ds_NR[span], a_KRI[k].to(g_NO.dtype))
         else:
             dx_NI[span].addcmul_(ds_NR[span] @ a_KRI[k].to(g_NO.dtype), mask_NI[span])
+        if p.taken is not None:
+            a0_RI, b0_OR = (t[k].to(g_NO.dtype) for t in p.taken)
+            dx_NI[span].addmm_(g_NO[span] @ b0_OR, a0_RI, alpha=-float(p.scale_K[k]))
     return dx_NI, da_KRI, db_KOR
 
 
@@ -201,5 +215,7 @@ def autocast_input(x: Tensor) -> Tensor:
 @torch.compiler.disable  # Inductor has miscompiled traced LoRA backward passes: keep it opaque
 def lora(x_NI: Tensor, p: Projection, a_KRI: Tensor, b_KOR: Tensor, bias_O: Tensor | None, rows: Rows) -> Tensor:
     """y_NO, differentiable in x, A, B and the bias; W is frozen. A and B keep their own dtype (fp32 master weights)."""
+    if not torch.is_grad_enabled():  # sampling: nothing to be kept for a backward pass
+        return project(autocast_input(x_NI), p, a_KRI, b_KOR, bias_O, rows)[0]
     y_NO: Tensor = _Lora.apply(autocast_input(x_NI), a_KRI, b_KOR, bias_O, p, rows)
     return y_NO

@@ -24,8 +24,10 @@ from transformers.pytorch_utils import Conv1D
 
 from welltuned.errors import InputError, RunError
 from welltuned.models.experts import expert_stacks
-from welltuned.models.lora import ALL_LINEAR, AdapterBank, Bias, LoraSettings, attach
+from welltuned.models.lora import MAGNITUDE, AdapterBank, attach
+from welltuned.models.lora_settings import ALL_LINEAR, FROM_WEIGHTS, Bias, LoraSettings, by_pattern
 from welltuned.models.reward import SCORE, add_score
+from welltuned.models.saved import named_modules, tied_names
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -40,6 +42,7 @@ _REFUSED = (
 # as parameters ("….weight").
 _TAKEN_FOR_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 _NAME_PATTERN = re.compile(r"\^?(?:\.\*)?[\w.\\|$-]+(?:\.\*[\w.\\|$-]+){0,2}")  # few ".*": each multiplies the time
+UNDERSTOOD = ("use_dora", "modules_to_save", "alpha_pattern")
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others (PiSSA, OLoRA, ...) change the base weights
 
 
@@ -50,8 +53,27 @@ def save_adapter(bank: AdapterBank, folder: Path, base: str, k: int = 0) -> None
         RunError: what was read back differs from what is in memory.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {_to_file(name, bank): _as_file(name, t).cpu().clone() for name, t in bank.tensors(k).items()}
+    named = without_start(bank, k) if bank.settings[k].init in FROM_WEIGHTS else bank.tensors(k)
+    tensors = {_to_file(name, bank): _as_file(name, t).cpu().clone() for name, t in named.items()}
+    for other, saved in tied_names(bank.model, bank.saved).items():
+        tensors[f"{_PREFIX}{other}.weight"] = tensors[f"{_PREFIX}{saved}.weight"].clone()
     write_adapter(folder, _config(bank, base, k), tensors)
+
+
+def without_start(bank: AdapterBank, k: int = 0) -> dict[str, Tensor]:
+    """What an adapter that began at a part of the weights adds to them: B A - B0 A0, as factors of twice the rank.
+
+    A = [A; A0] and B = [B, -B0], so that the first half is what was trained, and the second how it began.
+    """
+    start, found = bank.tensors_at_start(k), {}
+    for name, tensor in bank.tensors(k).items():
+        began = start[name].to(tensor.device)
+        if name.endswith("lora_A"):
+            tensor = torch.cat([tensor, began])
+        elif name.endswith("lora_B"):
+            tensor = torch.cat([tensor, -began], dim=1)
+        found[name] = tensor
+    return found
 
 
 def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -84,12 +106,16 @@ def load_adapter(
         saved: modules that are trained beside the adapters; what the file does not have of them stays as it is.
         device: as in `attach`.
     """
-    config, stored = read_config(folder), read_tensors(folder / WEIGHTS)
-    if config.get("modules_to_save") and not saved:
+    config, stored = read_config(folder, accept=UNDERSTOOD), read_tensors(folder / WEIGHTS)
+    whole = tuple(config.get("modules_to_save") or ())
+    if whole == (SCORE,) and not saved:
         add_score(model, seed=0)
-        saved = (SCORE,)
+        saved = whole
+    elif whole and not saved:
+        saved = named_modules(model, whole)
     names = _stack_names(model, config.get("target_parameters") or ())
-    tensors = {_from_file(name, names): tensor for name, tensor in stored.items()}
+    tensors = {_from_file(name, names, saved): tensor for name, tensor in stored.items()}
+    _drop_tied(model, saved, tensors, bool(config.get("ensure_weight_tying")), str(folder))
     settings = _settings(config, tensors, set(names.values()), str(folder))
     bank = attach(model, settings if dropout is None else replace(settings, lora_dropout=dropout), saved, device)
     expected = bank.tensors()
@@ -111,6 +137,31 @@ def load_adapter(
     return bank
 
 
+def _drop_tied(
+    model: PreTrainedModel, saved: tuple[str, ...], tensors: dict[str, Tensor], tying: bool, where: str
+) -> None:
+    """PEFT keeps two copies of a weight that embedding and head share; ours is one. `tying`: it says so itself."""
+    for other, name in tied_names(model, saved).items():
+        first, second = tensors.get(f"{name}.weight"), tensors.pop(f"{other}.weight", None)
+        if first is None and second is None or tying and first is not None and second is None:
+            continue
+        if first is None or second is None or not torch.equal(first, second):
+            alone, left = (other, name) if first is None else (name, other)
+            what = f"{alone} was trained without {left}, which shares its weights in the model"
+            raise InputError(what, where=where, mend="merge the adapter with PEFT first")
+
+
+def split_start(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What was trained, and how it began, of what `without_start` made."""
+    now, start = dict(tensors), dict(tensors)
+    for name, tensor in tensors.items():
+        if name.endswith(("lora_A", "lora_B")):
+            side = 0 if name.endswith("lora_A") else 1
+            now[name], began = (part.contiguous() for part in tensor.chunk(2, dim=side))
+            start[name] = began if side == 0 else -began
+    return now, start
+
+
 def read_config(folder: Path, accept: Iterable[str] = ()) -> dict[str, Any]:
     """adapter_config.json, refused where it asks for more than LoRA and what `accept` names."""
     path = folder / CONFIG
@@ -126,7 +177,10 @@ def read_config(folder: Path, accept: Iterable[str] = ()) -> dict[str, Any]:
         raise InputError(f"adapters of type {config.get('peft_type')} are not understood", where=str(path))
     for key in _REFUSED:
         if config.get(key) and key not in accept and not (key == "modules_to_save" and list(config[key]) == [SCORE]):
-            raise InputError(f"{key} is not understood", where=str(path), mend="merge the adapter with PEFT first")
+            mend = (
+                "merge it first: welltuned adapter merge" if key in UNDERSTOOD else "merge the adapter with PEFT first"
+            )
+            raise InputError(f"{key} is not understood here", where=str(path), mend=mend)
     start = config.get("init_lora_weights")
     if start not in _STARTS:
         mend = "convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
@@ -143,13 +197,17 @@ def read_config(folder: Path, accept: Iterable[str] = ()) -> dict[str, Any]:
 def _check_names(config: dict[str, Any], where: str) -> None:
     """What is compared with the model's names: lists of text, and patterns that cannot take for ever to match."""
     parameters, patterns = config.get("target_parameters") or [], config.get("rank_pattern") or {}
+    alphas = config.get("alpha_pattern") or {}
     if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
         raise InputError("target_parameters is no list of names", where=where)
     if not isinstance(patterns, dict) or not all(type(rank) is int and rank > 0 for rank in patterns.values()):
         raise InputError("rank_pattern does not give ranks by name", where=where)
-    for pattern in patterns:
+    numbers = isinstance(alphas, dict) and all(type(a) in (int, float) and 0 < a < math.inf for a in alphas.values())
+    if not numbers:
+        raise InputError("alpha_pattern does not give numbers above 0 by name", where=where)
+    for pattern in (*patterns, *alphas):
         if not _NAME_PATTERN.fullmatch(pattern):
-            what = f"rank_pattern holds {pattern[:80]!r}, which is more than names and their parts"
+            what = f"a pattern holds {pattern[:80]!r}, which is more than names and their parts"
             raise InputError(what, where=where, mend="name the modules")
 
 
@@ -174,14 +232,14 @@ def _to_file(name: str, bank: AdapterBank) -> str:
     if module in bank.stacks:
         return f"{_PREFIX}{_wrapped(bank.stacks)[module]}.{leaf}.weight"
     if leaf.startswith("lora_"):
-        return f"{_PREFIX}{name}.weight"
+        return f"{_PREFIX}{name}" + ".weight" * (leaf != MAGNITUDE)
     return f"{_PREFIX}{module}.base_layer.{leaf}" if module in bank.modules else _PREFIX + name
 
 
-def _from_file(name: str, stacks: Mapping[str, str]) -> str:
+def _from_file(name: str, stacks: Mapping[str, str], saved: tuple[str, ...] = ()) -> str:
     """PEFT's name as ours; `stacks` by the name that PEFT's wrapper has in the file."""
-    if name == f"{_PREFIX}{SCORE}.weight":
-        return f"{SCORE}.weight"
+    if ".lora_" not in name and not name.endswith(".base_layer.weight"):
+        return name.removeprefix(_PREFIX).replace(".base_layer.", ".")  # a trained module or bias, by its own name
     plain = name.removeprefix(_PREFIX).removesuffix(".weight")
     module, _, leaf = plain.rpartition(".")
     return f"{stacks[module]}.{leaf}" if module in stacks else plain.replace(".base_layer.", ".")
@@ -225,12 +283,14 @@ def _config(bank: AdapterBank, base: str, k: int) -> dict[str, Any]:
     s = bank.settings[k]
     modules, parameters = _peft_places(bank)
     stacks = _shortest(bank.stacks, expert_stacks(bank.model))
+    twice = 2 if s.init in FROM_WEIGHTS else 1  # see `without_start`
+    more = math.sqrt(twice) if s.use_rslora else twice  # alpha with which the scale stays what it was
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if bank.saved else "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if bank.saved == (SCORE,) else "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": s.r,
-        "lora_alpha": int(s.lora_alpha) if float(s.lora_alpha).is_integer() else s.lora_alpha,
+        "r": s.r * twice,
+        "lora_alpha": _whole(s.lora_alpha * more),
         "lora_dropout": 0.0 if parameters else s.lora_dropout,  # PEFT refuses it on parameters, where it cannot act
         "use_rslora": s.use_rslora,
         "target_modules": peft_targets(bank.model, modules),
@@ -238,13 +298,20 @@ def _config(bank: AdapterBank, base: str, k: int) -> dict[str, Any]:
         "fan_in_fan_out": any(isinstance(module.base, Conv1D) for module in bank.modules.values()),
         "init_lora_weights": True,
         "inference_mode": True,
-        "modules_to_save": list(bank.saved) or None,
+        "modules_to_save": [*bank.saved, *tied_names(bank.model, bank.saved)] or None,
+        "use_dora": s.use_dora,
+        "rank_pattern": {key: r * twice for key, r in s.rank_pattern},
+        "alpha_pattern": {key: _whole(alpha * more) for key, alpha in s.alpha_pattern},
     }
     if stacks or parameters:
         config["target_parameters"] = [*stacks, *parameters]
     if stacks and s.expert_rank != s.r:
-        config["rank_pattern"] = dict.fromkeys(map(re.escape, stacks), s.expert_rank)
+        config["rank_pattern"] |= dict.fromkeys(map(re.escape, stacks), s.expert_rank)
     return config
+
+
+def _whole(value: float) -> float:
+    return int(value) if float(value).is_integer() else value
 
 
 def _peft_places(bank: AdapterBank) -> tuple[list[str], list[str]]:
@@ -275,18 +342,19 @@ def _settings(config: dict[str, Any], tensors: dict[str, Tensor], stacks: set[st
     longest = max((max(tensor.shape, default=0) for tensor in tensors.values()), default=0)
     names = tuple(sorted({n.rpartition(".")[0] for n in tensors if n.endswith("lora_A")}))
     r = int(config["r"])
-    patterns = config.get("rank_pattern") or {}
+    patterns = tuple((config.get("rank_pattern") or {}).items())
 
     def rank(name: str) -> int:
-        return next((int(v) for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), r)
+        return by_pattern(patterns, name, r)
 
     if max((rank(name) for name in names), default=r) > longest:  # before so much memory is asked for
         what = f"the rank is {r:,} in {CONFIG}, and the file's tensors are no larger than {longest:,}"
         raise InputError(what, where=where, mend="the two files do not belong together")
     expert_ranks = {rank(name) for name in names if name in stacks}
-    if len(expert_ranks) > 1 or any(rank(name) != r for name in names if name not in stacks):
-        what = "rank_pattern is understood only where all experts share one rank and all other layers have r"
+    if len(expert_ranks) > 1:
+        what = "rank_pattern gives experts several ranks, which is not understood"
         raise InputError(what, where=where, mend="merge the adapter with PEFT first")
+    linears = [name for name in names if name not in stacks]
     return LoraSettings(
         r=r,
         expert_r=next(iter(expert_ranks - {r}), None),
@@ -295,4 +363,12 @@ def _settings(config: dict[str, Any], tensors: dict[str, Tensor], stacks: set[st
         target_modules=names or ALL_LINEAR,
         use_rslora=bool(config.get("use_rslora")),
         bias=Bias(config.get("bias") or "none"),
+        rank_pattern=_used(patterns, linears),
+        alpha_pattern=_used(tuple((config.get("alpha_pattern") or {}).items()), linears),
+        use_dora=bool(config.get("use_dora")),
     )
+
+
+def _used(patterns: Iterable[tuple[str, Any]], names: Iterable[str]) -> tuple[tuple[str, Any], ...]:
+    """The patterns that name one of these layers; others may be meant for experts, or for nothing."""
+    return tuple((key, value) for key, value in patterns if any(by_pattern([(key, True)], n, False) for n in names))

@@ -110,7 +110,8 @@ def mlp_activation(mlp: nn.Module) -> Activation | None:
 
 def _fuse_mlp(module: nn.Module, fused: Fused) -> None:
     gate, up, down = (module.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
-    if not all(isinstance(m, LoraLinear) and m.bias_O is None for m in (gate, up, down)):
+    # DoRA's rows are scaled outside the product; while B is 0 by 1, so that a comparison would not tell.
+    if not all(isinstance(m, LoraLinear) and m.bias_O is None and m.magnitude_KO is None for m in (gate, up, down)):
         fused.plain[BARE_MLPS] += 1
         return
     kind = mlp_activation(module)

@@ -5,72 +5,31 @@ with the start one operation each; every module's A_KRI and B_KOR are views of i
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
-from enum import StrEnum
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from welltuned.errors import InputError, RunError
+from welltuned.kernels.dora import dora, row_squares
 from welltuned.kernels.lora import Dropout, Projection, Rows, lora
-from welltuned.models.experts import LoraExperts, expert_stacks, has_stacks, stack_shape
-from welltuned.models.frozen import LEFT_ALONE, frozen_weight, is_projection
+from welltuned.models.experts import LoraExperts, expert_stacks, stack_shape
+from welltuned.models.frozen import frozen_weight
+from welltuned.models.lora_settings import ALL_LINEAR as ALL_LINEAR
+from welltuned.models.lora_settings import FROM_WEIGHTS, by_pattern
+from welltuned.models.lora_settings import Bias as Bias
+from welltuned.models.lora_settings import Init as Init
+from welltuned.models.lora_settings import LoraSettings as LoraSettings
+from welltuned.models.lora_start import Loss4Bit, start_each, start_from
+from welltuned.models.targets import find_targets as find_targets
+from welltuned.models.targets import linear_modules as linear_modules
 
-ALL_LINEAR = "all-linear"
+MAGNITUDE = "lora_magnitude_vector"  # PEFT's name of DoRA's trained row norms
+
 Device = torch.device | str | None  # None: the model's own
-
-
-class Init(StrEnum):
-    """How A starts; B always starts at zero."""
-
-    KAIMING = "true"  # PEFT's init_lora_weights=True
-    GAUSSIAN = "gaussian"
-
-
-class Bias(StrEnum):
-    NONE = "none"
-    LORA_ONLY = "lora_only"
-    ALL = "all"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoraSettings:
-    """PEFT's names and meanings.
-
-    Args:
-        target_modules: "all-linear", or name endings, each of which must match. Experts are no linear layers: they are
-            named by their module ("experts") or, as in PEFT's `target_parameters`, by a stack ("experts.down_proj").
-        expert_r: the rank of every expert's own adapter; None for r.
-    """
-
-    r: int = 16
-    expert_r: int | None = None
-    lora_alpha: float = 32
-    lora_dropout: float = 0.0
-    target_modules: str | tuple[str, ...] = ALL_LINEAR
-    use_rslora: bool = False
-    bias: Bias = Bias.NONE
-    init: Init = Init.KAIMING
-    seed: int = 3407
-
-    @property
-    def scale(self) -> float:
-        return self._scale(self.r)
-
-    @property
-    def expert_rank(self) -> int:
-        return self.expert_r or self.r
-
-    @property
-    def expert_scale(self) -> float:
-        return self._scale(self.expert_rank)
-
-    def _scale(self, r: int) -> float:
-        return self.lora_alpha / (math.sqrt(r) if self.use_rslora else r)
 
 
 class LoraLinear(nn.Module):
@@ -84,11 +43,15 @@ class LoraLinear(nn.Module):
         b_KOR: nn.Parameter,
         rows: Rows,
         drops: bool = False,
+        magnitude_KO: nn.Parameter | None = None,
     ):
         super().__init__()
         self.base = base
         self.drops = drops
         self.lora_A, self.lora_B = a_KRI, b_KOR
+        self.register_parameter(MAGNITUDE, magnitude_KO)
+        self.magnitude_KO = magnitude_KO
+        self.squares_O = None if magnitude_KO is None else row_squares(projection.weight)
         self.projection, self.rows = projection, rows
         bias = base._parameters.get("bias")
         self.bias_O: Tensor | None = None if bias is None else bias
@@ -100,7 +63,12 @@ class LoraLinear(nn.Module):
             out: Tensor = self.base(x)
             return out
         self.check_dropout()
-        y = lora(x.reshape(-1, x.shape[-1]), self.projection, self.lora_A, self.lora_B, self.bias_O, self.rows)
+        x_NI = x.reshape(-1, x.shape[-1])
+        if self.magnitude_KO is not None and self.squares_O is not None:
+            pair = self.lora_A, self.lora_B
+            y = dora(x_NI, self.projection, *pair, self.magnitude_KO, self.squares_O, self.bias_O, self.rows)
+        else:
+            y = lora(x_NI, self.projection, self.lora_A, self.lora_B, self.bias_O, self.rows)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @property
@@ -152,8 +120,8 @@ class AdapterBank:
     ):
         self.model, self.settings, self.saved = model, tuple(settings), saved
         first = self.settings[0]
-        if len({(s.r, s.expert_rank, s.target_modules, s.bias, s.lora_dropout) for s in self.settings}) > 1:
-            raise InputError("adapters of one bank share r, expert_r, target_modules, bias and lora_dropout")
+        if len({_shape(s) for s in self.settings}) > 1:
+            raise InputError("adapters of one bank share ranks, target_modules, bias, lora_dropout and use_dora")
         if any(isinstance(module, (LoraLinear, LoraExperts)) for module in model.modules()):
             raise InputError("the model already carries adapters", mend="detach them first")
         if len(self.settings) > 1 and saved:
@@ -163,17 +131,17 @@ class AdapterBank:
                 "biases belong to the shared base", where="bias", mend="use bias: none with several adapters"
             )
         self.rows = Rows(dropout=Dropout())
-        self.targets = find_targets(model, first.target_modules)
+        self.targets = find_targets(model, first.target_modules, first.layers_to_transform)
         self.stacks = [name for name in self.targets if name not in linear_modules(model)]
-        if self.stacks:
-            _check_experts(first)
+        _check(self.settings, self.targets, self.stacks)
         biases = _trained_biases(model, self.targets, first.bias)
         for name, parameter in biases.items():
             if parameter.dtype.itemsize < 4 and name.rpartition(".")[0] not in self.targets:
                 what = f"{name} is {str(parameter.dtype).removeprefix('torch.')}: too coarse to be trained"
                 raise InputError(what, where="bias", mend="use lora_only, or a float32 model")
         whole = {f"{name}.{leaf}": p for name in saved for leaf, p in model.get_submodule(name).named_parameters()}
-        biases = whole | biases  # weights first, since the buffer's first columns decay
+        # weights first, since the buffer's first columns decay
+        biases = dict(sorted((whole | biases).items(), key=lambda item: item[0].endswith("bias")))
         self.slots = _layout(model, self.targets, first, biases)
         device = device or next(model.parameters()).device
         total = sum(slot.size for slot in self.slots)
@@ -204,26 +172,37 @@ class AdapterBank:
     def _attach(self, biases: dict[str, nn.Parameter]) -> None:
         linears = linear_modules(self.model)
         index_of = {name: index for index, name in enumerate(linears)}
-        scale_K = [s.scale for s in self.settings]
         if self.stacks:
             self._attach_experts(len(linears))
         for name in self.targets:
-            if name in self.stacks:
-                continue
-            index, base = index_of[name], self.model.get_submodule(name)
-            a, b = self._pair(name)
-            for k, settings in enumerate(self.settings):
-                init_a(a.data[k], settings, index)
-            projection = Projection(frozen_weight(base), scale_K, index)
-            self._put(name, LoraLinear(base, projection, a, b, self.rows, drops=self.settings[0].lora_dropout > 0))
+            if name not in self.stacks:
+                self._attach_linear(name, index_of[name])
         for name, bias in biases.items():
-            slot = next(slot for slot in self.slots if slot.name == name)
+            slot = self._slot(name)
             columns = slice(slot.start, slot.start + slot.size)
             self.flat_KP[0, columns] = bias.data.float().flatten()
             bias.data = self.flat_KP[0, columns].view(slot.shape)
             bias.requires_grad_(True)
             self._parameters[slot] = bias
         self.claim_gradients()
+
+    def _attach_linear(self, name: str, index: int) -> None:
+        first, base = self.settings[0], self.model.get_submodule(name)
+        a, b = self._pair(name)
+        projection = Projection(frozen_weight(base), [s.scale_of(name) for s in self.settings], index)
+        for k, settings in enumerate(self.settings):
+            if settings.init in FROM_WEIGHTS:
+                a.data[k], b.data[k] = start_from(projection.weight, settings, name)
+            else:
+                init_a(a.data[k], settings, index)
+        if first.init in FROM_WEIGHTS:
+            projection.taken = a.detach().clone(), b.detach().clone()
+        magnitude = None
+        if first.use_dora:
+            magnitude = self._parameter(self._slot(f"{name}.{MAGNITUDE}"))
+            magnitude.data.copy_(row_squares(projection.weight).sqrt())  # B is 0: of W itself
+        drops = first.lora_dropout > 0
+        self._put(name, LoraLinear(base, projection, a, b, self.rows, drops=drops, magnitude_KO=magnitude))
 
     def _attach_experts(self, index: int) -> None:
         """Adapters on stacks; `index` is where their names for the start of A begin, one for each expert."""
@@ -241,8 +220,10 @@ class AdapterBank:
             self._put(module, LoraExperts(self.model.get_submodule(module), pairs, scale_K, self.rows))
 
     def _pair(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
-        a, b = (next(s for s in self.slots if s.name == f"{name}.{leaf}") for leaf in ("lora_A", "lora_B"))
-        return self._parameter(a), self._parameter(b)
+        return self._parameter(self._slot(f"{name}.lora_A")), self._parameter(self._slot(f"{name}.lora_B"))
+
+    def _slot(self, name: str) -> Slot:
+        return next(slot for slot in self.slots if slot.name == name)
 
     def _put(self, name: str, module: LoraLinear | LoraExperts) -> None:
         self.modules[name] = module
@@ -262,13 +243,19 @@ class AdapterBank:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within the block the model is the base alone."""
+        originals = [(self._parameters[self._slot(name)], data) for name, data in self._original_biases.items()]
+        trained = [parameter.data for parameter, _ in originals]
         for module in self.modules.values():
             module.enabled = False
+        for parameter, data in originals:
+            parameter.data = data
         try:
             yield
         finally:
             for module in self.modules.values():
                 module.enabled = True
+            for (parameter, _), data in zip(originals, trained, strict=True):
+                parameter.data = data
 
     def use_rows(self, per_adapter: tuple[int, ...] | None, dropout_spans: tuple[tuple[int, int], ...]) -> None:
         """Say how the rows of the next forward pass belong to adapters, and name its examples for dropout."""
@@ -281,8 +268,8 @@ class AdapterBank:
 
     @property
     def decayed(self) -> int:
-        """Columns of the flat buffer that weight decay applies to: all but trained biases."""
-        return sum(slot.size for slot in self.slots if not slot.name.endswith("bias"))
+        """Columns of the flat buffer that weight decay applies to: all but trained biases and DoRA's magnitudes."""
+        return sum(slot.size for slot in self.slots if not slot.name.endswith(("bias", MAGNITUDE)))
 
     def tensors(self, k: int = 0) -> dict[str, Tensor]:
         """Adapter k's tensors by name, as views of the flat buffer."""
@@ -309,6 +296,18 @@ def attach(
     return AdapterBank(model, [settings] if isinstance(settings, LoraSettings) else settings, saved, device)
 
 
+def start_loftq(bank: AdapterBank, original: PreTrainedModel) -> Loss4Bit:
+    """Start a new adapter at what its 4-bit base lost of the original's weights."""
+    adapted = {
+        name: (module.projection.weight, module.lora_A.data[0], module.lora_B.data[0])
+        for name, module in bank.modules.items()
+        if isinstance(module, LoraLinear)
+    }
+    lost = start_each(bank.settings[0], adapted, original)
+    bank.start_KP.copy_(bank.flat_KP)
+    return lost
+
+
 def init_a(a_RI: Tensor, settings: LoraSettings, index: int) -> None:
     """PEFT's starts: U(-1/sqrt(I), 1/sqrt(I)), which is Kaiming-uniform with a = sqrt(5), or N(0, 1/R^2).
 
@@ -323,53 +322,6 @@ def init_a(a_RI: Tensor, settings: LoraSettings, index: int) -> None:
     a_RI.copy_(torch.rand(a_RI.shape, generator=generator).mul_(2 * bound).sub_(bound))
 
 
-def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Every linear projection of the trunk by name; neither the head nor routers."""
-    head = model.get_output_embeddings()
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if is_projection(module) and module is not head and name.rsplit(".", 1)[-1] not in LEFT_ALONE
-    }
-
-
-def find_targets(model: PreTrainedModel, wanted: str | tuple[str, ...]) -> list[str]:
-    """Names of what to adapt, in the model's order. A wanted name that matches nothing is an error."""
-    linears = linear_modules(model)
-    if wanted == ALL_LINEAR:
-        return list(linears)
-    endings = (wanted,) if isinstance(wanted, str) else wanted
-    stacks = expert_stacks(model)
-    found: set[str] = set()
-    for ending in endings:
-        matches = {name for name in linears if ending == ALL_LINEAR or _ends(name, ending)}
-        matches |= {name for name in stacks if _means_stack(name, ending)}
-        if not matches:
-            raise _no_match(model, ending, linears, stacks)
-        found |= matches
-    return [name for name in (*linears, *stacks) if name in found]
-
-
-def _ends(name: str, ending: str) -> bool:
-    return name == ending or name.endswith("." + ending)
-
-
-def _means_stack(name: str, ending: str) -> bool:
-    """By its module ("experts") or with it ("experts.down_proj"): "down_proj" alone is a dense layer's name."""
-    return _ends(name.rpartition(".")[0], ending) or ("." in ending and _ends(name, ending))
-
-
-def _no_match(model: PreTrainedModel, ending: str, linears: Iterable[str], stacks: Iterable[str]) -> InputError:
-    for name, module in model.named_modules():
-        if has_stacks(module) and not any(stack.startswith(f"{name}.") for stack in stacks) and _ends(name, ending):
-            what = f"{name} keeps its experts in a way that no adapter of ours can stand on"
-            return InputError(what, where="target_modules", mend=f"leave {ending!r} out")
-    known = {name.rsplit(".", 1)[-1] for name in linears} | {".".join(name.rsplit(".", 2)[-2:]) for name in stacks}
-    near = [name for name in known if _ends(name, ending)] or get_close_matches(ending, sorted(known), 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"this model has {', '.join(sorted(known))}"
-    return InputError(f"{ending!r} matches no linear layer of the model", where="target_modules", mend=hint)
-
-
 def _layout(
     model: PreTrainedModel, targets: list[str], settings: LoraSettings, biases: dict[str, nn.Parameter]
 ) -> list[Slot]:
@@ -379,21 +331,62 @@ def _layout(
     for name in targets:
         shapes: tuple[tuple[int, ...], tuple[int, ...]]
         if name in linears:
-            out_features, in_features = frozen_weight(model.get_submodule(name)).shape
-            shapes = (settings.r, in_features), (out_features, settings.r)
+            r, (out_features, in_features) = settings.rank_of(name), frozen_weight(model.get_submodule(name)).shape
+            shapes = (r, in_features), (out_features, r)
         else:
             experts, out_features, in_features = stack_shape(model, name)
             shapes = (experts, settings.expert_rank, in_features), (experts, out_features, settings.expert_rank)
         for tensor, shape in zip(("lora_A", "lora_B"), shapes, strict=True):
             slots.append(Slot(f"{name}.{tensor}", start, shape))
             start += slots[-1].size
-    for name, bias in biases.items():
-        slots.append(Slot(name, start, tuple(bias.shape)))
+    magnitudes = [
+        (f"{name}.{MAGNITUDE}", (frozen_weight(model.get_submodule(name)).shape[0],))
+        for name in targets
+        if settings.use_dora
+    ]
+    others = [(name, tuple(parameter.shape)) for name, parameter in biases.items()]
+    weights = [one for one in others if not one[0].endswith("bias")]
+    for name, shape in (*weights, *magnitudes, *(one for one in others if one not in weights)):
+        slots.append(Slot(name, start, shape))
         start += slots[-1].size
     return slots
 
 
+def _shape(settings: LoraSettings) -> tuple[object, ...]:
+    """What adapters of one bank share."""
+    s = settings
+    return (
+        s.r,
+        s.expert_rank,
+        s.rank_pattern,
+        s.target_modules,
+        s.layers_to_transform,
+        s.bias,
+        s.lora_dropout,
+        s.use_dora,
+    )
+
+
+def _check(several: Sequence[LoraSettings], targets: Sequence[str], stacks: Sequence[str]) -> None:
+    """Refuse what cannot be: patterns that name nothing, parts that do not go together."""
+    first = several[0]
+    for where, keys in (("rank_pattern", first.rank_pattern), ("alpha_pattern", first.alpha_pattern)):
+        for key, _ in keys:
+            if not any(name not in stacks and by_pattern([(key, True)], name, False) for name in targets):
+                raise InputError(f"{key!r} names no adapted linear layer", where=where, mend="use the end of its name")
+    if len({(s.init in FROM_WEIGHTS) for s in several}) > 1:
+        raise InputError("adapters of one bank all start from the weights, or none does", where="init_lora_weights")
+    if first.use_dora and (first.init not in (Init.KAIMING, Init.GAUSSIAN) or first.lora_dropout):
+        what = "DoRA starts at B = 0 and has no dropout here"
+        raise InputError(what, where="use_dora", mend="leave init_lora_weights and lora_dropout as they are")
+    if stacks:
+        _check_experts(first)
+
+
 def _check_experts(settings: LoraSettings) -> None:
+    if settings.use_dora or settings.init not in (Init.KAIMING, Init.GAUSSIAN):
+        what, mend = "experts take plain LoRA only", "leave the experts out of target_modules"
+        raise InputError(what, where="use_dora" if settings.use_dora else "init_lora_weights", mend=mend)
     if settings.lora_dropout:
         what = "dropout cannot act on experts: each one's weight is changed as a whole, as PEFT does it"
         raise InputError(what, where="lora_dropout", mend="set it to 0, or leave the experts out of target_modules")

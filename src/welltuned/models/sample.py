@@ -5,25 +5,24 @@ computed once for all of its completions. Every completion has its own stream of
 which others are sampled beside it, and in how many batches, does not change what is drawn for it.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
-from transformers.masking_utils import sdpa_mask
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from welltuned.kernels.lora import mixed
 from welltuned.kernels.token_loss import Head
-from welltuned.models.packed import ATTENTION, attending, packs
+from welltuned.models.decode import Decoder, decoding, new_decoder
+from welltuned.models.packed import packs
 
-DECODING = "welltuned_decoding"
-SHRINK = 0.25  # share of a batch's completions that have ended before they are taken out of it
+SHRINK = 0.125  # share of a batch's completions that have ended before they are taken out of it
+BLOCK = 256  # vocabulary entries that are summed together before a token is looked for among them
+IN_CACHE = 2**20  # logits that are worked on at a time on the CPU: 4 MB, three times
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +33,8 @@ class Sampling:
         top_p: the likeliest tokens that together have this probability are drawn from (Holtzman et al. 2020,
             arXiv 1904.09751).
         stop_ids: tokens that end a completion, and belong to it.
-        tokens_at_once: most tokens, prompts and completions at their longest, of the completions of one batch.
+        tokens_at_once: most tokens, prompts and completions at their longest, of the completions of one batch; one
+            completion alone may have more.
     """
 
     max_new_tokens: int
@@ -77,21 +77,40 @@ def complete(
         names: of each prompt one number a completion, which names its random numbers.
     """
     out: list[list[Completion]] = [[] for _ in prompts]
-    with _decoding(model):
-        for batch in _batches([len(p) for p in prompts], [len(n) for n in names], sampling, packs(model)):
-            made = _Batch(model, head, [prompts[i] for i in batch], [names[i] for i in batch], sampling).run()
-            for index, completions in zip(batch, made, strict=True):
-                out[index] = completions
+    packed = packs(model)
+    parts = _parts([len(p) for p in prompts], names, sampling, packed)
+    with decoding(model):
+        for batch in _batches([len(prompts[i]) for i, _ in parts], [len(n) for _, n in parts], sampling, packed):
+            some = [parts[b] for b in batch]
+            chosen, named = [prompts[i] for i, _ in some], [n for _, n in some]
+            decoder = new_decoder(model, head, chosen, [len(n) for n in named], sampling.max_new_tokens)
+            for (index, _), completions in zip(some, _sample(decoder, named, sampling, model.device), strict=True):
+                out[index] += completions
     return out
 
 
-def _batches(lengths: Sequence[int], counts: Sequence[int], sampling: Sampling, ragged: bool) -> list[list[int]]:
-    """Prompts of like length together, so that little is padding; of equal length where the model takes no padding."""
+def _parts(
+    lengths: Sequence[int], names: Sequence[Sequence[int]], sampling: Sampling, packed: bool
+) -> list[tuple[int, Sequence[int]]]:
+    """Each prompt's number with its names, in several parts where they are too many for one batch."""
+    found = []
+    for index, (length, all_names) in enumerate(zip(lengths, names, strict=True)):
+        shared, own = (length, 0) if packed else (0, length)
+        most = max(1, (sampling.tokens_at_once - shared) // (own + sampling.max_new_tokens))
+        found += [(index, all_names[start : start + most]) for start in range(0, len(all_names), most)]
+    return found
+
+
+def _batches(lengths: Sequence[int], counts: Sequence[int], sampling: Sampling, packed: bool) -> list[list[int]]:
+    """Prompts of like length together, so that little is padding; of equal length where the model takes no padding.
+
+    A prompt's tokens count once where its completions share them.
+    """
     batches: list[list[int]] = []
     held = 0
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        tokens = counts[index] * (lengths[index] + sampling.max_new_tokens)
-        unlike = bool(batches) and not ragged and lengths[batches[-1][0]] != lengths[index]
+        tokens = lengths[index] * (1 if packed else counts[index]) + counts[index] * sampling.max_new_tokens
+        unlike = bool(batches) and not packed and lengths[batches[-1][0]] != lengths[index]
         if not batches or unlike or held + tokens > sampling.tokens_at_once:
             batches.append([])
             held = 0
@@ -100,172 +119,91 @@ def _batches(lengths: Sequence[int], counts: Sequence[int], sampling: Sampling, 
     return batches
 
 
-# ── attention of new tokens over the cache ───────────────────────────────────────────────────────────────────────────
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention call: query [B, Q, n, D], key and value [B, G, m, D], out [B, n, Q, D].
-
-    Queries that share keys are rows of one product: keys and values are not repeated for them. Windows are in the mask.
-    """
-    rows, heads, n, d = query.shape
-    groups, m = key.shape[1:3]
-    scale = d**-0.5 if scaling is None else scaling
-    q = (query * scale).reshape(rows * groups, heads // groups * n, d)
-    z = torch.bmm(q, key.reshape(rows * groups, m, d).transpose(1, 2)).view(rows, groups, heads // groups, n, m)
-    if softcap is not None:
-        z = z.div_(softcap).tanh_().mul_(softcap)
-    if attention_mask is None and n > 1:  # transformers leaves it out where it is causal and nothing else
-        attention_mask = torch.ones(n, m, dtype=torch.bool, device=z.device).tril_(m - n)[None, None]
-    if attention_mask is not None:  # the same for all heads
-        z.masked_fill_(
-            ~attention_mask[:, :, None], torch.finfo(z.dtype).min
-        )  # finite: padding sees nothing, and no NaN
-    if s_aux is not None:
-        sink = s_aux.to(z.dtype).view(1, groups, -1, 1, 1).expand(rows, -1, -1, n, 1)
-        p = torch.cat([z, sink], -1).softmax(-1, dtype=torch.promote_types(z.dtype, torch.float32))[..., :-1]
-    else:
-        p = z.softmax(-1, dtype=torch.promote_types(z.dtype, torch.float32))
-    out = torch.bmm(p.to(value.dtype).view(rows * groups, -1, m), value.reshape(rows * groups, m, -1))
-    return out.view(rows, heads, n, -1).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(DECODING, _attention)
-AttentionMaskInterface.register(DECODING, sdpa_mask)
-
-
-@contextmanager
-def _decoding(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block a model that attends to packed rows attends to its cache; another one's attention is its own."""
-    now = model.config._attn_implementation
-    with attending(model, DECODING if now == ATTENTION else now):
-        yield
-
-
 # ── one batch ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class _Batch:
-    """Prompts padded on the left, so that all completions begin in one column."""
+def _sample(
+    decoder: Decoder, names: Sequence[Sequence[int]], sampling: Sampling, device: torch.device
+) -> list[list[Completion]]:
+    """Legend: S sequences in all, B those still in the batch, T tokens of a completion at its longest."""
+    every, longest = [name for group in names for name in group], sampling.max_new_tokens
+    uniform_ST = torch.stack([uniforms(name, longest) for name in every]).to(device) if sampling.temperature else None
+    stops = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=device)
+    ids_ST = torch.zeros(len(every), longest, dtype=torch.int64, device=device)
+    entropy_S = torch.zeros(len(every), dtype=torch.float64, device=device)
+    length_S = torch.full((len(every),), longest, device=device)
+    ended_S = torch.zeros(len(every), dtype=torch.bool, device=device)
+    live_B = torch.arange(len(every), device=device)  # the sequence in each row of the batch
+    logits_BV = decoder.begin()
+    for t in range(longest):
+        u_B = None if uniform_ST is None else uniform_ST[live_B, t]
+        token_B, entropy_B = draw(logits_BV, u_B, sampling)
+        going_B = ~ended_S[live_B]
+        ids_ST[live_B, t] = torch.where(going_B, token_B, 0)
+        entropy_S[live_B] += torch.where(going_B, entropy_B, 0.0)
+        stopping_B = going_B & torch.isin(token_B, stops)
+        length_S[live_B[stopping_B]] = t + 1
+        ended_S[live_B[stopping_B]] = True
+        going_B &= ~stopping_B
+        left = int(going_B.sum())
+        if left == 0 or t + 1 == longest:
+            break
+        if decoder.thins and len(live_B) - left >= SHRINK * len(live_B):
+            rows_B = going_B.nonzero()[:, 0]
+            decoder.keep(rows_B)
+            live_B, token_B = live_B[rows_B], token_B[rows_B]
+        logits_BV = decoder.step(token_B)
+    rows = iter(
+        zip(
+            ids_ST.cpu().numpy().astype(np.int32),
+            *(length_S.tolist(), ended_S.tolist(), entropy_S.tolist()),
+            strict=True,
+        )
+    )
+    return [
+        [Completion(ids[:n].copy(), end, entropy) for ids, n, end, entropy in (next(rows) for _ in group)]
+        for group in names
+    ]
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        head: Head | None,
-        prompts: Sequence[NDArray[np.int32]],
-        names: Sequence[Sequence[int]],
-        sampling: Sampling,
-    ):
-        self.model, self.head, self.sampling, self.prompts = model, head, sampling, prompts
-        self.device = model.device
-        self.counts = [len(n) for n in names]
-        self.shares = packs(model)  # a cache that is keys and values alone can be repeated and thinned out
-        if sampling.temperature > 0:
-            drawn = torch.stack([uniforms(name, sampling.max_new_tokens) for group in names for name in group])
-            self.uniform_ST = drawn.to(self.device)
-        self.stops = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=self.device)
 
-    def run(self) -> list[list[Completion]]:
-        sequences, longest = sum(self.counts), self.sampling.max_new_tokens
-        ids_ST = torch.zeros(sequences, longest, dtype=torch.int64, device=self.device)
-        entropy_ST = torch.zeros(sequences, longest, dtype=torch.float32, device=self.device)
-        length_S = torch.full((sequences,), longest, device=self.device)
-        ended_S = torch.zeros(sequences, dtype=torch.bool, device=self.device)
-        live_B = torch.arange(sequences, device=self.device)  # the sequence in each row of the batch
-        cache, logits_BV, mask_BN = self._begin()
-        for t in range(longest):
-            done_B = ended_S[live_B]
-            token_B, entropy_B = self._draw(logits_BV, live_B, t)
-            ids_ST[live_B, t] = torch.where(done_B, 0, token_B)
-            entropy_ST[live_B, t] = torch.where(done_B, 0.0, entropy_B)
-            stopping_B = ~done_B & torch.isin(token_B, self.stops)
-            length_S[live_B[stopping_B]] = t + 1
-            ended_S[live_B[stopping_B]] = True
-            keep_B = ~ended_S[live_B]
-            left = int(keep_B.sum())
-            if left == 0 or t + 1 == longest:
-                break
-            if self.shares and len(live_B) - left >= SHRINK * len(live_B):
-                rows = keep_B.nonzero()[:, 0]
-                cache.batch_select_indices(rows)
-                live_B, token_B, mask_BN = live_B[rows], token_B[rows], mask_BN[rows]
-            mask_BN = F.pad(mask_BN, (0, 1), value=1)
-            logits_BV = self._logits(token_B[:, None], mask_BN, cache)
-        return self._split(ids_ST.cpu(), length_S.tolist(), ended_S.tolist(), entropy_ST.sum(1).tolist())
+def draw(logits_BV: Tensor, u_B: Tensor | None, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """(the next token of each row, the entropy of what it was drawn from in nats): the inverse of the summed
+    probabilities at one uniform number a row, or the likeliest token where there is none.
+    """
+    if u_B is None:
+        return logits_BV.argmax(1), logits_BV.new_zeros(len(logits_BV))
+    rows = len(logits_BV) if logits_BV.is_cuda else max(1, IN_CACHE // logits_BV.shape[1])
+    parts = [_draw(z, u, sampling) for z, u in zip(logits_BV.split(rows), u_B.split(rows), strict=True)]
+    return torch.cat([token for token, _ in parts]), torch.cat([entropy for _, entropy in parts])
 
-    def _begin(self) -> tuple[DynamicCache, Tensor, Tensor]:
-        """The prompts, each once where the cache can be repeated; (cache, logits of the first token, padding mask)."""
-        width = max(len(p) for p in self.prompts)
-        ids = torch.zeros(len(self.prompts), width, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(self.prompts):
-            ids[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-            mask[row, width - len(prompt) :] = 1
-        of_S = torch.repeat_interleave(torch.arange(len(self.prompts)), torch.tensor(self.counts)).to(self.device)
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        if not self.shares:
-            ids, mask = ids[of_S], mask[of_S]
-        cache = DynamicCache(config=self.model.config)
-        logits_PV = self._logits(ids, mask, cache)
-        if self.shares and any(count > 1 for count in self.counts):
-            cache.batch_select_indices(of_S)
-            return cache, logits_PV[of_S], mask[of_S]
-        return cache, logits_PV, mask
 
-    def _logits(self, ids_BN: Tensor, mask_BN: Tensor, cache: DynamicCache) -> Tensor:
-        """Logits of the token after the last of each row, in float32 or wider."""
-        places_BN = (mask_BN.cumsum(1) - 1).clamp_min_(0)[:, -ids_BN.shape[1] :]
-        arguments = {
-            "input_ids": ids_BN,
-            "attention_mask": mask_BN,
-            "position_ids": places_BN,
-            "past_key_values": cache,
-            "use_cache": True,
-        }
-        if self.head is None:
-            logits_BV = self.model(**arguments).logits[:, -1]
-        else:
-            logits_BV = self.head.logits(self.model.base_model(**arguments).last_hidden_state[:, -1])
-        return logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
-
-    def _draw(self, logits_BV: Tensor, live_B: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        """(the next token of each row, the entropy of what it was drawn from)."""
-        sampling = self.sampling
-        if sampling.temperature == 0:
-            return logits_BV.argmax(1), logits_BV.new_zeros(len(logits_BV))
-        log_p_BV = (logits_BV / sampling.temperature).log_softmax(1)
-        p_BV = log_p_BV.exp()
-        entropy_B = -torch.linalg.vecdot(p_BV, log_p_BV)
-        u_B = self.uniform_ST[live_B, t]
-        if sampling.top_p == 1.0:
-            return _inverse(p_BV, u_B), entropy_B
-        sorted_BV, order_BV = p_BV.sort(dim=1, descending=True, stable=True)
-        before_BV = sorted_BV.cumsum(1) - sorted_BV
-        sorted_BV = torch.where(before_BV < sampling.top_p, sorted_BV, 0.0)  # the likeliest token always stays
-        return order_BV.gather(1, _inverse(sorted_BV, u_B)[:, None])[:, 0], entropy_B
-
-    def _split(
-        self, ids_ST: Tensor, lengths: list[int], ended: list[bool], entropies: list[float]
-    ) -> list[list[Completion]]:
-        rows = iter(zip(ids_ST.numpy().astype(np.int32), lengths, ended, entropies, strict=True))
-        return [
-            [Completion(ids[:n].copy(), end, entropy) for ids, n, end, entropy in (next(rows) for _ in range(count))]
-            for count in self.counts
-        ]
+def _draw(logits_BV: Tensor, u_B: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    z_BV = (logits_BV - logits_BV.amax(1, keepdim=True)).mul_(1.0 / sampling.temperature)
+    p_BV = z_BV.exp()  # as yet without their common factor
+    total_B = p_BV.sum(1)
+    entropy_B = total_B.log() - torch.linalg.vecdot(p_BV, z_BV) / total_B
+    if sampling.top_p == 1.0:
+        return _inverse(p_BV, u_B), entropy_B
+    sorted_BV, order_BV = p_BV.sort(dim=1, descending=True, stable=True)
+    before_BV = sorted_BV.cumsum(1) - sorted_BV
+    inside_BV = before_BV < sampling.top_p * total_B[:, None]  # the likeliest token always is
+    return order_BV.gather(1, _inverse(torch.where(inside_BV, sorted_BV, 0.0), u_B)[:, None])[:, 0], entropy_B
 
 
 def _inverse(p_BV: Tensor, u_B: Tensor) -> Tensor:
-    """The token at which the summed probability first exceeds u times the whole: one uniform number draws a token."""
-    summed_BV = p_BV.cumsum(1)
+    """The token at which the summed probability first exceeds u times the whole: one uniform number draws a token.
+
+    Found among sums of blocks, then within one: a running sum over the whole vocabulary would be slower, and rounded
+    more coarsely.
+    """
+    p_BMN = F.pad(p_BV, (0, -p_BV.shape[1] % BLOCK)).view(len(p_BV), -1, BLOCK)
+    summed_BM = p_BMN.sum(2).cumsum(1)
     u_B1 = u_B.to(p_BV.dtype).clamp_max_(1.0 - 2.0**-23)[:, None]  # so that u times the whole stays below the whole
-    return torch.searchsorted(summed_BV, u_B1 * summed_BV[:, -1:], right=True)[:, 0]
+    goal_B1 = u_B1 * summed_BM[:, -1:]
+    block_B1 = torch.searchsorted(summed_BM, goal_B1, right=True)
+    before_B1 = F.pad(summed_BM, (1, 0)).gather(1, block_B1)
+    summed_BN = p_BMN[torch.arange(len(p_BV), device=p_BV.device), block_B1[:, 0]].cumsum(1)
+    # What is left of the goal may, by rounding, be no less than the block's sum: then it is the block's last token.
+    within_B1 = torch.searchsorted(summed_BN, goal_B1 - before_B1, right=True)
+    last_B1 = (summed_BN < summed_BN[:, -1:]).sum(1, keepdim=True)  # the first that reaches the block's sum
+    return (block_B1 * BLOCK + torch.minimum(within_B1, last_B1))[:, 0]

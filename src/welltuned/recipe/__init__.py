@@ -14,8 +14,10 @@ from welltuned.recipe.keys import (
     KEYS,
     METHOD_KEYS,
     POLICIES,
+    VARIANTS,
     Key,
     Method,
+    Tracker,
     Tune,
 )
 from welltuned.recipe.read import PlainLoader, Recipe, Trust, YamlLoader, load_recipe, recipe_to_dict, recipe_to_yaml
@@ -25,6 +27,7 @@ __all__ = [
     "AUTO",
     "FIELDS",
     "HYPERPARAMETERS",
+    "VARIANTS",
     "KEYS",
     "METHOD_KEYS",
     "POLICIES",
@@ -32,6 +35,7 @@ __all__ = [
     "Key",
     "Method",
     "Recipe",
+    "Tracker",
     "Trust",
     "Tune",
     "YamlLoader",

@@ -28,6 +28,7 @@ from welltuned.recipe.keys import (
     POLICIES,
     REWARD_SCALES,
     SCHEDULERS,
+    VARIANTS,
     Method,
     Tune,
 )
@@ -117,13 +118,15 @@ def _typed(key: str, value: Any, where: str) -> Any:
         return value
     if kind is object:
         return value
-    if kind is dict:
+    if key == "chat_template_kwargs":
         return _named_values(key, value, where)
+    if kind is dict and isinstance(value, Mapping):
+        return dict(value)
     if kind is tuple:
         return _module_names(key, value, where)
     if issubclass(kind, StrEnum) and isinstance(value, str):
         return _member(key, kind, value, where)
-    words = {float: "a number", int: "a whole number", bool: "true or false"}.get(kind, "text")
+    words = {float: "a number", int: "a whole number", bool: "true or false", dict: "{name: number}"}.get(kind, "text")
     raise InputError(f"{key} takes {words} and got {_shown(value)}", where=where, mend=f"write a value or `{AUTO}`")
 
 
@@ -175,6 +178,17 @@ def _one_of(names: tuple[str, ...]) -> _Rule:
     return _Rule(lambda value: value in names, "one of " + ", ".join(names))
 
 
+def _numbers_by_name(value: Mapping[Any, Any], kind: type) -> bool:
+    """Names and their parts, as PEFT matches them, with numbers above 0."""
+    numbers = (int,) if kind is int else (int, float)
+    return bool(value) and all(
+        isinstance(name, str) and _PATTERN.fullmatch(name) and type(number) in numbers and 0 < number < math.inf
+        for name, number in value.items()
+    )
+
+
+_PATTERN = re.compile(r"\^?(?:\.\*)?[\w.\\|$-]+(?:\.\*[\w.\\|$-]+){0,2}")  # few ".*": each multiplies the time
+_STARTS = re.compile(r"gaussian|pissa|pissa_niter_\d{1,3}|olora|loftq")
 _POSITIVE = _Rule(lambda value: 0 < value < math.inf, "above 0")
 _NOT_NEGATIVE = _Rule(lambda value: 0 <= value < math.inf, "0 or more")
 _SHARE = _Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
@@ -185,7 +199,7 @@ _RULES: Mapping[str, _Rule] = MappingProxyType(
     | {
         key: _NOT_NEGATIVE
         for key in (
-            *("warmup_steps", "weight_decay", "beta", "early_stopping_patience", "simpo_gamma"),
+            *("warmup_steps", "weight_decay", "beta", "early_stopping_patience", "simpo_gamma", "layers_to_transform"),
             *("desirable_weight", "undesirable_weight", "center_rewards_coefficient"),
         )
     }
@@ -193,6 +207,11 @@ _RULES: Mapping[str, _Rule] = MappingProxyType(
     | {"max_length": _Rule(lambda value: value >= 2, "2 or more, since a token is learned from the one before it")}
     | {key: _SHARE for key in ("lora_dropout", "adam_beta1", "adam_beta2")}
     | {key: _NAMED for key in ("model", "data", "eval_data", "group_by", "format", "adapter", "rewards")}
+    | {"modules_to_save": _NAMED, "ema_decay": _WITHIN}
+    | {
+        "rank_pattern": _Rule(lambda value: _numbers_by_name(value, int), "names with whole numbers above 0"),
+        "alpha_pattern": _Rule(lambda value: _numbers_by_name(value, float), "names with numbers above 0"),
+    }
     | {key: _one_of(("error", "drop") if key in NEVER_KEPT else ("error", "drop", "keep")) for key in POLICIES}
     | {
         "data_weights": _POSITIVE,
@@ -211,7 +230,10 @@ _RULES: Mapping[str, _Rule] = MappingProxyType(
         "bias": _one_of(BIASES),
         "loss_on": _one_of(LOSS_ON),
         "on_nonfinite": _one_of(ON_NONFINITE),
-        "init_lora_weights": _Rule(lambda value: value is True or value == "gaussian", "true or gaussian"),
+        "init_lora_weights": _Rule(
+            lambda value: value is True or bool(_STARTS.fullmatch(str(value))),
+            "true, gaussian, pissa, pissa_niter_N, olora or loftq",
+        ),
     }
 )
 
@@ -236,9 +258,33 @@ def refuse_ignored_keys(given: Mapping[str, Setting]) -> None:
         raise InputError(
             "adapter has no meaning with tune: full", where=given["adapter"].where, mend="remove one of the two"
         )
+    _check_variants(given, method, tune)
     _check_mixture(given)
     _check_loss(given)
     _check_objective(given, method)
+
+
+def _check_variants(given: Mapping[str, Setting], method: Method, tune: Tune) -> None:
+    """Variants of LoRA that cannot stand beside each other."""
+
+    def clash(key: str, what: str, mend: str) -> None:
+        raise InputError(what, where=given[key].where, mend=mend)
+
+    start = given["init_lora_weights"].value if "init_lora_weights" in given else True
+    dora = "use_dora" in given and given["use_dora"].value
+    if start == "loftq" and tune is not Tune.QLORA:
+        clash("init_lora_weights", "loftq starts at what 4 bits lose", "use tune: qlora with it")
+    if dora and start not in (True, "gaussian"):
+        clash("use_dora", f"DoRA does not start from {start} here", "remove one of the two")
+    if dora and "lora_dropout" in given and given["lora_dropout"].value:
+        clash("use_dora", "DoRA has no dropout here, which would act on the base weights too", "set lora_dropout: 0")
+    if "embedding_learning_rate" in given and "modules_to_save" not in given:
+        clash("embedding_learning_rate", "embedding_learning_rate has no modules to train", "name modules_to_save")
+    if "modules_to_save" in given and method is Method.REWARD:
+        clash("modules_to_save", "a reward model trains its own head", "remove it")
+    for key in sorted(VARIANTS & given.keys()):
+        if "adapter" in given:
+            clash(key, f"{key} is the adapter's own that training goes on from", "remove one of the two")
 
 
 def _check_mixture(given: Mapping[str, Setting]) -> None:

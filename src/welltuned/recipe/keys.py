@@ -21,6 +21,12 @@ class Tune(StrEnum):
     FULL = "full"
 
 
+class Tracker(StrEnum):
+    TENSORBOARD = "tensorboard"
+    WANDB = "wandb"
+    TRACKIO = "trackio"
+
+
 AUTO = "auto"
 ALL_LINEAR = "all-linear"
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
@@ -32,7 +38,13 @@ LOSS_ON = ("assistant", "last", "everything")
 DPO_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "simpo")
 GRPO_LOSSES = ("grpo", "dapo", "dr_grpo", "gspo")
 REWARD_SCALES = ("group", "batch", "none")
-LORA_KEYS = frozenset(["r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights", "bias"])
+VARIANTS = frozenset(  # of LoRA; those of an adapter that training goes on from are its own
+    ["use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save"]
+)
+LORA_KEYS = VARIANTS | {
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights", "bias"),
+    *("loraplus_lr_ratio", "embedding_learning_rate"),
+}
 METHOD_KEYS = MappingProxyType(
     {
         "beta": frozenset({Method.DPO, Method.ORPO, Method.KTO, Method.GRPO}),
@@ -107,6 +119,9 @@ FIELDS: Mapping[str, Key] = MappingProxyType(
             "After 3 updates in a row that are not finite: back (to the last checkpoint, with half the rate) or stop; "
             "unset: back, but stop where learning_rate is yours.",
         ),
+        "report_to": Key(
+            Tracker, "Where the run's numbers go besides: tensorboard, wandb or trackio; unset: nowhere.", many=True
+        ),
         "trust_remote_code": Key(bool, "Run Python code of the model's repository: it can do all that you can do."),
         "allow_pickle": Key(bool, "Read .bin weights, which are pickles; unset: safetensors and GGUF only."),
         "loss_on": Key(str, "What is trained: assistant (every answer, the default), last (answer) or everything."),
@@ -145,7 +160,18 @@ HYPERPARAMETERS: Mapping[str, Key] = MappingProxyType(
         "lora_dropout": Key(float, "Share of the LoRA branch's inputs that is dropped in training."),
         "target_modules": Key(tuple, "Linear layers that get an adapter: all-linear, or a list of module names."),
         "use_rslora": Key(bool, "Scale by alpha/sqrt(r) instead of alpha/r."),
-        "init_lora_weights": Key(object, "How A starts: true (PEFT's default, B = 0) or gaussian."),
+        "init_lora_weights": Key(
+            object, "How adapters start: true (PEFT's default, B = 0), gaussian, pissa, pissa_niter_N, olora or loftq."
+        ),
+        "use_dora": Key(bool, "DoRA: the norm of every row of the weights is trained beside its direction."),
+        "rank_pattern": Key(dict, "Ranks of layers that differ from r, by endings of their names: {down_proj: 64}."),
+        "alpha_pattern": Key(dict, "Alphas of layers that differ from lora_alpha, by endings of their names."),
+        "layers_to_transform": Key(int, "Numbers of the decoder layers that get adapters; unset: all.", many=True),
+        "modules_to_save": Key(
+            str, "Modules that are trained whole beside the adapters: embed_tokens, lm_head.", many=True
+        ),
+        "loraplus_lr_ratio": Key(float, "LoRA+: B's rate over A's, which is learning_rate."),
+        "embedding_learning_rate": Key(float, "Peak rate of what modules_to_save names; unset: learning_rate / 10."),
         "bias": Key(str, "Which biases are trained: none, all or lora_only."),
         "per_device_train_batch_size": Key(int, "Examples of one micro-batch on one device."),
         "gradient_accumulation_steps": Key(int, "Micro-batches that are summed before one update."),
@@ -166,6 +192,7 @@ HYPERPARAMETERS: Mapping[str, Key] = MappingProxyType(
         "assistant_only_loss": Key(bool, "Train on the assistant's tokens only, not on the prompt's."),
         "gradient_checkpointing": Key(bool, "Recompute activations in the backward pass: less memory, more time."),
         "dtype": Key(str, "Number format of the base weights and activations: " + " or ".join(DTYPES) + "."),
+        "ema_decay": Key(float, "Keep an average of the weights too, which each update moves by 1 - ema_decay."),
         "seed": Key(int, "Seed of everything random."),
         "eval_steps": Key(int, "Updates between two evaluations on the held-out rows."),
         "token_budget": Key(int, "Most tokens of one micro-batch; a memory matter only, never changes the result."),

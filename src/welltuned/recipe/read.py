@@ -11,7 +11,7 @@ import yaml
 
 from welltuned.errors import InputError
 from welltuned.recipe.check import Setting, checked, refuse_ignored_keys, refuse_unknown
-from welltuned.recipe.keys import AUTO, HYPERPARAMETERS, KEYS, POLICIES, Method, Tune
+from welltuned.recipe.keys import AUTO, HYPERPARAMETERS, KEYS, POLICIES, Method, Tracker, Tune
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
@@ -53,6 +53,7 @@ class Recipe:
     response_part: str | None = None
     chat_template: str | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
+    report_to: tuple[Tracker, ...] | None = None
     trust_remote_code: bool | None = None
     allow_pickle: bool | None = None
     loss_on: str | None = None
@@ -129,6 +130,7 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
         "response_part": recipe.response_part,
         "chat_template": recipe.chat_template,
         "chat_template_kwargs": recipe.chat_template_kwargs,
+        "report_to": None if recipe.report_to is None else [str(name) for name in recipe.report_to],
         "trust_remote_code": recipe.trust_remote_code,
         "allow_pickle": recipe.allow_pickle,
         "loss_on": recipe.loss_on,
@@ -236,8 +238,11 @@ def _value(key: str, node: yaml.Node, where: str) -> Any:
         return _number_or_switch(text, node.tag)
     if isinstance(node, yaml.SequenceNode):
         return [_value(key, child, where) for child in node.value]
-    if isinstance(node, yaml.MappingNode) and KEYS[key].type is dict:
-        return {str(name.value): _value(key, child, where) for name, child in node.value}
+    if isinstance(node, yaml.MappingNode) and key in KEYS and KEYS[key].type is dict:
+        pairs = [(str(name.value), _value(key, child, where)) for name, child in node.value]
+        if len(dict(pairs)) < len(pairs):
+            raise InputError(f"{key} names one thing twice", where=where, mend="keep one")
+        return dict(pairs)
     raise InputError(f"{key} takes one value or a list", where=where, mend="do not nest keys below it")
 
 

@@ -1,7 +1,8 @@
 """One checkpoint: a folder of safetensors and JSON, no pickle, with a manifest by which every byte is verified.
 
     trained.safetensors     the trained tensors by name
-    optimizer.safetensors   AdamW's two moments in the flat layout, and its step counts
+    optimizer.safetensors   AdamW's two moments in the flat layout, its step counts, and the average of the weights
+                            where the run keeps one (ema_decay)
     state.json              position, monitor, what the run was (training/identity.py)
     manifest.json           written last: size and sha256 of the other three, and of itself
 
@@ -90,7 +91,8 @@ class Position:
 def _evaluation(plain: Mapping[str, Any] | None) -> Evaluation | None:
     if plain is None:
         return None
-    return Evaluation(**{**plain, "loss_of_example": tuple(plain["loss_of_example"])})
+    lists = {name: tuple(value) for name, value in plain.items() if isinstance(value, list)}
+    return Evaluation(**{**plain, **lists})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +101,7 @@ class Snapshot:
 
     Attributes:
         flat_KP, exp_avg_KP, exp_avg_sq_KP: trained numbers and AdamW's moments, fp32. steps_G: AdamW's step counts.
+        average_KP: the average of the weights, where the run keeps one.
         slots: names and places in a row of flat_KP.
         run: the run's id.
         metrics_bytes: length of metrics.jsonl at this position.
@@ -110,6 +113,7 @@ class Snapshot:
     exp_avg_sq_KP: Tensor
     steps_G: Tensor
     slots: Sequence[Slot]
+    average_KP: Tensor | None = None
     position: Position
     run: str
     metrics_bytes: int
@@ -119,7 +123,8 @@ class Snapshot:
     @property
     def bytes(self) -> int:
         """About what its checkpoint takes on disk."""
-        return sum(t.nbytes for t in (self.flat_KP, self.exp_avg_KP, self.exp_avg_sq_KP)) + 2**16
+        average = 0 if self.average_KP is None else self.average_KP.nbytes
+        return sum(t.nbytes for t in (self.flat_KP, self.exp_avg_KP, self.exp_avg_sq_KP)) + average + 2**16
 
 
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -172,7 +177,8 @@ def named(flat_KP: Tensor, slots: Sequence[Slot]) -> dict[str, Tensor]:
 
 
 def _optimizer_tensors(snapshot: Snapshot) -> dict[str, Tensor]:
-    return {"exp_avg": snapshot.exp_avg_KP, "exp_avg_sq": snapshot.exp_avg_sq_KP, "step": snapshot.steps_G}
+    found = {"exp_avg": snapshot.exp_avg_KP, "exp_avg_sq": snapshot.exp_avg_sq_KP, "step": snapshot.steps_G}
+    return found if snapshot.average_KP is None else {**found, "average": snapshot.average_KP}
 
 
 def _state(snapshot: Snapshot) -> dict[str, Any]:
@@ -287,6 +293,7 @@ class Checkpoint:
     metrics_bytes: int
     identity: Mapping[str, Any]
     versions: Mapping[str, Any]
+    average_KP: Tensor | None = None
     extra: tuple[str, ...] = ()
 
 
@@ -302,6 +309,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             exp_avg_KP=optimizer["exp_avg"],
             exp_avg_sq_KP=optimizer["exp_avg_sq"],
             steps_G=optimizer["step"],
+            average_KP=optimizer.get("average"),
             position=Position.from_json(state["position"]),
             run=state["run"],
             metrics_bytes=state["metrics_bytes"],

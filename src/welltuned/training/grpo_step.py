@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -88,6 +88,7 @@ def grpo_objective(prepared: Prepared, engine: Engine) -> "Grpo":
         prepared.tokenizer,
         generations=value("num_generations"),
         iterations=value("num_iterations"),
+        whole_budget=engine.token_budget,
     )
     objective.remember_start(engine)  # now, before a checkpoint may be restored
     return objective
@@ -100,6 +101,8 @@ class Grpo:
         generations: completions of each prompt.
         iterations: updates that are made of one set of completions. Calls after the first use the set again, so the
             caller must ask for the same rows; a run that goes on within a set samples it anew.
+        whole_budget: the engine's token budget for which `sampling.tokens_at_once` was chosen; with a smaller one
+            fewer completions are sampled at a time. None: always as many.
     """
 
     def __init__(
@@ -111,7 +114,9 @@ class Grpo:
         *,
         generations: int,
         iterations: int = 1,
+        whole_budget: int | None = None,
     ):
+        self._whole_budget = whole_budget
         self.settings, self.sampling, self.rewards, self.tokenizer = settings, sampling, tuple(rewards), tokenizer
         self.generations, self.iterations = generations, iterations
         self._sampled: Sampled | None = None
@@ -261,6 +266,9 @@ class Grpo:
         self, engine: Engine, rows: Sequence[Prompt], names: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Completion]]:
         engine.trained.no_dropout()
+        if self._whole_budget is not None:  # where memory was short, in smaller batches
+            at_once = sampling.tokens_at_once * engine.token_budget // self._whole_budget
+            sampling = replace(sampling, tokens_at_once=at_once)
         return complete(engine.model, engine.head, [row.ids for row in rows], names, sampling)
 
     def _score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> Scores:

@@ -58,6 +58,19 @@ class Lock:
         os.close(self._number)
 
 
+def at_work(folder: Path) -> bool:
+    """Whether a process of this machine is at work on a Run, for whoever only looks: nothing is locked or changed."""
+    try:
+        found = json.loads((folder / LOCK).read_bytes())
+        pid, host = int(found["pid"]), found["host"]
+        os.kill(pid, 0)
+    except PermissionError:  # another user's process
+        return True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return bool(host == platform.node())
+
+
 def _still_there(number: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(number), path.stat())

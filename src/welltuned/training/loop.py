@@ -11,6 +11,7 @@ import torch
 from welltuned.errors import RunError
 from welltuned.models.lora import AdapterBank
 from welltuned.models.oom import is_out_of_memory, release_memory
+from welltuned.training.average import Average
 from welltuned.training.checkpoint import (
     Checkpoint,
     Damaged,
@@ -39,7 +40,7 @@ from welltuned.training.optimizer import FlatAdamW, clip_
 from welltuned.training.prepare import Prepared
 from welltuned.training.process import memory_used
 from welltuned.training.rundir import RunDir
-from welltuned.training.settings import adamw_settings, schedule_of
+from welltuned.training.settings import adamw_settings, rate_spans, schedule_of
 from welltuned.training.snapshot import Origin, restore_weights, take
 from welltuned.training.step import Engine, Evaluation, Gradient, NotFinite, Objective
 from welltuned.training.watcher import MakeWatch
@@ -75,8 +76,13 @@ class Loop:
         self.at = Position(token_budget=setting.engine.token_budget)
         self.watch = make_watch(plan, self.at.monitor)
         self.optimizer = FlatAdamW(
-            self.trained.flat_KP, self.trained.grad_KP, self.trained.decayed, adamw_settings(plan)
+            self.trained.flat_KP,
+            self.trained.grad_KP,
+            self.trained.decayed,
+            adamw_settings(plan),
+            rate_spans(plan, self.trained),
         )
+        self.average = Average(plan.value("ema_decay"), self.trained.flat_KP) if "ema_decay" in plan.choices else None
         self.trained.claim_gradients()
         self._movement = Movement(self.trained)  # before a checkpoint is restored: it remembers the start
         self.schedule = schedule_of(plan)
@@ -130,7 +136,7 @@ class Loop:
             self._say(self.setting.keeper.news())
             if self._over():
                 break
-            wanted = (step + 1) % self.plan.value("save_steps") == 0 or (due and self._may_be_best())
+            wanted = self._reached(self.plan.value("save_steps"), step + 1) or (due and self._may_be_best())
             if wanted and self.at.in_a_row == 0:  # a checkpoint to go back to is one that a sound update led to
                 self.save()
         if self.watch.stop_reason is not None and self.at.ended is None:
@@ -146,10 +152,17 @@ class Loop:
         return self.at.step >= self.plan.updates or self.watch.stop_reason is not None or self.at.ended is not None
 
     def _due(self, done: int) -> bool:
-        return done % self.plan.value("eval_steps") == 0 or done == self.plan.updates
+        return self._reached(self.plan.value("eval_steps"), done) or done == self.plan.updates
+
+    def _reached(self, every: int, done: int) -> bool:
+        """Whether a multiple of `every` is reached; within a set of updates it waits for the end of the set."""
+        return self._between_sets(done) and done % every < self.setting.prepared.mixture.in_a_set
+
+    def _between_sets(self, done: int) -> bool:
+        return done % self.setting.prepared.mixture.in_a_set == 0
 
     def _stop_where_asked(self) -> None:
-        if self.asked.number is None:
+        if self.asked.number is None or not self._between_sets(self.at.step):
             return
         run, step = self.setting.directory.path, self.at.step
         if step == 0:
@@ -183,6 +196,8 @@ class Loop:
             return self._left_out(what, rows, keys)
         rate = self.schedule.rate(step) * self.at.rate_factor
         self.optimizer.step([rate])
+        if self.average is not None:
+            self.average.follow(self.trained.flat_KP, step + 1)
         spent = time.perf_counter() - started
         self._guard.learn(self.engine.token_budget)
         self._most_tokens = max(made.tokens, self._most_tokens or 0)
@@ -225,9 +240,9 @@ class Loop:
             self.optimizer.zero_grad()
             return self.setting.objective.accumulate_gradient(self.engine, rows, keys)
 
-        return self._with_memory(make, where)
+        return self.with_memory(make, where)
 
-    def _with_memory(self, make: Callable[[], T], where: str) -> T:
+    def with_memory(self, make: Callable[[], T], where: str) -> T:
         """What `make` gives, tried again with a smaller token budget each time that memory is out."""
         while True:
             try:
@@ -256,7 +271,7 @@ class Loop:
         prepared = self.setting.prepared
         if not prepared.held_out:
             return None
-        found = self._with_memory(
+        found = self.with_memory(
             lambda: self.setting.objective.evaluate(self.engine, prepared.held_out), "the evaluation"
         )
         rows = found.loss_of_example, found.tokens_of_example
@@ -326,8 +341,11 @@ class Loop:
         self.trained.flat_KP.copy_(self.trained.start_KP)
         zeros_KP, zeros_G = torch.zeros_like(self.trained.flat_KP), torch.zeros_like(self.optimizer.steps_G)
         self.optimizer.restore(zeros_KP, zeros_KP, zeros_G)
+        if self.average is not None:
+            self.average.restore(self.trained.start_KP, self.trained.flat_KP)
         self.at = replace(self.at, step=0, last=None, monitor={})
         self.setting.directory.cut_metrics(self._metrics_at_start)
+        self.setting.directory.cut_samples(0)
         self.watch = self._make_watch(self.plan, {})
 
     # ── saving and going on ──────────────────────────────────────────────────────────────────────────────────────────
@@ -349,7 +367,8 @@ class Loop:
 
     def _snapshot(self, copied: bool) -> Snapshot:
         length = self.setting.directory.metrics_bytes
-        return take(self.trained, self.optimizer, self.at, self.setting.origin, length, copied=copied)
+        average_KP = None if self.average is None else self.average.flat_KP
+        return take(self.trained, self.optimizer, self.at, self.setting.origin, length, average_KP, copied=copied)
 
     def since_save(self) -> float:
         """Seconds since the last position that knows its time."""
@@ -364,6 +383,8 @@ class Loop:
         restore_weights(self.trained, found)
         self.optimizer.restore(found.exp_avg_KP, found.exp_avg_sq_KP, found.steps_G)
         self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.restore(found.average_KP, self.trained.flat_KP)
         self.at, self._clock = found.position, time.monotonic()
         self.engine = replace(self.engine, token_budget=self.at.token_budget)
         self.watch = self._make_watch(self.plan, self.at.monitor)
@@ -387,7 +408,7 @@ class Loop:
             self.tell(Note(f"the weights of update {best} were the best, but {damage}: the last ones are kept"))
             return False
         restore_weights(self.trained, found)
-        last = self._with_memory(
+        last = self.with_memory(
             lambda: self.setting.objective.evaluate(self.engine, self.setting.prepared.held_out), "the evaluation"
         )
         self.at = replace(self.at, last=last)

@@ -4,9 +4,10 @@ AdamW: Loshchilov & Hutter 2019, arXiv 1711.05101. One fused call on one buffer 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -56,26 +57,46 @@ class AdamWSettings:
     weight_decay: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Columns of the flat buffer from `start` to `end`, whose rate is `factor` times the row's."""
+
+    start: int
+    end: int
+    factor: float = 1.0
+
+
 class FlatAdamW:
     """AdamW for the rows of flat_KP, each with its own rate; only the first `decayed` columns decay.
+
+    Args:
+        spans: where columns have rates of their own, all columns in their order; () for one rate.
 
     Attributes:
         exp_avg_KP, exp_avg_sq_KP: the two moments, as flat as the weights, made at once so that no update needs more
             memory than the one before.
     """
 
-    def __init__(self, flat_KP: Tensor, grad_KP: Tensor, decayed: int, settings: AdamWSettings):
+    def __init__(
+        self,
+        flat_KP: Tensor,
+        grad_KP: Tensor,
+        decayed: int,
+        settings: AdamWSettings,
+        spans: Sequence[Span] = (),
+    ):
         self._grad_KP = grad_KP
         self.exp_avg_KP, self.exp_avg_sq_KP = torch.zeros_like(flat_KP), torch.zeros_like(flat_KP)
         self._steps: list[Tensor] = []
         groups = []
         state = {}
         for k in range(flat_KP.shape[0]):
-            for columns, decay in ((slice(0, decayed), settings.weight_decay), (slice(decayed, None), 0.0)):
+            for span in _cut(spans or [Span(0, flat_KP.shape[1])], decayed):
+                columns, decay = slice(span.start, span.end), settings.weight_decay if span.end <= decayed else 0.0
                 row = flat_KP[k, columns].detach().requires_grad_(True)
                 if row.numel():
                     row.grad = grad_KP[k, columns]
-                    groups.append({"params": [row], "weight_decay": decay, "adapter": k})
+                    groups.append({"params": [row], "weight_decay": decay, "adapter": k, "factor": span.factor})
                     self._steps.append(torch.zeros((), dtype=torch.float32, device=row.device))
                     moments = {"exp_avg": self.exp_avg_KP[k, columns], "exp_avg_sq": self.exp_avg_sq_KP[k, columns]}
                     state[row] = {"step": self._steps[-1], **moments}
@@ -99,11 +120,25 @@ class FlatAdamW:
     def step(self, rate_K: list[float]) -> None:
         """One update; the gradients are left as they are."""
         for group in self.adamw.param_groups:
-            group["lr"] = rate_K[group["adapter"]]
+            group["lr"] = rate_K[group["adapter"]] * group["factor"]
         self.adamw.step()
 
     def zero_grad(self) -> None:
         self._grad_KP.zero_()
+
+
+def _cut(spans: Sequence[Span], at: int) -> list[Span]:
+    """The same columns, with no span across `at`; neighbours of one factor are one."""
+    cut: list[Span] = []
+    for span in spans:
+        ends = [span.start, at, span.end] if span.start < at < span.end else [span.start, span.end]
+        for start, end in pairwise(ends):
+            last = cut[-1] if cut else None
+            if last is not None and last.end == start != at and last.factor == span.factor:
+                cut[-1] = Span(last.start, end, span.factor)
+            else:
+                cut.append(Span(start, end, span.factor))
+    return cut
 
 
 def clip_(grad_KP: Tensor, limit: float) -> list[float]:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from contextlib import chdir, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from welltuned.errors import InputError
 from welltuned.facts.machine import Device
 from welltuned.recipe import Recipe, load_recipe, recipe_to_dict
 from welltuned.training import durable
-from welltuned.training.checkpoint import CHECKPOINTS, Checkpoint, newest
+from welltuned.training.checkpoint import CHECKPOINTS, Checkpoint, checkpoints, newest, set_aside
 from welltuned.training.events import Observer, silent
 from welltuned.training.identity import differences, identity_of, versions
 from welltuned.training.prepare import prepare
 from welltuned.training.run import Course, RunResult, begin, make_ready, on_this_machine, with_objective
 from welltuned.training.rundir import (
     ADAPTER,
+    AVERAGE,
     MODEL,
     PLAN,
     RECIPE,
@@ -32,7 +33,7 @@ from welltuned.training.rundir import (
 )
 from welltuned.training.snapshot import same_tensors
 from welltuned.training.step import Trained
-from welltuned.training.watch import monitor
+from welltuned.training.watch import is_divergence, monitor
 from welltuned.training.watcher import MakeWatch
 
 
@@ -47,7 +48,7 @@ def resume(
 
     Args:
         accept_changes: go on although recipe, plan, data, base model or tokenizer are not what they were; a changed
-            recipe is planned anew.
+            recipe is planned anew. A run that diverged then goes on from its best weights, or starts over.
 
     Raises:
         InputError: there is no run, it is finished, or something changed. And what `train` raises.
@@ -66,6 +67,8 @@ def resume(
                     where=str(path),
                     mend="put it back as it was, or go on with what is there now: --accept-changes",
                 )
+            if changed and left.found is not None and _diverged(left.found, prepared.plan, make_watch):
+                left = _before_divergence(path, left, left.found)
             if changed or left.started is None:
                 begin(directory, prepared, now, left.started)
             require_device(prepared.plan, path)
@@ -109,7 +112,7 @@ def _left_over(path: Path) -> LeftOver:
     started = read_started(path) if (path / STARTED).is_file() else None
     durable.sweep(path)
     durable.sweep(path / CHECKPOINTS)
-    for name in (ADAPTER, MODEL):
+    for name in (ADAPTER, MODEL, AVERAGE):
         if (path / name).is_dir():
             durable.remove_folder(path / name)
     found, notes = newest(path, started.run if started is not None else None)
@@ -119,6 +122,22 @@ def _left_over(path: Path) -> LeftOver:
         if recipe_to_dict(recipe) != recipe_to_dict(plan.recipe):
             plan = None  # the recipe was edited: planned anew, and compared
     return LeftOver(recipe, plan, started, found, notes)
+
+
+def _diverged(found: Checkpoint, plan: Plan, make_watch: MakeWatch) -> bool:
+    return is_divergence(found.position.ended, make_watch(plan, found.position.monitor).findings)
+
+
+def _before_divergence(path: Path, left: LeftOver, found: Checkpoint) -> LeftOver:
+    """The run at its best evaluation, or at its start. Later checkpoints are set aside: new ones take their names."""
+    best = found.position.best or 0
+    for step, folder in checkpoints(path):
+        if step > best:
+            set_aside(folder, f"the run diverged; it went on from update {best} at most")
+    sound, notes = newest(path, found.run)
+    place = "its start" if sound is None else f"update {sound.position.step:,}"
+    place += ", the best on the held-out rows" if sound is not None and sound.position.step == best else ""
+    return replace(left, found=sound, notes=(*left.notes, *notes, f"the run had diverged; it goes on from {place}"))
 
 
 def _place(started: Started | None) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 import welltuned
@@ -23,15 +24,18 @@ from welltuned.models.adapter_file import save_adapter
 from welltuned.models.fingerprint import fingerprint
 from welltuned.models.fuse import Fused, checkpoint_layers, find_head, fuse
 from welltuned.models.load import load_model
-from welltuned.models.lora import AdapterBank, Bias, Init, LoraSettings, find_targets
-from welltuned.models.oom import is_out_of_memory
+from welltuned.models.lora import AdapterBank
+from welltuned.models.oom import is_out_of_memory, release_memory
 from welltuned.models.packed import packed_model, packs
-from welltuned.models.parts import idle_parts, within
+from welltuned.models.parts import idle_parts
+from welltuned.models.tokenizer import in_short
 from welltuned.recipe import Method, Tune, recipe_to_yaml
+from welltuned.training.averaged import finish_average
 from welltuned.training.checkpoint import Checkpoint, Position
 from welltuned.training.durable import BESIDE, remove_folder, settle_folder
-from welltuned.training.events import Note, Observer, Severity, silent
+from welltuned.training.events import Note, Observer, silent
 from welltuned.training.grpo_step import grpo_objective
+from welltuned.training.healing import halved
 from welltuned.training.identity import identity_of, versions
 from welltuned.training.interrupt import interruptible
 from welltuned.training.keeper import Keeper, require_disk
@@ -41,6 +45,7 @@ from welltuned.training.prepare import Prepared
 from welltuned.training.process import allocator_keeps_memory, memory_used, return_freed_memory
 from welltuned.training.rundir import (
     ADAPTER,
+    AVERAGE,
     MODEL,
     PLAN,
     RECIPE,
@@ -52,15 +57,16 @@ from welltuned.training.rundir import (
     require_free,
 )
 from welltuned.training.settings import adamw_settings as adamw_settings
+from welltuned.training.shown import When, ask, keep_replies, keep_rows, questions
 from welltuned.training.snapshot import Origin
 from welltuned.training.speed import remember_speed
-from welltuned.training.starting import save_model, score_at_start, trained_parts
+from welltuned.training.starting import DTYPES, fill_loftq, save_model, score_at_start, trained_parts
 from welltuned.training.step import Engine, Evaluation, Objective, Supervised, Trained
-from welltuned.training.watch import monitor
+from welltuned.training.trackers import require_trackers, tracked
+from welltuned.training.watch import is_divergence, monitor
 from welltuned.training.watcher import MakeWatch
 
 MOST_ORIGINS = 1_000  # held-out rows named in run.json
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +113,11 @@ def make_ready(plan: Plan) -> Ready:
     dtype = torch.float32 if recipe.tune is Tune.FULL else DTYPES[plan.value("dtype")]
     model = load_model(recipe.model, dtype=dtype, device=device, nf4=recipe.tune is Tune.QLORA, trust=recipe.trust)
     idle = idle_parts(model)
-    trained: Trained = trained_parts(model, plan, idle, lambda: _reached(model, plan, idle))
+    trained: Trained = trained_parts(model, plan, idle)
+    lost = fill_loftq(trained, plan) if isinstance(trained, AdapterBank) else ()
     fused = fuse(model, trained if isinstance(trained, AdapterBank) else None)
     head = find_head(model)
-    notes = [*fused.sentences(), *(f"text never reaches {name}, which stays as it is" for name in idle)]
+    notes = [*lost, *fused.sentences(), *(f"text never reaches {name}, which stays as it is" for name in idle)]
     if head is None:
         notes.append("the output head does something this engine does not know: the model's own logits are used")
     if not packs(model):
@@ -119,33 +126,6 @@ def make_ready(plan: Plan) -> Ready:
         checkpoint_layers(model, fused)
     budget = plan.value("token_budget") if plan.value("packing") else 1  # 1: every example by itself
     return Ready(Engine(model, trained, head, budget), Supervised(), fused, tuple(notes))
-
-
-def _reached(model: PreTrainedModel, plan: Plan, idle: tuple[str, ...]) -> LoraSettings:
-    """The LoRA settings without the targets in parts that text never reaches: they could not learn."""
-    settings = lora_settings(plan)
-    if not idle:
-        return settings
-    targets = tuple(name for name in find_targets(model, settings.target_modules) if not within(name, idle))
-    if not targets:
-        what = f"all of the targets lie in {', '.join(idle)}, which text never reaches"
-        raise InputError(what, where="target_modules", mend="name layers of the language model")
-    return replace(settings, target_modules=targets)
-
-
-def lora_settings(plan: Plan) -> LoraSettings:
-    """The plan's LoRA choices as the adapter bank takes them."""
-    targets = plan.value("target_modules")
-    return LoraSettings(
-        r=plan.value("r"),
-        lora_alpha=plan.value("lora_alpha"),
-        lora_dropout=plan.value("lora_dropout"),
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
-        use_rslora=plan.value("use_rslora"),
-        bias=Bias(plan.value("bias")),
-        init=Init(str(plan.value("init_lora_weights")).lower()),
-        seed=plan.value("seed"),
-    )
 
 
 def train(
@@ -167,6 +147,7 @@ def train(
         Interrupted: a signal ended the run, after a save.
     """
     require_memory(prepared.plan)
+    require_trackers(prepared.recipe)
     require_free(out)
     with on_this_machine(prepared.plan):
         ready = make_ready(prepared.plan)  # what is wrong with the model shows here, before anything is written
@@ -187,8 +168,23 @@ def with_objective(ready: Ready, prepared: Prepared, observer: Observer) -> Read
         return ready
     rows = prepared.train, prepared.held_out, prepared.mixture
     notes: list[str] = []
-    objective = preference_objective(ready.engine, prepared.plan, *rows, notes.append, lambda t: observer(Note(t)))
-    return replace(ready, objective=objective, notes=(*ready.notes, *notes))
+    while True:
+        found: list[str] = []
+        budget = ready.engine.token_budget
+        try:
+            objective = preference_objective(
+                ready.engine, prepared.plan, *rows, found.append, lambda t: observer(Note(t))
+            )
+            return replace(ready, objective=objective, notes=(*ready.notes, *notes, *found))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or budget <= 1:
+                raise
+        release_memory()  # here the failed pass is gone, which the traceback kept alive
+        ready = replace(ready, engine=replace(ready.engine, token_budget=halved(budget, None)))
+        notes = [
+            "asking the reference ran out of memory: micro-batches hold at most "
+            f"{ready.engine.token_budget:,} tokens, not {budget:,}; the effective batch stays the same"
+        ]
 
 
 def begin(directory: RunDir, prepared: Prepared, identity: Mapping[str, Any], before: Started | None = None) -> None:
@@ -226,14 +222,18 @@ class Course:
             keeper=keeper,
             origin=Origin(started.run, started.identity, versions()),
         )
-        with interruptible() as asked, _disk_errors(directory.path):
-            loop = Loop(setting, self.observer, self.make_watch, asked)
+        heard = tracked(self.observer, plan, directory.path, started.run)
+        with interruptible() as asked, _disk_errors(directory.path), heard as observer:
+            loop = Loop(setting, observer, self.make_watch, asked)
             if self.found is None:
                 directory.cut_metrics(0)
+                directory.cut_samples(-1)
                 for text in (*prepared.notes, *(text for text in ready.notes if text not in plan.warnings)):
                     loop.tell(Note(text))
+                keep_rows(directory.path, prepared)
                 if before_training is not None:
                     before_training(ready)
+                self._ask(loop, When.BEFORE)
             else:
                 loop.restore(self.found)
             for text in (*self.notes, *((directory.lock.note,) if directory.lock.note else ())):
@@ -242,18 +242,37 @@ class Course:
             try:
                 with packed_model(ready.model):
                     loop.run()
-                    from_best = loop.take_best()
-                if _diverged(loop) and not from_best:
-                    run = directory.path
-                    mend = f"lower learning_rate in {run}/recipe.yaml and train again"
-                    raise RunError(f"{loop.at.ended}; no better weights were kept, so there is no result; {mend}")
-                return self._finished(loop, start_hashes)
+                    self._require_result(loop, from_best=loop.take_best())
+                    averaged = finish_average(loop, _beside(directory.path / AVERAGE), self._origin())
+                return self._finished(loop, start_hashes, averaged)
             except BaseException:
                 with suppress(Exception):  # what ended the run is what is told
                     keeper.join()
                 raise
 
-    def _finished(self, loop: Loop, start_hashes: dict[str, str]) -> RunResult:
+    def _require_result(self, loop: Loop, *, from_best: bool) -> None:
+        if is_divergence(loop.at.ended, loop.watch.findings) and not from_best:
+            run = self.directory.path
+            mend = f"lower learning_rate in {run / RECIPE} and: welltuned resume {run} --accept-changes"
+            raise RunError(f"{loop.at.ended}; no better weights were kept, so there is no result; {mend}")
+
+    def _ask(self, loop: Loop, when: When) -> None:
+        """Have some held-out prompts answered, for the report; that it fails is no reason to end a run."""
+        asked = questions(self.prepared)
+        if not asked:
+            return
+        try:
+            keep_replies(self.directory.path, asked, when, ask(self.ready.model, self.prepared, asked))
+        except Exception as error:
+            loop.tell(Note(f"no held-out prompt could be answered for the report: {in_short(error)}"))
+
+    def _origin(self) -> dict[str, Any]:
+        """What is noted beside the average of the weights, so that it can be asked without its Run."""
+        recipe = self.prepared.recipe
+        named = {"model": recipe.model, "tune": str(recipe.tune), "chat_template": self.prepared.chat_template}
+        return {"made": "train (ema_decay)", "from": str(self.directory.path), **named}
+
+    def _finished(self, loop: Loop, start_hashes: dict[str, str], averaged: dict[str, Any] | None) -> RunResult:
         """Verify and save the result; run.json comes last."""
         at, device = loop.at, self.prepared.plan.facts.machine.device
         result = RunResult(
@@ -266,19 +285,22 @@ class Course:
             seconds=at.elapsed + loop.since_save(),
             tokens_per_second=at.tokens / at.seconds if at.seconds else 0.0,
             peak_memory=memory_used(device).peak,
-            diverged=at.ended if _diverged(loop) else None,
+            diverged=at.ended if is_divergence(at.ended, loop.watch.findings) else None,
         )
-        summary = _summary(self.prepared, self.ready, result)
+        summary = _summary(self.prepared, self.ready, result) | ({} if averaged is None else {"ema": averaged})
+        self._ask(loop, When.AFTER)
         self.directory.write_json(
-            RUN, {**summary, **_watched(at, loop), "healed": _healed(at), "saving": asdict(loop.setting.keeper.cost)}
+            RUN,
+            {
+                **summary,
+                **_watched(at, loop),
+                "diverged": result.diverged,
+                "healed": _healed(at),
+                "saving": asdict(loop.setting.keeper.cost),
+            },
         )
         remember_speed(self.prepared.plan, result.tokens_per_second, at.seconds)
         return result
-
-
-def _diverged(loop: Loop) -> bool:
-    """Whether a fault of the training ended the run, not a held-out loss that had turned."""
-    return loop.at.ended is not None and any(f.severity is Severity.ERROR for f in loop.watch.findings)
 
 
 def _watched(at: Position, loop: Loop) -> dict[str, Any]:
@@ -318,11 +340,15 @@ def _disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         place = error.filename or path
         raise RunError(f"{place} could not be written ({error.strerror}); what was saved before is intact") from error
+    except SafetensorError as error:  # the disk's own words are within: "... I/O error: No space left on device ..."
+        reason = str(error).rpartition("I/O error: ")[2]
+        raise RunError(f"{path} could not be written ({reason}); what was saved before is intact") from error
 
 
 def _require_disk(plan: Plan, ready: Ready, out: Path) -> tuple[str, ...]:
     trained = ready.engine.trained.flat_KP.nbytes
-    note = require_disk(out, 3 * trained, trained, plan.value("save_total_limit"))
+    kept = 4 if "ema_decay" in plan.choices else 3  # weights, two moments, an average
+    note = require_disk(out, kept * trained, trained, plan.value("save_total_limit"))
     return () if note is None else (note,)
 
 

@@ -17,7 +17,9 @@ from welltuned.training.events import Evaluated, Event, Finding, Note, Skipped, 
 from welltuned.training.lock import LOCK, Lock
 
 ADAPTER, MODEL, RUN, PLAN, RECIPE, METRICS = "adapter", "model", "run.json", "plan.yaml", "recipe.yaml", "metrics.jsonl"
+AVERAGE = "ema"  # the average of the weights, where the run keeps one
 STARTED, SAMPLES = "started.json", "samples.jsonl"  # samples: some completions of every evaluation (grpo)
+SHOWN = "shown.json"  # rows as they are trained, and replies (shown.py)
 _FOR_WATCHERS = frozenset(
     ("total_steps", "seconds_left", "evaluation_follows", "measures", "samples", "origins")
     + ("loss_of_example", "tokens_of_example")

@@ -1,7 +1,8 @@
 """The plan's values as the loop's parts take them."""
 
 from welltuned.advice.plan import Plan
-from welltuned.training.optimizer import AdamWSettings, Schedule, Scheduler
+from welltuned.training.optimizer import AdamWSettings, Schedule, Scheduler, Span
+from welltuned.training.step import Trained
 
 
 def schedule_of(plan: Plan) -> Schedule:
@@ -11,6 +12,26 @@ def schedule_of(plan: Plan) -> Schedule:
         warmup_steps=plan.value("warmup_steps"),
         total_steps=plan.updates,
     )
+
+
+def rate_spans(plan: Plan, trained: Trained) -> list[Span]:
+    """Where rates differ from learning_rate: LoRA+'s B, and what is trained whole beside adapters; [] where none does.
+
+    LoRA+: Hayou et al. 2024, arXiv 2402.12354. As in PEFT, DoRA's magnitudes and trained biases go with B.
+    """
+    ratio = plan.value("loraplus_lr_ratio") if "loraplus_lr_ratio" in plan.choices else 1.0
+    whole = 1.0
+    if "embedding_learning_rate" in plan.choices:
+        whole = plan.value("embedding_learning_rate") / plan.value("learning_rate")
+    if ratio == 1.0 and whole == 1.0:
+        return []
+    found = []
+    for slot in trained.slots:
+        adapter = slot.name.rpartition(".")[2]
+        quick = adapter in ("lora_B", "lora_magnitude_vector", "bias")
+        factor = 1.0 if adapter == "lora_A" else ratio if quick else whole
+        found.append(Span(slot.start, slot.start + slot.size, factor))
+    return found
 
 
 def adamw_settings(plan: Plan) -> AdamWSettings:

@@ -22,7 +22,14 @@ class Origin:
 
 
 def take(
-    trained: Trained, optimizer: FlatAdamW, position: Position, origin: Origin, metrics_bytes: int, *, copied: bool
+    trained: Trained,
+    optimizer: FlatAdamW,
+    position: Position,
+    origin: Origin,
+    metrics_bytes: int,
+    average_KP: torch.Tensor | None = None,
+    *,
+    copied: bool,
 ) -> Snapshot:
     """The run at this position in host memory: a copy, or on a CPU the live buffers themselves.
 
@@ -38,6 +45,7 @@ def take(
         flat_KP=flat_KP,
         exp_avg_KP=exp_avg_KP,
         exp_avg_sq_KP=exp_avg_sq_KP,
+        average_KP=None if average_KP is None else average_KP.to("cpu", copy=copied),
         steps_G=optimizer.steps_G,
         slots=trained.slots,
         position=position,

@@ -4,7 +4,7 @@ A run shows it each event and tells what it finds. It reads numbers only, so tha
 it or without, and its state is JSON: a resumed run goes on as if it had never stopped.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from welltuned.advice.plan import Plan
@@ -14,6 +14,12 @@ from welltuned.training.monitor import divergence, overfitting, preference, roll
 from welltuned.training.monitor.history import History
 from welltuned.training.monitor.overfitting import judged_by
 from welltuned.training.monitor.warmup import never_warm
+
+
+def is_divergence(ended: str | None, findings: Iterable[Finding]) -> bool:
+    """Whether what ended a run early is that it diverged, not a held-out loss that had turned."""
+    return ended is not None and any(finding.id == divergence.ID for finding in findings)
+
 
 Detector = Callable[[History, Plan], Finding | None]
 

@@ -11,7 +11,7 @@ from welltuned.training.monitor import remedies as r
 from welltuned.training.monitor.history import History
 from welltuned.training.monitor.thresholds import limit
 
-ACCURACY = "rewards/accuracies"
+ACCURACY, MARGIN = "rewards/accuracies", "rewards/margins"
 
 
 def untrained_preference(history: History, plan: Plan) -> Finding | None:
@@ -23,9 +23,14 @@ def untrained_preference(history: History, plan: Plan) -> Finding | None:
     if not wins or history.smooth is None or _is_other_loss(plan):
         return None
     loss, accuracy = history.smooth, fmean(wins)
-    if abs(loss - math.log(2)) >= limit("preference_loss") or accuracy >= limit("preference_accuracy"):
+    margin = fmean(u.measures.get(MARGIN, math.inf) for u in latest)
+    undecided = abs(margin) < limit("preference_margin")  # then who wins a pair is a matter of rounding
+    if abs(loss - math.log(2)) >= limit("preference_loss"):
+        return None
+    if accuracy >= limit("preference_accuracy") and not undecided:
         return None
     what = f"the loss is {loss:.4f}, next to ln 2 = 0.6931, and the chosen answer wins in {accuracy:.0%} of the pairs"
+    what += f", by {margin:.1e} on average" if undecided else ""
     rate, beta = plan.value("learning_rate"), plan.value("beta")
     cause = (
         f"The model is still its own reference: a rate of {shown(rate)} over {plan.updates:,} updates hardly moves it "

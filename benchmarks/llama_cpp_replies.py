@@ -1,9 +1,9 @@
 """Does llama.cpp say what transformers says? A finished run is exported, and both are asked the same, greedily.
 
-python benchmarks/gguf.py RUN --llama-python PYTHON   # an environment with llama-cpp-python
+python benchmarks/llama_cpp_replies.py RUN --llama-python PYTHON   # an environment with llama-cpp-python
 
 Each export (F16, Q8_0, and the base with the adapter as a LoRA file) is loaded by llama.cpp, which gets the very token
-ids that transformers gets, and must answer with the same tokens. Results go to benchmarks/results/gguf.json.
+ids that transformers gets, and must answer with the same tokens. Results: results/llama_cpp_replies.json.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from welltuned.api import Tuned, export, load
 from welltuned.data.conversation import Message
 from welltuned.models.generate import stop_ids
 
-RESULTS = Path(__file__).parent / "results" / "gguf.json"
+RESULTS = Path(__file__).parent / "results" / "llama_cpp_replies.json"
 PROMPTS = (
     "My kettle leaks since yesterday. Please send me a new one.",
     "I was charged twice for my March invoice, order A-1042. I want my money back.",

@@ -1,0 +1,1 @@
+"""What happened, why, and what to do next: one page of a Run that opens from disk."""

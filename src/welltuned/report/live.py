@@ -1,0 +1,218 @@
+"""Runs served: a list of those beneath a folder, and each one's page, which follows the run while it trains.
+
+Nothing here writes. A request must name this server's own host (other sites' pages cannot reach it through a name of
+theirs), and carries a token wherever the server can be reached from other machines.
+"""
+
+import asyncio
+import hmac
+import json
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from welltuned.errors import InputError
+from welltuned.report.curves import curves
+from welltuned.report.log import Log
+from welltuned.report.page import listing, page
+from welltuned.report.read import RunRead, read_run_folder
+from welltuned.report.verdict import held_out, verdict
+from welltuned.training.events import Severity
+from welltuned.training.lock import at_work
+from welltuned.training.rundir import METRICS, PLAN
+
+DEEPEST = 4  # folders below the one that is served
+EVERY = 1.0  # seconds between looks at a run that trains
+LOG_SHOWN = 60
+COOKIE = "welltuned"
+
+
+@dataclass(slots=True)
+class Shelf:
+    """The Runs beneath a folder, each with what was read of its metrics so far."""
+
+    folder: Path
+    _logs: dict[Path, Log] = field(default_factory=dict)
+
+    def runs(self) -> dict[str, Path]:
+        """By name, which is the path below the folder; the folder itself may be a Run."""
+        found: dict[str, Path] = {}
+        waiting = [(self.folder, 0)]
+        while waiting:
+            place, depth = waiting.pop()
+            if (place / PLAN).is_file():
+                found[str(place.relative_to(self.folder)) if depth else place.resolve().name] = place
+            elif depth < DEEPEST:
+                waiting += [(inner, depth + 1) for inner in _folders(place)]
+        return dict(sorted(found.items()))
+
+    def read(self, path: Path) -> RunRead:
+        log = self._logs.setdefault(path, Log(path / METRICS))
+        return read_run_folder(path, log)
+
+    def entry(self, name: str, path: Path) -> dict[str, Any]:
+        """A Run as a line of the list."""
+        try:
+            run = self.read(path)
+        except InputError as error:
+            return {"name": name, "trouble": str(error)}
+        found = held_out(run)
+        started = float(run.started.get("time") or 0)
+        recipe = run.plan.recipe
+        return {
+            "name": name,
+            "trouble": "",
+            "link": f"/run/{quote(name)}",
+            "state": state_of(run),
+            "method": f"{recipe.method} · {recipe.tune}",
+            "model": recipe.model,
+            "before": found[0]["loss"] if found else None,
+            "after": found[1]["loss"] if found else None,
+            "updates": len(run.log.updates),
+            "started": started,
+            "started_words": time.strftime("%Y-%m-%d %H:%M", time.localtime(started)) if started else "",
+        }
+
+
+def _folders(place: Path) -> list[Path]:
+    try:
+        return [p for p in place.iterdir() if p.is_dir() and not p.is_symlink() and not p.name.startswith(".")]
+    except OSError:
+        return []
+
+
+def state_of(run: RunRead) -> str:
+    if run.summary is not None:
+        return verdict(run).health
+    return "running" if at_work(run.path) else "interrupted"
+
+
+def news(run: RunRead) -> dict[str, Any]:
+    """What a served page is told of a Run."""
+    said, done, total = verdict(run), len(run.log.updates), run.plan.updates
+    findings = [f"{f.severity}: {f.sentence}" for f in run.log.findings]
+    skipped = [f"update {line.get('step')} was left out: {line.get('what')}" for line in run.log.skipped]
+    told = [*run.log.notes, *skipped, *findings][-LOG_SHOWN:]
+    lost = any(f.severity is Severity.ERROR for f in run.log.findings)
+    return {
+        "finished": run.summary is not None,
+        "health": [said.health.name.lower(), "running" if at_work(run.path) and not lost else str(said.health)],
+        "sentence": said.sentence,
+        "done": done / total if total else 0.0,
+        "state": f"{state_of(run)}: update {done:,} of {total:,}",
+        "curves": curves(run),
+        "log": told[::-1],
+    }
+
+
+def app(folder: Path, hosts: frozenset[str], token: str | None) -> ASGIApp:
+    """The server.
+
+    Args:
+        hosts: names that a request may ask for, with and without a port.
+        token: what a request must carry; None where only this machine reaches the server.
+    """
+    shelf = Shelf(folder)
+
+    def named(name: str) -> Path | None:
+        return shelf.runs().get(name)
+
+    def index(request: Request) -> Response:
+        return HTMLResponse(listing([shelf.entry(name, path) for name, path in shelf.runs().items()], folder))
+
+    def one(request: Request) -> Response:
+        path = named(request.path_params["name"])
+        if path is None:
+            return _missing()
+        return HTMLResponse(page(shelf.read(path), events=f"/events/{quote(request.path_params['name'])}"))
+
+    def compare(request: Request) -> Response:
+        found = [named(name) for name in request.query_params.getlist("run")]
+        paths = [path for path in found if path is not None]
+        if not paths or len(paths) < len(found):
+            return _missing()
+        first, *others = [shelf.read(path) for path in paths]
+        return HTMLResponse(page(first, others))
+
+    async def events(request: Request) -> Response:
+        path = named(request.path_params["name"])
+        return _missing() if path is None else StreamingResponse(_events(shelf, path), media_type="text/event-stream")
+
+    routes = [
+        Route("/", index),
+        Route("/compare", compare),
+        Route("/run/{name:path}", one),
+        Route("/events/{name:path}", events),
+    ]
+    return Guard(Starlette(routes=routes, exception_handlers={InputError: _unreadable}), hosts, token)
+
+
+def _missing() -> Response:
+    return PlainTextResponse("There is no such run here.\n", status_code=404)
+
+
+def _unreadable(request: Request, error: Exception) -> Response:
+    return PlainTextResponse(f"{error}\n", status_code=500)
+
+
+async def _events(shelf: Shelf, path: Path) -> AsyncIterator[str]:
+    """What is new of a Run, as server-sent events, until it is finished."""
+    before: Mapping[str, Any] | None = None
+    while True:
+        try:
+            now = await asyncio.to_thread(lambda: news(shelf.read(path)))
+        except InputError as error:
+            yield f": {' '.join(str(error).split())}\n\n"
+            return
+        if now != before:
+            yield f"data: {json.dumps(now, allow_nan=False)}\n\n"
+        else:
+            yield ": still the same\n\n"  # whoever left is noticed by writing
+        if now["finished"]:
+            return
+        before = now
+        await asyncio.sleep(EVERY)
+
+
+class Guard:
+    """Lets through what names this host and, where one is asked for, carries the token."""
+
+    def __init__(self, inner: ASGIApp, hosts: frozenset[str], token: str | None):
+        self.inner, self.hosts, self.token = inner, hosts, token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.inner(scope, receive, send)
+            return
+        request = Request(scope)
+        await (self._refusal(request) or self.inner)(scope, receive, send)
+
+    def _refusal(self, request: Request) -> ASGIApp | None:
+        host = Headers(scope=request.scope).get("host", "")
+        if self.hosts and _without_port(host) not in self.hosts:
+            return PlainTextResponse("This server answers to its own name only.\n", status_code=403)
+        if self.token is None or self._same(request.cookies.get(COOKIE)):
+            return None
+        if self._same(request.query_params.get("token")):
+            answer = RedirectResponse(request.url.path, status_code=303)  # the token leaves the address
+            answer.set_cookie(COOKIE, self.token, httponly=True, samesite="strict")
+            return answer
+        return PlainTextResponse("A token is needed: open the address that the server printed.\n", status_code=401)
+
+    def _same(self, given: str | None) -> bool:
+        return given is not None and self.token is not None and hmac.compare_digest(given.encode(), self.token.encode())
+
+
+def _without_port(host: str) -> str:
+    name = host.rpartition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
+    return name.lower()
