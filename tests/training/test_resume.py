@@ -100,6 +100,19 @@ def test_it_would_be_seen(straight, options, tmp_path):
     assert not same(place, straight)
 
 
+def test_what_a_checkpoint_holds(straight):
+    """The rate, the rows that come next and all randomness are functions of the update's number and of the plan."""
+    folder = folder_of(straight, 8)
+    state = json.loads((folder / "state.json").read_text())
+    assert state["position"]["step"] == 8 and state["position"]["monitor"]["history"]["step"] == 8
+    identity = state["identity"]
+    assert identity.keys() == {"recipe", "plan", "data", "base", "tokenizer", "chat_template"}
+    assert identity["plan"]["seed"] is not None and identity["plan"]["learning_rate"] == 2e-2
+    assert {"training rows", "held out"} < identity["data"].keys() and all(identity["data"].values())
+    assert {"welltuned", "python", "torch", "transformers", "numpy", "threads"} <= state["versions"].keys()
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
+
+
 # ── bit for bit ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
