@@ -195,6 +195,29 @@ def test_other_ways_to_tune(options, tmp_path, tune):
     assert same(tmp_path / "run", tmp_path / "straight")
 
 
+VARIANTS = {
+    "average": {"ema_decay": 0.9},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "dora": {"use_dora": True, "lora_dropout": 0.0},
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["average", *(pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS if n != "average")]
+)
+def test_variants(options, tmp_path, name):
+    mine = {**options, **VARIANTS[name], "save_steps": 3}
+    welltuned.train(out=tmp_path / "straight", **mine)
+    with pytest.raises(CutOff):
+        welltuned.train(out=tmp_path / "run", observer=cut_off_at(8), **mine)
+    resume(tmp_path / "run")
+    assert same(tmp_path / "run", tmp_path / "straight")
+    files = [sorted((tmp_path / which).glob("ema/*.safetensors")) for which in ("run", "straight")]
+    assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
+    assert bool(files[0]) == (name == "average")
+
+
 def test_evaluating_and_saving_change_nothing(straight, options, tmp_path):
     rare = {**options, "eval_steps": 100, "save_steps": 100}
     welltuned.train(out=tmp_path / "run", **rare)
