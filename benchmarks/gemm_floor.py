@@ -14,7 +14,7 @@ SHAPES = ((1900, 576, 960), (1900, 576, 3072), (1900, 1536, 576))  # rows, input
 
 def gemm_floor(repeats: int = 12) -> float:
     """GFLOP/s of fp32 matrix products, the mean over SHAPES of each one's median."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     rates = []
     for rows, inputs, outputs in SHAPES:
         x, w = torch.randn(rows, inputs), torch.randn(outputs, inputs)

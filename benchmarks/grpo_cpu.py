@@ -11,6 +11,7 @@ medians over the others are quoted. The completions themselves differ: each side
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,13 +25,14 @@ from sft_cpu import saved_model
 
 PEERS = Path(__file__).parent / "peers"
 PARTS = ("generation", "reward", "update", "whole", "cpu")
-R, PROMPTS, GENERATIONS = 16, 8, 8
+R, GENERATIONS = 16, 8
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="runs of each system (default: %(default)s)")
     parser.add_argument("--updates", type=int, default=4, help="updates of a run, the first uncounted (%(default)s)")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts of an update (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of a completion (default: %(default)s)")
     parser.add_argument("--trl-python", help="python of an environment with TRL and PEFT")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: %(default)s)")
@@ -44,7 +46,9 @@ def main() -> None:
         runs = runs_so_far(name_of_result, settings(arguments))
     with tempfile.TemporaryDirectory() as folder:
         model, data = saved_model(Path(folder) / "model"), Path(folder) / "prompts.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in prompts(arguments.updates)), encoding="utf-8")
+        data.write_text(
+            "".join(json.dumps(row) + "\n" for row in prompts(arguments.updates * arguments.prompts)), encoding="utf-8"
+        )
         for turn in range(arguments.rounds):
             for name, python in systems.items():
                 runs[name].append(one_run(name, python, model, data, arguments))
@@ -57,23 +61,22 @@ def main() -> None:
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "dtype": arguments.dtype,
-        "prompts_an_update": PROMPTS,
+        "prompts_an_update": arguments.prompts,
         "completions_a_prompt": GENERATIONS,
         "tokens_a_completion": arguments.tokens,
         "r": R,
     }
 
 
-def prompts(updates: int) -> list[dict[str, str]]:
-    """Sums of two numbers, in words; as many as the updates take."""
-    count = updates * PROMPTS
+def prompts(count: int) -> list[dict[str, str]]:
+    """Sums of two numbers, in words."""
     return [{"prompt": f"What is {7 + 3 * i} + {5 + 2 * i}? Explain how you add them."} for i in range(count)]
 
 
 def one_run(name: str, python: str, model: Path, data: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """One process; its last line of output is its result. The floor is the better of before and after."""
     before = gemm_floor()
-    numbers = [str(n) for n in (arguments.updates, PROMPTS, GENERATIONS, arguments.tokens, R)]
+    numbers = [str(n) for n in (arguments.updates, arguments.prompts, GENERATIONS, arguments.tokens, R)]
     command = [python, str(PEERS / f"{name}_grpo.py"), str(model), str(data), *numbers, arguments.dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -104,6 +107,7 @@ def summary(runs: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace
         "what": __doc__.splitlines()[0],
         "machine": describe_machine(),
         **settings(arguments),
+        "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
         "median": medians,
         "runs": runs,
     }

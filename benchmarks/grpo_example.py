@@ -6,6 +6,7 @@ python benchmarks/grpo_example.py [--model MODEL] [--set KEY=VALUE]...
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = run_example(Path(folder) / "run", arguments.model, arguments.set)
     result = {"what": __doc__.splitlines()[0], "machine": describe_machine(), "set": arguments.set, **found}
-    print(json.dumps({key: found[key] for key in ("before", "after", "minutes")}, indent=1))
+    print(json.dumps({key: found[key] for key in ("before", "after", "minutes", "processor_minutes")}, indent=1))
     print(write_result("grpo_example", result))
 
 
@@ -38,14 +39,17 @@ def run_example(out: Path, model: str | None = None, settings: list[str] | None 
     command = [sys.executable, "-m", "welltuned", "train", "examples/grpo/sums.yaml", "--out", str(out)]
     command += ["--model", model] if model else []
     command += [word for setting in settings or [] for word in ("--set", setting)]
-    started = time.time()
+    started, before = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
-    minutes = (time.time() - started) / 60
+    minutes, after = (time.time() - started) / 60, resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     run = json.loads((out / "run.json").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     updates = [line for line in lines if "loss" in line]
     return {
         "minutes": round(minutes, 2),
+        "processor_minutes": round(processor / 60, 2),
+        "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
         "held_out_rows": run["held_out"]["rows"],
         "before": evaluated(run["held_out"]["before"]),
         "after": evaluated(run["held_out"]["after"]),

@@ -11,6 +11,7 @@ left out beforehand, so that every system sees the same ones. Let nothing else r
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -138,6 +139,7 @@ def summary(
         "effective_batch_size": BATCH,
         "r": R,
         "dtype": arguments.dtype,
+        "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
         "max_length": arguments.max_length,
         "median": medians,
         "runs": runs,

@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 model_dir, data = sys.argv[1:3]
 updates, prompts, generations, tokens, r = map(int, sys.argv[3:8])
-torch.set_num_threads(os.cpu_count() or 1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
 rows = [json.loads(line)["prompt"] for line in Path(data).read_text(encoding="utf-8").splitlines()]
 dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in rows])
 spent = {"generation": 0.0, "reward": 0.0}

@@ -30,7 +30,7 @@ from welltuned.training.step import Engine
 
 model_dir, data = sys.argv[1:3]
 updates, prompts, generations, tokens, r = map(int, sys.argv[3:8])
-torch.set_num_threads(os.cpu_count() or 1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
 model, tokenizer = load_model(model_dir, dtype=getattr(torch, sys.argv[8])), load_tokenizer(model_dir)
 bank = attach(model, LoraSettings(r=r, lora_alpha=16))
 fuse(model, bank)

@@ -1,6 +1,7 @@
 """Handing a run on: what is written, that it runs where it is meant to, and what is refused."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -154,6 +155,62 @@ def test_chatml_word_for_word(tiny_tokenizer):
         '{{ else if eq .Role "assistant" }}<|im_start|>assistant\n{{ .Content }}<|im_end|>\n{{ end }}{{ end }}'
         "<|im_start|>assistant\n"
     )
+
+
+def go_rendered(template, system, messages):
+    """What Go's text/template makes of the actions that a Modelfile uses: if, else if, else, range, end, a field."""
+    parts = re.split(r"\{\{ (.*?) \}\}", template, flags=re.DOTALL)
+    tokens = [(i % 2 == 1, part) for i, part in enumerate(parts)]
+
+    def holds(test, message):
+        if test == ".System":
+            return bool(system)
+        kind, field, value = test.split(" ", 2)
+        assert (kind, field) == ("eq", ".Role"), test
+        return message["role"] == json.loads(value)
+
+    def run(at, message, on):
+        """(text, place behind the `end` or the `else` that closes this block, that word)."""
+        out = ""
+        while at < len(tokens):
+            action, text = tokens[at]
+            at += 1
+            if not action:
+                out += text * on
+            elif text == ".System":
+                out += system * on
+            elif text == ".Content":
+                out += message["content"] * on
+            elif text == "range .Messages":
+                made = [run(at, each, on) for each in messages] or [run(at, {"role": "", "content": ""}, False)]
+                out, at = out + "".join(one for one, _, _ in made), made[0][1]
+            elif text.startswith("if "):
+                taken, word = False, text
+                while word != "end":
+                    test = word.removeprefix("else").strip().removeprefix("if ")
+                    here = on and not taken and (word == "else" or holds(test, message))
+                    one, at, word = run(at, message, here)
+                    out, taken = out + one, taken or here
+            else:
+                assert text == "end" or text.startswith("else"), text
+                return out, at, text
+        return out, at, "end"
+
+    return run(0, None, True)[0]
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, GEMMA, DEFAULT_SYSTEM, MISTRAL])
+def test_the_modelfile_renders_what_the_chat_template_does(tiny_tokenizer, template):
+    """The text in the file itself, as Ollama's own language reads it."""
+    text = modelfile("model.gguf", turns_of(tiny_tokenizer, template), ["<|im_end|>"])
+    written = re.search(r'TEMPLATE """(.*?)"""', text, flags=re.DOTALL)[1]
+    talk = [Message("user", "How are you?"), Message("assistant", "Well."), Message("user", "Good {{ .System }}.")]
+    for messages in (talk[:1], talk):
+        for system in ("", "Be brief.") if template not in (GEMMA, MISTRAL) else ("",):
+            whole = [*([Message("system", system)] if system else []), *messages]
+            prompt = Prompt(Conversation(tuple(whole), "x"), len(whole), True)
+            plain = [{"role": m.role, "content": m.content} for m in messages]
+            assert go_rendered(written, system, plain) == render_texts(tiny_tokenizer, template, [prompt])[0]
 
 
 def test_templates_that_ollama_has_no_words_for(tiny_tokenizer):

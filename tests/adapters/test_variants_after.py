@@ -97,7 +97,7 @@ def test_the_base_alone_has_its_own_embedding(variant, tiny_model_dir, plain, lo
     assert torch.equal(base, logits(plain(tiny_model_dir))) and not torch.equal(base, logits(tuned.model))
 
 
-def test_loftq_says_what_it_gains(variant):
+def test_loftq_says_what_it_gains(variant, tiny_model_dir, tmp_path):
     pytest.importorskip("bitsandbytes")
     run = variant("LoftQ", tune="qlora", init_lora_weights="loftq")
     notes = json.loads((run / "run.json").read_text())["notes"]
@@ -106,6 +106,13 @@ def test_loftq_says_what_it_gains(variant):
     assert 0 < after < before
     proof = verify(run)
     assert proof.problems == () and any("4 bits had lost" in note for note in proof.notes)
+    with pytest.raises(InputError, match="began at what 4 bits lose"):
+        merge(run, out=tmp_path / "merged", base=str(tiny_model_dir))
+    assert merge(run, out=tmp_path / "merged", dtype="float32").agreement.drift < 1e-3
+    found = export(run, to="peft", out=tmp_path / "peft")
+    assert any("in 4 bits" in note for note in found.notes)
+    with pytest.raises(InputError, match="began at what 4 bits lose"):
+        merge(tmp_path / "peft", out=tmp_path / "again", base=str(tiny_model_dir))
 
 
 # ── checkpoints, and the average of weights ──────────────────────────────────────────────────────────────────────────

@@ -313,7 +313,9 @@ def test_plenty_of_memory_means_no_recomputation(plan_for, model_of, data_of, ma
 def test_dtype_on_cpu(plan_for, machine_of):
     assert plan_for().value("dtype") == "float32"
     assert plan_for(machine=machine_of(amx=True)).value("dtype") == "bfloat16"
-    assert plan_for(machine=replace(machine_of(), native_bf16=True)).value("dtype") == "bfloat16"  # AVX512-BF16
+    half = plan_for(machine=replace(machine_of(), native_bf16=True))  # AVX512-BF16
+    assert half.value("dtype") == "bfloat16"
+    assert half.memory.parts["overhead"] - plan_for().memory.parts["overhead"] > 0.8 * number("memory_compiled_cpu")
     assert plan_for(machine=machine_of(amx=True), tune="full").value("dtype") == "float32"
 
 
@@ -365,3 +367,59 @@ print([name for name in ("torch", "transformers", "huggingface_hub", "gguf") if 
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# ── variants of LoRA ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_variants_are_shown_where_they_are_asked_for(plan_for):
+    sets = ("use_dora=true", "rank_pattern={down_proj: 64}", "layers_to_transform=[0, 1, 2]", "ema_decay=0.99")
+    plan, plain = plan_for(*sets), plan_for()
+    for name in ("use_dora", "rank_pattern", "layers_to_transform", "ema_decay"):
+        choice = plan.choices[name]
+        assert choice.set_by is SetBy.USER and choice.reason.startswith("set by you") and choice.evidence
+        assert name not in plain.choices
+    assert "3 of 30 layers" in plan.choices["layers_to_transform"].reason
+    assert plan_from_yaml(plan_to_yaml(plan)) == plan
+    assert "average" in plan.memory.parts and "average" not in plain.memory.parts
+
+
+def test_loraplus_keeps_bs_rate(plan_for):
+    """A's rate is the law's over the ratio, so that what moves first moves as far."""
+    plain, plus = plan_for(), plan_for("loraplus_lr_ratio=16", "modules_to_save=[embed_tokens]")
+    assert plus.value("learning_rate") * 16 == pytest.approx(plain.value("learning_rate"), rel=0.05)
+    assert plus.choices["learning_rate"].low <= plus.value("learning_rate") <= plus.choices["learning_rate"].high
+    assert "A's is 16 times lower" in plus.choices["learning_rate"].reason
+    assert plus.value("embedding_learning_rate") == pytest.approx(plain.value("learning_rate") / 10, rel=0.05)
+    own = plan_for("modules_to_save=[embed_tokens]", "embedding_learning_rate=1e-5", "learning_rate=1e-3")
+    assert (own.value("embedding_learning_rate"), own.value("learning_rate")) == (1e-5, 1e-3)
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ("use_dora=true",),
+        ("rank_pattern={down_proj: 64, q_proj: 2}",),
+        ("layers_to_transform=[3, 4]",),
+        ("modules_to_save=[embed_tokens]",),
+        ("modules_to_save=[lm_head]", "use_dora=true", "layers_to_transform=[1]"),
+    ],
+)
+def test_what_variants_train_is_counted(smollm2_facts, shapes, plan_for, sets):
+    """By the plan as by the model without numbers."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from welltuned.models.lora import attach
+    from welltuned.models.saved import named_modules
+    from welltuned.training.starting import lora_settings
+
+    plan = plan_for(*sets)
+    known = {k: v for k, v in shapes["smollm2"].items() if k != "model_type"}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**known))
+    model.requires_grad_(False)
+    saved = plan.value("modules_to_save") if "modules_to_save" in plan.choices else ()
+    bank = attach(model, lora_settings(plan), named_modules(model, saved))
+    counted = plan.memory.parts["gradients"] / 4
+    assert counted == bank.flat_KP.numel()

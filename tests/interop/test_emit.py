@@ -330,6 +330,26 @@ def test_what_is_said_to_be_missing(plan_for):
     assert any("several answers" in sentence for sentence in emit(plan_for("several"), Target.TRL).missing)
 
 
+def test_variants_of_lora(plan_for):
+    """Under the name that each tool has for it; what one has no name for is said."""
+    sets = ("use_dora=true", "rank_pattern={down_proj: 64}", "modules_to_save=[embed_tokens]", "loraplus_lr_ratio=4",
+            "ema_decay=0.99", "layers_to_transform=[1]")  # fmt: skip
+    plan = plan_for("messages", "sft", "lora", *sets)
+    trl = emit(plan, Target.TRL)
+    for words in ("use_dora=True", 'rank_pattern={"down_proj": 64}', 'modules_to_save=["embed_tokens"]',
+                  "layers_to_transform=[1]"):  # fmt: skip
+        assert words in trl.text
+    assert "multiply learning_rate by 4" in " ".join(trl.missing) and "ema_decay" in " ".join(trl.missing)
+    axolotl = yaml.safe_load(emit(plan, Target.AXOLOTL).text)
+    assert axolotl["peft_use_dora"] is True and axolotl["loraplus_lr_ratio"] == 4.0
+    assert axolotl["lora_rank_pattern"] == {"down_proj": 64} and axolotl["lora_modules_to_save"] == ["embed_tokens"]
+    factory = emit(plan, Target.LLAMAFACTORY)
+    there = yaml.safe_load(factory.text)
+    assert (there["use_dora"], there["loraplus_lr_ratio"], there["additional_target"]) == (True, 4.0, "embed_tokens")
+    assert "rank_pattern" in " ".join(factory.missing) and "layers_to_transform" in " ".join(factory.missing)
+    assert "use_dora" not in emit(plan_for("messages"), Target.TRL).text
+
+
 # ── with the real packages, where they are ───────────────────────────────────────────────────────────────────────────
 
 

@@ -199,6 +199,7 @@ def test_a_run_clips_and_names_its_rate(run):
 def test_loraplus_is_pefts(tiny_model_dir):
     """B's rate is a multiple of A's: the same numbers as PEFT's optimizer, with a decay that spares nothing of B."""
     peft = pytest.importorskip("peft")
+    from peft.optimizers import create_loraplus_optimizer
     from transformers import AutoModelForCausalLM
 
     from welltuned.training.optimizer import Span
@@ -208,7 +209,7 @@ def test_loraplus_is_pefts(tiny_model_dir):
 
     bank = attach(model(), LoraSettings(r=3, target_modules=("q_proj", "up_proj")))
     twin = peft.get_peft_model(model(), peft.LoraConfig(r=3, target_modules=["q_proj", "up_proj"]))
-    theirs = peft.optimizers.create_loraplus_optimizer(
+    theirs = create_loraplus_optimizer(
         twin, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.1
     )
     spans = [Span(s.start, s.start + s.size, 16.0 if s.name.endswith("lora_B") else 1.0) for s in bank.slots]

@@ -27,6 +27,7 @@ class MemorySetting:
         micro_tokens: the most tokens that pass through the model at once.
         targets: what carries adapters; None for every linear layer.
         more: numbers that are trained beyond r for every target, or fewer: variants of LoRA.
+        average: whether an average of the weights is kept beside them.
         lengths: lengths of the rows, as many as tell short rows from long ones; () for one row of micro_tokens.
     """
 
@@ -38,6 +39,7 @@ class MemorySetting:
     r: int = 0
     targets: tuple[str, ...] | None = None
     more: int = 0
+    average: bool = False
     lengths: tuple[int, ...] = ()
 
     @property

@@ -238,7 +238,7 @@ def choose_learning_rate(method: Method, tune: Tune, setting: RateSetting, rows:
     if tune is Tune.FULL:
         return _recipe_choice(method, f"{method}_full_rate", _full_preference_rate(method, setting), setting, "")
     value = number(f"{method}_alpha_rate") / setting.alpha_equivalent
-    unit = f"alpha · rate = {shown(number(f'{method}_alpha_rate'))} at your alpha of {shown(setting.alpha_equivalent)}"
+    unit = f"at your alpha of {shown(setting.alpha_equivalent)}"
     return _recipe_choice(method, f"{method}_alpha_rate", value, setting, unit)
 
 
@@ -255,7 +255,9 @@ def _recipe_choice(method: Method, name: str, value: float, setting: RateSetting
         below = above = number("preference_range")
         ranges = "preference_range"
     where = unit or f"{size_words(setting.parameters)} parameters, all of them trained"
-    reason = f"{method} has no measured law for the rate; released recipes centre here ({where})"
+    reason = f"released {method} recipes centre on {shown(two_digits(value))} ({where}); no law was measured"
+    if unit:
+        reason += f", and at such rates alpha · rate is what counts, {shown(number(f'{method}_alpha_rate'))}"
     return _choice(value, value / below, value * above, reason, cited(name, ranges))
 
 

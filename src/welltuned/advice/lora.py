@@ -100,8 +100,8 @@ def choose_rank_by_reward(model: ModelFacts, targets: tuple[str, ...] | None, pr
     spec = rule("lora_rank_reward")
     parameters = model.lora_parameters(spec.value, targets)
     why = (
-        f"an answer brings about one bit, and r {spec.value} has {parameters:,} parameters for those to your "
-        f"{prompts:,} prompts: capacity is no matter, and sources disagree on whether r 1 would do"
+        f"an answer brings about one bit, so capacity is no matter; r {spec.value} has {parameters:,} parameters for "
+        f"those to your {prompts:,} prompts, and sources disagree on whether r 1 would do"
     )
     return from_rule(spec, why)
 

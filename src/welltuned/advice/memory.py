@@ -62,6 +62,8 @@ def _state(model: ModelFacts, s: MemorySetting) -> Iterator[tuple[str, float]]:
     if s.tune is not Tune.FULL:
         starts = 1 if s.device is Device.CPU else 0  # how they began, for the check at the end; a GPU's lie on the host
         yield "adapters", trained * master * (1 + starts)
+    if s.average:
+        yield "average", trained * master
     yield "gradients", trained * master
     yield "optimizer", trained * number("memory_adam_bytes")
 
@@ -84,7 +86,8 @@ def _work(model: ModelFacts, s: MemorySetting) -> Iterator[tuple[str, float]]:
     yield "logits", logits
     yield "workspace", workspace
     fragmentation = number(f"memory_fragmentation_{s.device}") * (activations + workspace + logits)
-    yield "overhead", number(f"memory_overhead_{s.device}") + fragmentation
+    compiled = number("memory_compiled_cpu") if s.half and s.device is Device.CPU else 0.0
+    yield "overhead", number(f"memory_overhead_{s.device}") + fragmentation + compiled
 
 
 def _copies(s: MemorySetting) -> int:

@@ -271,6 +271,7 @@ def _memory_setting(
         r=choices["r"].value if "r" in choices else 0,
         targets=targets,
         more=variants.more_parameters(model, choices, targets),
+        average="ema_decay" in recipe.hyperparameters,
     )
 
 

@@ -25,7 +25,7 @@ def preference_choices(recipe: Recipe, data: DatasetFacts) -> Mapping[str, Choic
 
 def _dpo(recipe: Recipe, data: DatasetFacts) -> dict[str, Choice]:
     pairs = _pairs(data)
-    why = f"the plain loss on your {pairs}, as in the recipes that the rate is from; robust is for labels often wrong"
+    why = f"as in the recipes that the rate is from; the plain loss on your {pairs}; robust where labels are doubtful"
     found = {"loss_type": settle(recipe, "loss_type", from_rule(rule("dpo_loss_type"), why))}
     form = found["loss_type"].value
     found["beta"] = settle(recipe, "beta", _dpo_beta(form, data))
@@ -51,7 +51,7 @@ def _dpo_beta(form: str, data: DatasetFacts) -> Choice:
     if form in ("sigmoid_norm", "simpo"):
         why = f"{saturates} a token, since {form} divides by the length of each of your {data.rows:,} pairs' answers"
     else:
-        why = f"{saturates}, on your {data.rows:,} pairs; recipes use {shown(low)} to {shown(high)}, small models more"
+        why = f"{saturates}; recipes use {shown(low)} to {shown(high)}, small models more, on your {data.rows:,} pairs"
     return Choice(
         value=value, low=float(low), high=float(high), reason=why, evidence=cited("dpo_beta", "dpo_beta_range")
     )

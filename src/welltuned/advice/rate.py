@@ -46,13 +46,14 @@ def choose_rate(method: Method, tune: Tune, setting: RateSetting, rows: int, tex
     short = max(1.0, number("preference_updates") / max(1, setting.updates))
     factor = min(short ** number("preference_updates_exponent"), band.high / band.value)
     usual = f"recipes ran about {number('preference_updates'):.0f}"
+    centre, _, rest = band.reason.partition("; ")
     if factor == 1:
-        return replace(band, reason=f"{band.reason}; {usual} updates, yours are no fewer")
+        return replace(band, reason=f"{centre}; {usual} updates, yours are no fewer; {rest}")
     held = ", as far as their band reaches" if factor == band.high / band.value else ""
     return replace(
         band,
         value=two_digits(band.value * factor),
-        reason=f"{band.reason}; {usual} updates, so ×{factor:.2g} for your {setting.updates:,}{held}",
+        reason=f"{centre}, ×{factor:.2g} for your {counted(setting.updates, 'update')}{held}; {usual}; {rest}",
         evidence=tuple(dict.fromkeys((*band.evidence, *cited("preference_updates", "preference_updates_exponent")))),
     )
 

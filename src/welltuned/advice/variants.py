@@ -47,8 +47,8 @@ def rate_choices(recipe: Recipe, rate: float) -> Mapping[str, Choice]:
     given = recipe.hyperparameters
     found = {name: _set(recipe, name) for name in ("loraplus_lr_ratio", "ema_decay") if name in given}
     if "modules_to_save" in given:
-        share = number("embedding_rate_share")
-        why = f"{shown(share)} of learning_rate, as all weights take a tenth of what adapters take"
+        share, rate = number("embedding_rate_share"), rate * given.get("loraplus_lr_ratio", 1.0)
+        why = f"{shown(share)} of the adapters' rate, as all weights take a tenth of what adapters take"
         spec, name = rule("embedding_rate_share"), "embedding_learning_rate"
         value = two_digits(rate * share)
         choice = Choice(value=value, low=value / 3, high=rate, reason=f"{why}, {shown(rate)}", evidence=spec.evidence)
@@ -77,7 +77,7 @@ def _set(recipe: Recipe, name: str, model: ModelFacts | None = None) -> Choice:
         value=value,
         low=span[0],
         high=span[1],
-        reason=f"set by you{where}; the advice would be {spec.value}: {_WORTH[name]}",
+        reason=f"set by you{where}; the advice would be {shown(spec.value)}: {_WORTH[name]}",
         evidence=spec.evidence,
         set_by=SetBy.USER,
     )

@@ -18,8 +18,8 @@ from welltuned.models.lora_settings import FROM_WEIGHTS
 from welltuned.models.saved import named_modules
 from welltuned.recipe import Tune
 from welltuned.training.checkpoint import CHECKPOINTS, MANIFEST, Damaged, read_checkpoint
-from welltuned.training.run import lora_settings
 from welltuned.training.rundir import PLAN
+from welltuned.training.starting import lora_settings
 
 _KEPT: list[TemporaryDirectory[str]] = []  # removed when the process ends
 

@@ -29,6 +29,7 @@ from welltuned.finished.proof import require_as_planned
 from welltuned.models.adapter_file import UNDERSTOOD
 from welltuned.models.generate import stop_ids
 from welltuned.models.load import load_config, load_model, load_skeleton, load_tokenizer
+from welltuned.models.lora_settings import Init
 from welltuned.models.resolve import SourceKind, resolve
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
@@ -72,6 +73,9 @@ def merge_run(finished: Finished, out: Path, options: Options, *, made: str = "a
         what = "there is no adapter to merge: this is a whole model"
         raise InputError(what, where=str(finished.path), mend="use it as it is, or `adapter export`")
     require_as_planned(finished)
+    if options.base is not None and finished.started == Init.LOFTQ:
+        what = "the adapter began at what 4 bits lose of the weights, which this base has"
+        raise InputError(what, where="--base", mend="leave --base out: it is merged into the 4-bit base, dequantised")
     job = Job(
         base=options.base or finished.model,
         adapter=finished.adapter,
@@ -126,6 +130,8 @@ def _peft(finished: Finished, out: Path, options: Options) -> Exported:
     notes = []
     if resolve(finished.model).kind is SourceKind.GGUF:
         notes.append("the base is a GGUF file, which PEFT and vLLM do not load by that name: give them its hub model")
+    if finished.nf4:
+        notes.append("the adapter was trained on the base in 4 bits (NF4, double quantisation): load it so there too")
     if adapter.others:
         notes.append(f"the adapter trained {adapter.others[0]} too, which PEFT loads and vLLM does not: merge it there")
     with written_whole(out, folder_size(finished.adapter)) as folder:

@@ -57,6 +57,14 @@ class Finished:
     def is_run(self) -> bool:
         return self.plan is not None
 
+    @property
+    def started(self) -> str | None:
+        """How the adapter began (`init_lora_weights`); None where that is not known."""
+        if self.plan is not None and "init_lora_weights" in self.plan.choices:
+            return str(self.plan.value("init_lora_weights"))
+        known = self.facts.get("init_lora_weights")
+        return None if known is None else str(known)
+
     def origin(self, made: str, **more: Any) -> dict[str, Any]:
         """What is written beside something made from this: enough for chat, eval and export to go on."""
         kept = {key: self.facts[key] for key in ("updates", "held_out", "base_weights") if key in self.facts}
@@ -66,6 +74,7 @@ class Finished:
             "model": self.base,
             "tune": "qlora" if self.nf4 else "lora",
             "chat_template": self.chat_template,
+            "init_lora_weights": self.started,
             **kept,
             **more,
         }

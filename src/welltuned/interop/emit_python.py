@@ -85,6 +85,12 @@ def emit_script(plan: Plan, *, unsloth: bool) -> Script:
 def _missing(job: _Job) -> Iterator[str]:
     plan, recipe = job.plan, job.plan.recipe
     yield from missing_everywhere(plan, (*job.looks, *job.held_out), job.shape)
+    if "loraplus_lr_ratio" in plan.choices:
+        ratio = plan.value("loraplus_lr_ratio")
+        yield (
+            f"loraplus_lr_ratio {ratio:g}: pass optimizers=(peft.optimizers.create_loraplus_optimizer(...), None), or "
+            f"multiply learning_rate by {ratio:g}: it is A's here"
+        )
     if job.evaluates and not job.held_out:
         yield other_rows_held_out(plan)
     if (mixed := mixture_differs(plan)) is not None:

@@ -24,13 +24,12 @@ from welltuned.models.adapter_file import save_adapter
 from welltuned.models.fingerprint import fingerprint
 from welltuned.models.fuse import Fused, checkpoint_layers, find_head, fuse
 from welltuned.models.load import load_model
-from welltuned.models.lora import AdapterBank, find_targets, start_loftq
-from welltuned.models.lora_settings import Bias, Init, LoraSettings, parse_init
+from welltuned.models.lora import AdapterBank
 from welltuned.models.oom import is_out_of_memory, release_memory
 from welltuned.models.packed import packed_model, packs
-from welltuned.models.parts import idle_parts, within
+from welltuned.models.parts import idle_parts
 from welltuned.models.tokenizer import in_short
-from welltuned.recipe import VARIANTS, Method, Tune, recipe_to_yaml
+from welltuned.recipe import Method, Tune, recipe_to_yaml
 from welltuned.training.averaged import finish_average
 from welltuned.training.best import take_best
 from welltuned.training.checkpoint import Checkpoint, Position
@@ -62,14 +61,13 @@ from welltuned.training.settings import adamw_settings as adamw_settings
 from welltuned.training.shown import When, ask, keep_replies, keep_rows, questions
 from welltuned.training.snapshot import Origin
 from welltuned.training.speed import remember_speed
-from welltuned.training.starting import save_model, score_at_start, trained_parts
+from welltuned.training.starting import DTYPES, fill_loftq, save_model, score_at_start, trained_parts
 from welltuned.training.step import Engine, Evaluation, Objective, Supervised, Trained
 from welltuned.training.trackers import require_trackers, tracked
 from welltuned.training.watch import is_divergence, monitor
 from welltuned.training.watcher import MakeWatch
 
 MOST_ORIGINS = 1_000  # held-out rows named in run.json
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +114,8 @@ def make_ready(plan: Plan) -> Ready:
     dtype = torch.float32 if recipe.tune is Tune.FULL else DTYPES[plan.value("dtype")]
     model = load_model(recipe.model, dtype=dtype, device=device, nf4=recipe.tune is Tune.QLORA, trust=recipe.trust)
     idle = idle_parts(model)
-    trained: Trained = trained_parts(model, plan, idle, lambda: _reached(model, plan, idle))
-    lost = _loftq(trained, plan) if isinstance(trained, AdapterBank) else ()
+    trained: Trained = trained_parts(model, plan, idle)
+    lost = fill_loftq(trained, plan) if isinstance(trained, AdapterBank) else ()
     fused = fuse(model, trained if isinstance(trained, AdapterBank) else None)
     head = find_head(model)
     notes = [*lost, *fused.sentences(), *(f"text never reaches {name}, which stays as it is" for name in idle)]
@@ -129,53 +127,6 @@ def make_ready(plan: Plan) -> Ready:
         checkpoint_layers(model, fused)
     budget = plan.value("token_budget") if plan.value("packing") else 1  # 1: every example by itself
     return Ready(Engine(model, trained, head, budget), Supervised(), fused, tuple(notes))
-
-
-def _loftq(bank: AdapterBank, plan: Plan) -> tuple[str, ...]:
-    """Start at what 4 bits lose, where the plan says so; a sentence on how much that is."""
-    recipe = plan.recipe
-    if recipe.adapter is not None or bank.settings[0].init is not Init.LOFTQ:
-        return ()
-    dtype = DTYPES[plan.value("dtype")]
-    lost = start_loftq(bank, load_model(recipe.model, dtype=dtype, trust=recipe.trust))
-    gc.collect()
-    return (lost.sentence(),)
-
-
-def _reached(model: PreTrainedModel, plan: Plan, idle: tuple[str, ...]) -> LoraSettings:
-    """The LoRA settings without the targets in parts that text never reaches: they could not learn."""
-    settings = lora_settings(plan)
-    if not idle:
-        return settings
-    wanted = settings.target_modules, settings.layers_to_transform
-    targets = tuple(name for name in find_targets(model, *wanted) if not within(name, idle))
-    if not targets:
-        what = f"all of the targets lie in {', '.join(idle)}, which text never reaches"
-        raise InputError(what, where="target_modules", mend="name layers of the language model")
-    return replace(settings, target_modules=targets)
-
-
-def lora_settings(plan: Plan) -> LoraSettings:
-    """The plan's LoRA choices as the adapter bank takes them."""
-    targets, start = plan.value("target_modules"), parse_init(plan.value("init_lora_weights"))
-    if start is None:
-        raise InputError(f"the start {plan.value('init_lora_weights')} is not known", where="init_lora_weights")
-    given = {name: choice.value for name, choice in plan.choices.items() if name in VARIANTS}
-    return LoraSettings(
-        r=plan.value("r"),
-        lora_alpha=plan.value("lora_alpha"),
-        lora_dropout=plan.value("lora_dropout"),
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
-        use_rslora=plan.value("use_rslora"),
-        bias=Bias(plan.value("bias")),
-        init=start[0],
-        svd_iterations=start[1],
-        seed=plan.value("seed"),
-        rank_pattern=tuple(given.get("rank_pattern", {}).items()),
-        alpha_pattern=tuple(given.get("alpha_pattern", {}).items()),
-        layers_to_transform=tuple(given.get("layers_to_transform", ())),
-        use_dora=bool(given.get("use_dora", False)),
-    )
 
 
 def train(
@@ -397,7 +348,8 @@ def _disk_errors(path: Path) -> Iterator[None]:
 
 def _require_disk(plan: Plan, ready: Ready, out: Path) -> tuple[str, ...]:
     trained = ready.engine.trained.flat_KP.nbytes
-    note = require_disk(out, 3 * trained, trained, plan.value("save_total_limit"))
+    kept = 4 if "ema_decay" in plan.choices else 3  # weights, two moments, an average
+    note = require_disk(out, kept * trained, trained, plan.value("save_total_limit"))
     return () if note is None else (note,)
 
 

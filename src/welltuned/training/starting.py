@@ -1,6 +1,8 @@
 """What a run begins with: new adapters, those of an earlier run, all parameters, and a reward model's head."""
 
-from collections.abc import Callable, Mapping
+import gc
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -8,24 +10,27 @@ import torch
 from transformers import PreTrainedModel
 
 from welltuned.advice.plan import Plan
+from welltuned.errors import InputError
 from welltuned.models.adapter_file import load_adapter
 from welltuned.models.full import FullParameters
-from welltuned.models.lora import LoraSettings, attach
+from welltuned.models.load import load_model
+from welltuned.models.lora import AdapterBank, attach, find_targets, start_loftq
+from welltuned.models.lora_settings import Bias, Init, LoraSettings, parse_init
+from welltuned.models.parts import within
 from welltuned.models.reward import SCORE, add_score, initial_score, require_classifier, save_classifier
 from welltuned.models.saved import named_modules
-from welltuned.recipe import Method, Tune
+from welltuned.recipe import VARIANTS, Method, Tune
 from welltuned.training.start_adapter import adapter_folder
 from welltuned.training.step import Trained
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-def trained_parts(
-    model: PreTrainedModel, plan: Plan, idle: tuple[str, ...], new_adapters: Callable[[], LoraSettings]
-) -> Trained:
+
+def trained_parts(model: PreTrainedModel, plan: Plan, idle: tuple[str, ...]) -> Trained:
     """What of a loaded model is trained by this plan, as it is before the first update.
 
     Args:
         idle: parts that text never reaches.
-        new_adapters: settings for adapters that begin at nothing.
     """
     recipe = plan.recipe
     saved: tuple[str, ...] = ()
@@ -38,9 +43,56 @@ def trained_parts(
     elif "modules_to_save" in plan.choices:
         saved = named_modules(model, plan.value("modules_to_save"))
     if recipe.adapter is None:
-        return attach(model, new_adapters(), saved)
+        return attach(model, reached(model, plan, idle), saved)
     folder = adapter_folder(recipe.adapter)
     return load_adapter(model, folder, dropout=plan.value("lora_dropout"), saved=saved)
+
+
+def fill_loftq(bank: AdapterBank, plan: Plan) -> tuple[str, ...]:
+    """Start at what 4 bits lose, where the plan says so; a sentence on how much that is."""
+    recipe = plan.recipe
+    if recipe.adapter is not None or bank.settings[0].init is not Init.LOFTQ:
+        return ()
+    dtype = DTYPES[plan.value("dtype")]
+    lost = start_loftq(bank, load_model(recipe.model, dtype=dtype, trust=recipe.trust))
+    gc.collect()
+    return (lost.sentence(),)
+
+
+def reached(model: PreTrainedModel, plan: Plan, idle: tuple[str, ...]) -> LoraSettings:
+    """The LoRA settings without the targets in parts that text never reaches: they could not learn."""
+    settings = lora_settings(plan)
+    if not idle:
+        return settings
+    wanted = settings.target_modules, settings.layers_to_transform
+    targets = tuple(name for name in find_targets(model, *wanted) if not within(name, idle))
+    if not targets:
+        what = f"all of the targets lie in {', '.join(idle)}, which text never reaches"
+        raise InputError(what, where="target_modules", mend="name layers of the language model")
+    return replace(settings, target_modules=targets)
+
+
+def lora_settings(plan: Plan) -> LoraSettings:
+    """The plan's LoRA choices as the adapter bank takes them."""
+    targets, start = plan.value("target_modules"), parse_init(plan.value("init_lora_weights"))
+    if start is None:
+        raise InputError(f"the start {plan.value('init_lora_weights')} is not known", where="init_lora_weights")
+    given = {name: choice.value for name, choice in plan.choices.items() if name in VARIANTS}
+    return LoraSettings(
+        r=plan.value("r"),
+        lora_alpha=plan.value("lora_alpha"),
+        lora_dropout=plan.value("lora_dropout"),
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        use_rslora=plan.value("use_rslora"),
+        bias=Bias(plan.value("bias")),
+        init=start[0],
+        svd_iterations=start[1],
+        seed=plan.value("seed"),
+        rank_pattern=tuple(given.get("rank_pattern", {}).items()),
+        alpha_pattern=tuple(given.get("alpha_pattern", {}).items()),
+        layers_to_transform=tuple(given.get("layers_to_transform", ())),
+        use_dora=bool(given.get("use_dora", False)),
+    )
 
 
 def _unused_head(model: PreTrainedModel) -> tuple[str, ...]:
