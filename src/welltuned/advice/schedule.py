@@ -107,7 +107,7 @@ def choose_eval_steps(updates: int, train_tokens: float, heldout_tokens: int, he
     share = math.ceil(updates / value) * cost / train_tokens
     why = (
         f"{counted(math.ceil(updates / value), 'look')} at your {counted(heldout_rows, 'held-out row')} over "
-        f"{counted(updates, 'update')} to see the loss turn, for {share:.0%} of the time"
+        f"{counted(updates, 'update')} to see where it turns, for {share:.0%} of the time"
     )
     if not heldout_rows:
         why = f"0 rows are held out: none of your {counted(updates, 'update')} will be followed by a look at them"
