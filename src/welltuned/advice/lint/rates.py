@@ -42,6 +42,7 @@ def said(config: Config) -> str:
 def _scale(config: Config) -> str:
     alpha = alpha_equivalent(config) or 0.0
     how = " (rsLoRA: alpha · √r)" if config.on("use_rslora") else ""
+    how += " (LoRA+: with B's rate)" if config.number("loraplus_lr_ratio") else ""
     return f"at alpha {shown(alpha)}{how} is alpha · rate {shown(two_digits(alpha * (adam_rate(config) or 0)))}"
 
 
