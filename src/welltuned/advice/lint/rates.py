@@ -43,6 +43,7 @@ def said(config: Config) -> str:
 def _scale(config: Config) -> str:
     alpha = alpha_equivalent(config) or 0.0
     how = " (rsLoRA: alpha · √r)" if config.on("use_rslora") else ""
+    how += " (LoRA+: with B's rate)" if config.number("loraplus_lr_ratio") else ""
     if not alpha or alpha == number("rate_alpha"):
         return f"at alpha {shown(alpha)}{how} is"
     same = shown(two_digits(as_at_the_sweeps(adam_rate(config) or 0, alpha)))
