@@ -67,15 +67,10 @@ def is_mixture(config: Config) -> bool:
 
 
 def alpha_equivalent(config: Config) -> float | None:
-    """The alpha with which 1/r scaling would do the same: what the rate must be multiplied with to compare runs.
-
-    With LoRA+ the rate is A's, and the first updates go with B's.
-    """
+    """The alpha with which 1/r scaling would do the same: what the rate must be multiplied with to compare runs."""
     alpha, rank = config.number("lora_alpha"), config.number("r")
     if alpha is None or alpha <= 0:
         return None
-    ratio = config.number("loraplus_lr_ratio")
-    alpha *= ratio if ratio is not None and ratio > 0 else 1.0
     if config.on("use_rslora"):
         return alpha * math.sqrt(rank) if rank else None
     return None if "use_rslora" in config.unread else alpha
