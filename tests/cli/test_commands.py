@@ -217,7 +217,7 @@ def test_public_names():
 
     assert dir(welltuned) == [
         *("LoraSettings", "__version__", "attach", "average", "evaluate", "export", "inspect", "load", "merge"),
-        *("plan", "resume", "scale", "train", "verify", "write_report"),
+        *("plan", "resume", "scale", "sweep", "train", "verify", "write_report"),
     ]
     assert all(getattr(welltuned, name) for name in dir(welltuned))
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
