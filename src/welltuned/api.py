@@ -34,6 +34,10 @@ from welltuned.models.resolve import NO_TRUST
 from welltuned.models.tokenizer import in_short
 from welltuned.recipe import KEYS, Trust, load_recipe
 from welltuned.report.page import write_report as write_page
+from welltuned.search.arms import question_of
+from welltuned.search.events import SearchObserver, unheard
+from welltuned.search.sweep import SweepResult, is_sweep, resume_sweep
+from welltuned.search.sweep import sweep as sweep_prepared
 from welltuned.training.checkpoint import checkpoints
 from welltuned.training.events import Note, Observer, silent
 from welltuned.training.inspection import SHOWN, Inspection
@@ -94,6 +98,27 @@ def write_report(run: str | Path, *others: str | Path, out: str | Path | None = 
     return write_page(Path(run), [Path(other) for other in others], None if out is None else Path(out))
 
 
+def sweep(
+    recipe: str | None = None,
+    *,
+    out: str | Path,
+    arms: int | None = None,
+    over: Sequence[str] = (),
+    observer: SearchObserver = unheard,
+    **options: Any,
+) -> SweepResult:
+    """Try learning rates (or what `over` names, such as "r=8,32") on one base at once; the winner's Run is in `out`.
+
+    Args:
+        arms: how many rates are tried at the start; None for three.
+        options: as in `plan`.
+    """
+    asked = _recipe(recipe, options)
+    question = question_of(arms, over)
+    require_free(Path(out))
+    return sweep_prepared(prepare(asked), question, Path(out), observer)
+
+
 def resume(run: str | Path, *, observer: Observer = silent, accept_changes: bool = False) -> RunResult:
     """Finish a run that was interrupted, from its newest sound checkpoint.
 
@@ -104,6 +129,8 @@ def resume(run: str | Path, *, observer: Observer = silent, accept_changes: bool
     Raises:
         InputError: there is no unfinished run, or something changed.
     """
+    if is_sweep(Path(run)):
+        return resume_sweep(Path(run), accept_changes=accept_changes).run
     return _reported(resume_run(Path(run), observer, accept_changes=accept_changes), observer)
 
 

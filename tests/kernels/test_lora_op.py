@@ -30,6 +30,8 @@ SHAPES = {
     "an adapter without rows": (11, 3, 4, (4, 0, 7)),
     "only the last adapter has rows": (11, 3, 4, (0, 0, 11)),
     "two adapters with a row each": (2, 2, 1, (1, 1)),
+    "three with equally many rows": (12, 3, 4, (4, 4, 4)),
+    "the last two with equally many": (10, 3, 4, (0, 5, 5)),
 }
 
 
@@ -40,6 +42,34 @@ def test_equals_reference(agree, n, k, r, per_adapter, dropout):
     spans = ((n, 7),) if n == 1 else ((1, 7), (n - 1, 8))
     rows = Rows(per_adapter, Dropout(dropout, spans))
     agree(lambda: lora(x, p, a, b, None, rows), lambda: lora_reference(x, p, a, b, None, rows), x, a, b)
+
+
+def test_equal_rows_are_batched_products(monkeypatch):
+    """Two batched products forward, whatever K; without them the test above would compare the loop with itself."""
+    calls = []
+    for name in ("mm", "bmm"):
+        real = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, real=real, name=name, **k: calls.append(name) or real(*a, **k))
+    p, (a, b), x = projection([0.5, 2.0, 3.0]), adapters(3, 4), normal(12, IN)
+    y = lora(x, p, a, b, None, Rows((4, 4, 4)))
+    assert calls == ["bmm"]  # S = x A^T; B's is an in-place addition
+    y.sum().backward()
+    assert calls.count("mm") == 1 and calls.count("bmm") == 4  # the frozen weight's; dS, dB, dA
+
+
+@pytest.mark.parametrize("shares", [(0.4, 0.0), (0.2, 0.5)])
+def test_each_adapter_has_its_own_dropout(agree, shares):
+    p, (a, b), x = projection([0.5, 2.0]), adapters(2, 4), normal(10, IN)
+    rows = Rows((5, 5), Dropout(max(shares), ((5, 7), (5, 7)), shares))
+
+    def singles():
+        return torch.cat([
+            lora_reference(x[s], Projection(p.weight, [p.scale_K[k]], p.index), a[k : k + 1], b[k : k + 1], None,
+                           Rows(None, Dropout(shares[k], ((5, 7),))))
+            for k, s in enumerate((slice(0, 5), slice(5, 10)))
+        ])  # fmt: skip
+
+    agree(lambda: lora(x, p, a, b, None, rows), singles, x, a, b)
 
 
 @pytest.mark.parametrize("trained", [True, False])

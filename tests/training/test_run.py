@@ -374,14 +374,14 @@ def test_a_tensor_that_did_not_move(into, tmp_path, monkeypatch, tune):
 @pytest.mark.parametrize("tune", ["lora", "full"])
 def test_a_tensor_that_is_not_finite(into, tmp_path, monkeypatch, tune):
     """Planted: one number is spoilt after the last update."""
-    real = run_module._verify_and_save
+    real = run_module.verify_and_save
 
     def spoiling(engine, *rest):
         slot = next(s for s in engine.trained.slots if "layers.0.self_attn.v_proj" in s.name)
         engine.trained.flat_KP[0, slot.start + 3] = math.nan
         return real(engine, *rest)
 
-    monkeypatch.setattr(run_module, "_verify_and_save", spoiling)
+    monkeypatch.setattr(run_module, "verify_and_save", spoiling)
     expect_failure(into, tmp_path, r"layers\.0\.self_attn\.v_proj.* not finite", tune=tune)
 
 

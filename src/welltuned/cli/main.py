@@ -30,6 +30,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "check": ("welltuned.cli.check", "Say what is wrong with a configuration of welltuned, TRL, Axolotl and others."),
     "train": ("welltuned.cli.train", "Plan, train, evaluate and verify; write a Run directory."),
+    "sweep": (
+        "welltuned.cli.sweep",
+        "Try learning rates, or other values, on your own rows: many adapters at once on one base, stopped early.",
+    ),
     "resume": ("welltuned.cli.resume", "Go on with a run that was interrupted, from its newest sound checkpoint."),
     "chat": ("welltuned.cli.chat", "Talk to a tuned model."),
     "eval": ("welltuned.cli.eval", "Measure a tuned model beside its base: held-out loss, and how good replies are."),
@@ -99,6 +103,17 @@ def build_parser() -> argparse.ArgumentParser:
     _recipe_options(made["train"])
     made["train"].add_argument("--out", required=True, metavar="DIR", help="the Run directory, new or empty")
     made["train"].add_argument("--json", action="store_true", help="print the run's summary as one JSON document")
+    _recipe_options(made["sweep"])
+    made["sweep"].add_argument("--out", required=True, metavar="DIR", help="the winner's Run directory, new or empty")
+    made["sweep"].add_argument("--arms", type=int, metavar="N", help="how many learning rates are tried (default: 3)")
+    made["sweep"].add_argument(
+        "--over",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE,VALUE",
+        help="try these values instead of learning rates, such as r=8,32; with --over learning_rate, rates as well",
+    )
+    made["sweep"].add_argument("--json", action="store_true", help="print the Run's summary as one JSON document")
     made["resume"].add_argument("run", metavar="RUN", help="the Run directory")
     made["resume"].add_argument(
         "--accept-changes",

@@ -8,7 +8,7 @@ from rich.markup import escape
 from welltuned.cli.report import print_report
 from welltuned.cli.terminal import Progress, console, quiet_libraries
 from welltuned.cli.train import print_command, print_divergence, print_json, print_result
-from welltuned.training.rundir import is_finished, read_run
+from welltuned.training.rundir import SWEEP, is_finished, read_run
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -19,6 +19,10 @@ def run(arguments: argparse.Namespace) -> int:
         diverged = read_run(path).get("diverged")
         print_divergence(diverged)
         code = int(diverged is not None)
+    elif (path / SWEEP).is_file():
+        from welltuned.cli.sweep import resume as resume_sweep
+
+        return resume_sweep(path, accept_changes=arguments.accept_changes, as_json=arguments.json)
     else:
         from welltuned.training.resume import resume  # brings torch
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,13 @@ class LoraLinear(nn.Module):
             y = lora(x_NI, self.projection, self.lora_A, self.lora_B, self.bias_O, self.rows)
         return y.view(*x.shape[:-1], y.shape[-1])
 
+    def keep(self, rows: Sequence[int], scale_K: Sequence[float]) -> None:
+        """Leave what belongs to these adapters, whose tensors the bank has changed."""
+        self.projection.scale_K = scale_K
+        if self.projection.taken is not None:
+            a0_KRI, b0_KOR = self.projection.taken
+            self.projection.taken = a0_KRI[list(rows)], b0_KOR[list(rows)]
+
     @property
     def weight(self) -> Tensor:
         """The frozen weight: DeepSeek-V3.2 and others ask a projection for its dtype."""
@@ -103,6 +111,9 @@ class Slot:
 class AdapterBank:
     """K adapters on one model: made by `attach`, undone by `detach`.
 
+    Adapters of several ranks lie in slots of the largest. What a smaller one leaves of its slot is 0 and stays 0, since
+    each half of such a pair (rows of A, columns of B) is the other's gradient.
+
     Attributes:
         flat_KP, grad_KP: all trained numbers and their gradients, fp32.
         slots: name and place of each tensor in a row of flat_KP.
@@ -121,7 +132,7 @@ class AdapterBank:
         self.model, self.settings, self.saved = model, tuple(settings), saved
         first = self.settings[0]
         if len({_shape(s) for s in self.settings}) > 1:
-            raise InputError("adapters of one bank share ranks, target_modules, bias, lora_dropout and use_dora")
+            raise InputError("adapters of one bank share target_modules, bias, use_dora and the ranks of patterns")
         if any(isinstance(module, (LoraLinear, LoraExperts)) for module in model.modules()):
             raise InputError("the model already carries adapters", mend="detach them first")
         if len(self.settings) > 1 and saved:
@@ -142,7 +153,7 @@ class AdapterBank:
         whole = {f"{name}.{leaf}": p for name in saved for leaf, p in model.get_submodule(name).named_parameters()}
         # weights first, since the buffer's first columns decay
         biases = dict(sorted((whole | biases).items(), key=lambda item: item[0].endswith("bias")))
-        self.slots = _layout(model, self.targets, first, biases)
+        self.slots = _layout(model, self.targets, self.settings, biases)
         device = device or next(model.parameters()).device
         total = sum(slot.size for slot in self.slots)
         self.flat_KP = torch.zeros(len(self.settings), total, dtype=torch.float32, device=device)
@@ -191,17 +202,18 @@ class AdapterBank:
         a, b = self._pair(name)
         projection = Projection(frozen_weight(base), [s.scale_of(name) for s in self.settings], index)
         for k, settings in enumerate(self.settings):
+            r = settings.rank_of(name)  # a smaller rank's other rows stay 0, for ever
             if settings.init in FROM_WEIGHTS:
-                a.data[k], b.data[k] = start_from(projection.weight, settings, name)
+                a.data[k, :r], b.data[k, :, :r] = start_from(projection.weight, settings, name)
             else:
-                init_a(a.data[k], settings, index)
+                init_a(a.data[k, :r], settings, index)
         if first.init in FROM_WEIGHTS:
             projection.taken = a.detach().clone(), b.detach().clone()
         magnitude = None
         if first.use_dora:
             magnitude = self._parameter(self._slot(f"{name}.{MAGNITUDE}"))
             magnitude.data.copy_(row_squares(projection.weight).sqrt())  # B is 0: of W itself
-        drops = first.lora_dropout > 0
+        drops = any(s.lora_dropout > 0 for s in self.settings)
         self._put(name, LoraLinear(base, projection, a, b, self.rows, drops=drops, magnitude_KO=magnitude))
 
     def _attach_experts(self, index: int) -> None:
@@ -260,11 +272,18 @@ class AdapterBank:
     def use_rows(self, per_adapter: tuple[int, ...] | None, dropout_spans: tuple[tuple[int, int], ...]) -> None:
         """Say how the rows of the next forward pass belong to adapters, and name its examples for dropout."""
         self.rows.per_adapter = per_adapter
-        self.rows.dropout = Dropout(self.settings[0].lora_dropout, dropout_spans)
+        shares = {s.lora_dropout for s in self.settings}
+        if per_adapter is None or len(shares) == 1:
+            self.rows.dropout = Dropout(self.settings[0].lora_dropout, dropout_spans)
+            return
+        owners = [k for k, rows in enumerate(per_adapter) for _ in range(rows)]
+        starts = accumulate((rows for rows, _ in dropout_spans[:-1]), initial=0)
+        of_span = tuple(self.settings[owners[start]].lora_dropout for start in starts) if dropout_spans else ()
+        self.rows.dropout = Dropout(max(of_span, default=0.0), dropout_spans, of_span)
 
-    def no_dropout(self) -> None:
-        """For evaluation and generation: adapter 0 on every row, nothing dropped."""
-        self.rows.per_adapter, self.rows.dropout = None, Dropout()
+    def no_dropout(self, per_adapter: tuple[int, ...] | None = None) -> None:
+        """For evaluation and generation: nothing dropped, adapter 0 on every row unless rows are given to several."""
+        self.rows.per_adapter, self.rows.dropout = per_adapter, Dropout()
 
     @property
     def decayed(self) -> int:
@@ -272,12 +291,43 @@ class AdapterBank:
         return sum(slot.size for slot in self.slots if not slot.name.endswith(("bias", MAGNITUDE)))
 
     def tensors(self, k: int = 0) -> dict[str, Tensor]:
-        """Adapter k's tensors by name, as views of the flat buffer."""
-        return {s.name: self.flat_KP[k, s.start : s.start + s.size].view(s.shape) for s in self.slots}
+        """Adapter k's tensors by name, of its own rank, as views of the flat buffer."""
+        return self._views(self.flat_KP, k)
 
     def tensors_at_start(self, k: int = 0) -> dict[str, Tensor]:
         """The same as they were when the adapters were attached or loaded."""
-        return {s.name: self.start_KP[k, s.start : s.start + s.size].view(s.shape) for s in self.slots}
+        return self._views(self.start_KP, k)
+
+    def _views(self, flat_KP: Tensor, k: int) -> dict[str, Tensor]:
+        found = {}
+        for slot in self.slots:
+            r = self.settings[k].rank_of(slot.name.rpartition(".")[0])
+            whole = flat_KP[k, slot.start : slot.start + slot.size].view(slot.shape)
+            if len(slot.shape) == 2 and slot.name.endswith("lora_A"):
+                whole = whole[:r]
+            elif len(slot.shape) == 2 and slot.name.endswith("lora_B"):
+                whole = whole[:, :r]
+            found[slot.name] = whole
+        return found
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Leave these adapters in the bank, in this order; one that is named twice is copied.
+
+        Whoever holds the flat buffers (an optimizer) must take them anew.
+        """
+        self.settings = tuple(self.settings[k] for k in rows)
+        self.flat_KP = self.flat_KP[list(rows)]
+        self.grad_KP = torch.zeros_like(self.flat_KP)
+        self.start_KP = self.start_KP[list(rows)]
+        for slot, parameter in self._parameters.items():
+            parameter.grad = None
+            parameter.data = self.flat_KP[:, slot.start : slot.start + slot.size].view(len(rows), *slot.shape)
+        for name, module in self.modules.items():
+            if isinstance(module, LoraExperts):
+                module.scale_K = tuple(s.expert_scale for s in self.settings)
+            else:
+                module.keep(rows, [s.scale_of(name) for s in self.settings])
+        self.claim_gradients()
 
 
 def attach(
@@ -323,15 +373,16 @@ def init_a(a_RI: Tensor, settings: LoraSettings, index: int) -> None:
 
 
 def _layout(
-    model: PreTrainedModel, targets: list[str], settings: LoraSettings, biases: dict[str, nn.Parameter]
+    model: PreTrainedModel, targets: list[str], several: Sequence[LoraSettings], biases: dict[str, nn.Parameter]
 ) -> list[Slot]:
+    settings = several[0]
     slots: list[Slot] = []
     start = 0
     linears = linear_modules(model)
     for name in targets:
         shapes: tuple[tuple[int, ...], tuple[int, ...]]
         if name in linears:
-            r, (out_features, in_features) = settings.rank_of(name), frozen_weight(model.get_submodule(name)).shape
+            r, (out_features, in_features) = _rank(several, name), frozen_weight(model.get_submodule(name)).shape
             shapes = (r, in_features), (out_features, r)
         else:
             experts, out_features, in_features = stack_shape(model, name)
@@ -352,17 +403,19 @@ def _layout(
     return slots
 
 
+def _rank(several: Sequence[LoraSettings], name: str) -> int:
+    """The largest of the adapters' ranks on this layer, which its slot has room for."""
+    return max(s.rank_of(name) for s in several)
+
+
 def _shape(settings: LoraSettings) -> tuple[object, ...]:
     """What adapters of one bank share."""
     s = settings
     return (
-        s.r,
-        s.expert_rank,
         s.rank_pattern,
         s.target_modules,
         s.layers_to_transform,
         s.bias,
-        s.lora_dropout,
         s.use_dora,
     )
 
@@ -376,18 +429,21 @@ def _check(several: Sequence[LoraSettings], targets: Sequence[str], stacks: Sequ
                 raise InputError(f"{key!r} names no adapted linear layer", where=where, mend="use the end of its name")
     if len({(s.init in FROM_WEIGHTS) for s in several}) > 1:
         raise InputError("adapters of one bank all start from the weights, or none does", where="init_lora_weights")
-    if first.use_dora and (first.init not in (Init.KAIMING, Init.GAUSSIAN) or first.lora_dropout):
+    dropped = any(s.lora_dropout for s in several)
+    if first.use_dora and (first.init not in (Init.KAIMING, Init.GAUSSIAN) or dropped):
         what = "DoRA starts at B = 0 and has no dropout here"
         raise InputError(what, where="use_dora", mend="leave init_lora_weights and lora_dropout as they are")
+    if stacks and len({s.expert_rank for s in several}) > 1:
+        raise InputError("adapters on experts share their rank", where="r", mend="give adapters on experts one r")
     if stacks:
-        _check_experts(first)
+        _check_experts(first, dropped)
 
 
-def _check_experts(settings: LoraSettings) -> None:
+def _check_experts(settings: LoraSettings, dropped: bool) -> None:
     if settings.use_dora or settings.init not in (Init.KAIMING, Init.GAUSSIAN):
         what, mend = "experts take plain LoRA only", "leave the experts out of target_modules"
         raise InputError(what, where="use_dora" if settings.use_dora else "init_lora_weights", mend=mend)
-    if settings.lora_dropout:
+    if dropped:
         what = "dropout cannot act on experts: each one's weight is changed as a whole, as PEFT does it"
         raise InputError(what, where="lora_dropout", mend="set it to 0, or leave the experts out of target_modules")
     if settings.bias is Bias.ALL:

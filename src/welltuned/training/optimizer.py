@@ -88,6 +88,7 @@ class FlatAdamW:
         self._grad_KP = grad_KP
         self.exp_avg_KP, self.exp_avg_sq_KP = torch.zeros_like(flat_KP), torch.zeros_like(flat_KP)
         self._steps: list[Tensor] = []
+        self._gradients: list[Tensor] = []
         groups = []
         state = {}
         for k in range(flat_KP.shape[0]):
@@ -95,7 +96,7 @@ class FlatAdamW:
                 columns, decay = slice(span.start, span.end), settings.weight_decay if span.end <= decayed else 0.0
                 row = flat_KP[k, columns].detach().requires_grad_(True)
                 if row.numel():
-                    row.grad = grad_KP[k, columns]
+                    self._gradients.append(grad_KP[k, columns])
                     groups.append({"params": [row], "weight_decay": decay, "adapter": k, "factor": span.factor})
                     self._steps.append(torch.zeros((), dtype=torch.float32, device=row.device))
                     moments = {"exp_avg": self.exp_avg_KP[k, columns], "exp_avg_sq": self.exp_avg_sq_KP[k, columns]}
@@ -117,10 +118,12 @@ class FlatAdamW:
         for step, value in zip(self._steps, steps_G.tolist(), strict=True):
             step.fill_(value)
 
-    def step(self, rate_K: list[float]) -> None:
-        """One update; the gradients are left as they are."""
-        for group in self.adamw.param_groups:
-            group["lr"] = rate_K[group["adapter"]] * group["factor"]
+    def step(self, rate_K: Sequence[float | None]) -> None:
+        """One update; the gradients are left as they are. An adapter whose rate is None is not touched."""
+        for group, gradient in zip(self.adamw.param_groups, self._gradients, strict=True):
+            rate = rate_K[group["adapter"]]
+            group["lr"] = 0.0 if rate is None else rate * group["factor"]
+            group["params"][0].grad = None if rate is None else gradient
         self.adamw.step()
 
     def zero_grad(self) -> None:

@@ -1,6 +1,7 @@
 """A plan's preference objective, made ready: what it is compared with, and how the prompts of pairs are shared."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 
 from torch import nn
 
@@ -26,11 +27,13 @@ def preference_objective(
     mixture: Mixture,
     note: Callable[[str], None],
     progress: Callable[[str], None],
+    also: Iterable[Example] = (),
 ) -> Objective:
     """The objective of a preference method. Call it before the first update, and before a checkpoint is restored.
 
     Args:
         note: told of what the run should be remembered with; `progress` of what takes time now.
+        also: rows that will be asked for beside the plan's own.
     """
     recipe = plan.recipe
     shared = shares(engine.model)
@@ -49,7 +52,8 @@ def preference_objective(
             return Kto(kto_settings(plan), reference(rows, False), longest)
         case Method.DPO:
             settings = dpo_settings(plan)
-            needed = reference(_used(plan, mixture, train, held_out), shared) if settings.has_reference else None
+            used = chain(rows_used(plan, mixture, train, held_out), also)
+            needed = reference(used, shared) if settings.has_reference else None
             judge: Judge = Dpo(settings, needed)
         case Method.ORPO:
             judge = Orpo(float(plan.value("beta")))
@@ -78,7 +82,7 @@ def updates_of(plan: Plan, mixture: Mixture, train: Sequence[Example]) -> Iterat
         yield [train[i] for i in mixture.update(batch, step)]
 
 
-def _used(plan: Plan, mixture: Mixture, train: Sequence[Example], held_out: Sequence[Example]) -> Iterator[Example]:
+def rows_used(plan: Plan, mixture: Mixture, train: Sequence[Example], held_out: Sequence[Example]) -> Iterator[Example]:
     """Every row that the run reads, once."""
     batch = plan.value("effective_batch_size")
     numbers = {i for step in range(plan.updates) for i in mixture.update(batch, step)}

@@ -57,7 +57,7 @@ def resume(
     path = path.resolve()
     with closing(RunDir(path, resumed=True)) as directory:
         left = _left_over(path)
-        with chdir(_place(left.started)):
+        with chdir(place_of(left.started)):
             prepared = prepare(left.recipe, planned=left.plan)
             now = identity_of(prepared)
             changed = differences(left.identity, now) if left.identity is not None else []
@@ -140,7 +140,7 @@ def _before_divergence(path: Path, left: LeftOver, found: Checkpoint) -> LeftOve
     return replace(left, found=sound, notes=(*left.notes, *notes, f"the run had diverged; it goes on from {place}"))
 
 
-def _place(started: Started | None) -> str:
+def place_of(started: Started | None) -> str:
     """The folder that the run's relative paths are meant from, if it is still there."""
     return started.directory if started is not None and os.path.isdir(started.directory) else os.getcwd()
 

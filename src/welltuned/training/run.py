@@ -4,7 +4,7 @@ import gc
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -105,8 +105,12 @@ class RunResult:
     diverged: str | None = None
 
 
-def make_ready(plan: Plan) -> Ready:
-    """Load the model, put adapters on it (or free all of it), and fuse what is understood."""
+def make_ready(plan: Plan, arms: Sequence[Plan] = ()) -> Ready:
+    """Load the model, put adapters on it (or free all of it), and fuse what is understood.
+
+    Args:
+        arms: the plans of several adapters in one bank, which share all but the adapters' settings with `plan`.
+    """
     recipe = plan.recipe
     if recipe.tune is Tune.FULL and plan.value("dtype") != "float32":
         raise InputError("full fine-tuning trains float32 weights", where="dtype", mend="remove it, or use tune: lora")
@@ -114,7 +118,7 @@ def make_ready(plan: Plan) -> Ready:
     dtype = torch.float32 if recipe.tune is Tune.FULL else DTYPES[plan.value("dtype")]
     model = load_model(recipe.model, dtype=dtype, device=device, nf4=recipe.tune is Tune.QLORA, trust=recipe.trust)
     idle = idle_parts(model)
-    trained: Trained = trained_parts(model, plan, idle)
+    trained: Trained = trained_parts(model, plan, idle, arms)
     lost = fill_loftq(trained, plan) if isinstance(trained, AdapterBank) else ()
     fused = fuse(model, trained if isinstance(trained, AdapterBank) else None)
     head = find_head(model)
@@ -191,7 +195,7 @@ def with_objective(ready: Ready, prepared: Prepared, observer: Observer) -> Read
 def begin(directory: RunDir, prepared: Prepared, identity: Mapping[str, Any], before: Started | None = None) -> None:
     """Write what the run is asked and planned to be; a run that goes on changed keeps its id."""
     run = before.run if before is not None else secrets.token_hex(8)
-    with _disk_errors(directory.path):
+    with disk_errors(directory.path):
         directory.write(RECIPE, recipe_to_yaml(prepared.recipe))
         directory.write(PLAN, plan_to_yaml(prepared.plan))
         started = Started(run=run, directory=os.getcwd(), identity=identity)
@@ -224,7 +228,7 @@ class Course:
             origin=Origin(started.run, started.identity, versions()),
         )
         heard = tracked(self.observer, plan, directory.path, started.run)
-        with interruptible() as asked, _disk_errors(directory.path), heard as observer:
+        with interruptible() as asked, disk_errors(directory.path), heard as observer:
             loop = Loop(setting, observer, self.make_watch, asked)
             if self.found is None:
                 directory.cut_metrics(0)
@@ -282,13 +286,13 @@ class Course:
             updates=at.step,
             before=at.before,
             after=at.last if at.last is not None else at.before,
-            checks=_verify_and_save(self.ready.engine, self.prepared, self.directory, start_hashes, at),
+            checks=verify_and_save(self.ready.engine, self.prepared, self.directory, start_hashes, at),
             seconds=at.elapsed + loop.since_save(),
             tokens_per_second=at.tokens / at.seconds if at.seconds else 0.0,
             peak_memory=memory_used(device).peak,
             diverged=at.ended if is_divergence(at.ended, loop.watch.findings) else None,
         )
-        summary = _summary(self.prepared, self.ready, result) | ({} if averaged is None else {"ema": averaged})
+        summary = summary_of(self.prepared, self.ready, result) | ({} if averaged is None else {"ema": averaged})
         self._ask(loop, When.AFTER)
         self.directory.write_json(
             RUN,
@@ -334,7 +338,7 @@ def on_this_machine(plan: Plan) -> Iterator[None]:
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """What the disk refuses ends a run with a sentence."""
     try:
         yield
@@ -360,7 +364,7 @@ def _hashes(trained: Trained) -> dict[str, str]:
     return {name: sha256(tensor) for name, tensor in trained.tensors().items()}
 
 
-def _verify_and_save(
+def verify_and_save(
     engine: Engine, prepared: Prepared, directory: RunDir, start_hashes: dict[str, str], at: Position
 ) -> tuple[TensorCheck, ...]:
     """Compare every trained tensor with its start, and write the result: beside its place, durable, then renamed."""
@@ -412,7 +416,7 @@ def _base_weights(engine: Engine) -> dict[str, str]:
     return fingerprint(engine.model, [slot.name for slot in engine.trained.slots])
 
 
-def _summary(prepared: Prepared, ready: Ready, result: RunResult) -> dict[str, Any]:
+def summary_of(prepared: Prepared, ready: Ready, result: RunResult) -> dict[str, Any]:
     def loss(found: Evaluation | None) -> dict[str, float] | None:
         if found is None:
             return None

@@ -17,6 +17,7 @@ from welltuned.training.events import Evaluated, Event, Finding, Note, Skipped, 
 from welltuned.training.lock import LOCK, Lock
 
 ADAPTER, MODEL, RUN, PLAN, RECIPE, METRICS = "adapter", "model", "run.json", "plan.yaml", "recipe.yaml", "metrics.jsonl"
+SWEEP = "sweep.json"  # what a search was asked, and found
 AVERAGE = "ema"  # the average of the weights, where the run keeps one
 STARTED, SAMPLES = "started.json", "samples.jsonl"  # samples: some completions of every evaluation (grpo)
 SHOWN = "shown.json"  # rows as they are trained, and replies (shown.py)
@@ -91,6 +92,10 @@ class RunDir:
         self._append(line)
         if isinstance(event, Evaluated) and event.samples:
             self._keep_samples(event)
+
+    def record_line(self, line: Mapping[str, Any]) -> None:
+        """Append an object that is no event of a single run."""
+        self._append(dict(line))
 
     @property
     def metrics_bytes(self) -> int:

@@ -1,7 +1,7 @@
 """What a run begins with: new adapters, those of an earlier run, all parameters, and a reward model's head."""
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -26,11 +26,12 @@ from welltuned.training.step import Trained
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def trained_parts(model: PreTrainedModel, plan: Plan, idle: tuple[str, ...]) -> Trained:
+def trained_parts(model: PreTrainedModel, plan: Plan, idle: tuple[str, ...], arms: Sequence[Plan] = ()) -> Trained:
     """What of a loaded model is trained by this plan, as it is before the first update.
 
     Args:
         idle: parts that text never reaches.
+        arms: the plans of several new adapters, where there is not one only.
     """
     recipe = plan.recipe
     saved: tuple[str, ...] = ()
@@ -43,7 +44,7 @@ def trained_parts(model: PreTrainedModel, plan: Plan, idle: tuple[str, ...]) -> 
     elif "modules_to_save" in plan.choices:
         saved = named_modules(model, plan.value("modules_to_save"))
     if recipe.adapter is None:
-        return attach(model, reached(model, plan, idle), saved)
+        return attach(model, [reached(model, arm, idle) for arm in arms or [plan]], saved)
     folder = adapter_folder(recipe.adapter)
     return load_adapter(model, folder, dropout=plan.value("lora_dropout"), saved=saved)
 

@@ -1,0 +1,156 @@
+"""K arms in one bank are K separate runs, to rounding; what goes wrong in one arm stays there."""
+
+import json
+
+import pytest
+import torch
+
+import welltuned
+from welltuned.search.arms import question_of
+from welltuned.search.items import Share, SupervisedItems, gradients
+from welltuned.search.sweep import sweep
+from welltuned.training import optimizer as optimizer_module
+from welltuned.training.checkpoint import newest
+
+CLOSE = 1e-5
+
+
+def arms_of(out, result):
+    """Every arm of a search that trained all of them: (settings, losses, tensors)."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = {}
+    for line in lines:
+        if line.get("event") == "arm_update":
+            losses.setdefault(line["arm"], []).append(line["loss"])
+    found = newest(out, None)[0].trained
+    names = {name.partition("/")[2] for name in found}
+    rows = {number: k for k, number in enumerate(result.state.bank)}
+    return [
+        (dict(arm.settings), losses[arm.number], {name: found[f"{rows[arm.number]}/{name}"] for name in names})
+        for arm in result.state.arms
+    ]
+
+
+def of_rank(tensors, r):
+    return {name: t[:r] if name.endswith("lora_A") else t[:, :r] for name, t in tensors.items()}
+
+
+def distance(a, b):
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).norm() / b[name].norm()) for name in a)
+
+
+@pytest.fixture(scope="module")
+def banked(prepared_for, tmp_path_factory):
+    """A function that trains all arms of a question in one bank, to their ends."""
+
+    def banked(over, **options):
+        out = tmp_path_factory.mktemp("bank") / "out"
+        options = {"max_steps": 6, "eval_steps": 100, **options}
+        return out, sweep(prepared_for(**options), question_of(None, over), out, grid=True)
+
+    return banked
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model_dir, data_file, tmp_path_factory):
+    """A function that trains one run of the same, and gives its losses and its adapter."""
+
+    def alone(**options):
+        out = tmp_path_factory.mktemp("run") / "out"
+        usual = dict(model=str(tiny_model_dir), data=data_file, effective_batch_size=16, max_steps=6, eval_steps=100)
+        usual |= dict(learning_rate=1e-2, eval_fraction=0.2, load_best_model_at_end=False)
+        result = welltuned.train(out=out, **{**usual, **options})
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return [line["loss"] for line in lines if "grad_norm" in line], result.engine.trained.tensors()
+
+    return alone
+
+
+DIMENSIONS = {
+    "rates": (["learning_rate=1e-3,3e-3,1e-2"], {}),
+    "ranks and alphas": (["r=2,8", "lora_alpha=8,32"], {}),
+    "dropouts": (["lora_dropout=0,0.3"], {}),
+    "epochs, batches": (["num_train_epochs=1,2", "effective_batch_size=8,16"], {"max_steps": 100}),
+}
+
+
+@pytest.mark.parametrize(("over", "options"), DIMENSIONS.values(), ids=DIMENSIONS.keys())
+def test_a_bank_is_separate_runs(banked, alone, over, options):
+    out, result = banked(over, **options)
+    arms = arms_of(out, result)
+    assert len(arms) >= 2
+    for settings, losses, tensors in arms:
+        known = {key: options[key] for key in options}
+        single, adapter = alone(**{**known, **settings})
+        assert losses == pytest.approx(single, rel=CLOSE)
+        assert distance(of_rank(tensors, settings.get("r", 16)), adapter) < CLOSE
+    assert len({losses[-1] for _, losses, _ in arms}) == len(arms)  # they are different runs
+
+
+def test_one_clipping_for_all_would_be_seen(banked, alone, monkeypatch):
+    """The fault that an arm's clipping depends on the others."""
+
+    def together(grad_KP, limit):
+        norm = float(grad_KP.norm())
+        grad_KP.mul_(min(1.0, limit / norm))
+        return [norm] * len(grad_KP)
+
+    from welltuned.search import bank as bank_module
+
+    assert bank_module.clip_ is optimizer_module.clip_
+    monkeypatch.setattr(bank_module, "clip_", together)
+    out, result = banked(["learning_rate=1e-3,1e-2"], max_grad_norm=0.05)
+    _, losses, tensors = arms_of(out, result)[1]
+    single, adapter = alone(learning_rate=1e-2, max_grad_norm=0.05)
+    assert distance(tensors, adapter) > 100 * CLOSE
+
+
+def test_an_arm_that_is_not_finite_touches_no_other(banked):
+    """Bit for bit: the others' gradients are the same whether arm 0 holds numbers or NaN and infinities."""
+    from welltuned.models.packed import packed_model
+
+    _, result = banked(["learning_rate=1e-3,1e-2"])
+    engine = result.run.engine
+    engine.trained.keep([0, 0, 0])
+    bank = engine.trained
+    generator = torch.Generator().manual_seed(0)
+    bank.flat_KP.add_(torch.randn(bank.flat_KP.shape, generator=generator) * 0.01)
+    from welltuned.recipe import load_recipe
+    from welltuned.training.prepare import prepare
+
+    recipe = load_recipe(str(result.run.path / "recipe.yaml"))
+    rows = [prepare(recipe).train[i] for i in range(6)]
+
+    def grads():
+        bank.grad_KP.zero_()
+        with packed_model(engine.model):
+            made = gradients(engine, SupervisedItems(), [Share(k, rows, range(6)) for k in range(3)])
+        return bank.grad_KP[1:].clone(), made
+
+    healthy, before = grads()
+    for poison in (float("nan"), float("inf"), 1e30):
+        bank.flat_KP[0] = poison
+        poisoned, after = grads()
+        assert torch.equal(poisoned, healthy)
+        assert [g.loss for g in after[1:]] == [g.loss for g in before[1:]]
+        assert not torch.isfinite(bank.grad_KP[0]).all() or not abs(after[0].loss) < 1e30
+
+
+def test_a_diverging_arm_dies_and_the_others_are_what_they_were(banked, alone):
+    out, result = banked(["learning_rate=1e-3,1e-2,1e25"])
+    states = result.state.arms
+    assert [a.status for a in states] == ["done", "done", "diverged"] and "not finite" in states[2].why
+    assert result.state.bank == (0, 1) and newest(out, None)[0].exp_avg_KP.shape[0] == 2  # its room was given back
+    for settings, losses, tensors in arms_of(
+        out, result.__class__(result.run, result.found, without(result.state, 2), ())
+    ):
+        single, adapter = alone(**settings)
+        assert losses == pytest.approx(single, rel=CLOSE)
+        assert distance(tensors, adapter) < CLOSE
+
+
+def without(state, number):
+    from dataclasses import replace
+
+    return replace(state, arms=tuple(a for a in state.arms if a.number != number))
