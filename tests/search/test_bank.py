@@ -21,7 +21,7 @@ def arms_of(out, result):
     losses = {}
     for line in lines:
         if line.get("event") == "arm_update":
-            losses.setdefault(line["arm"], []).append(line["loss"])
+            losses.setdefault(line["arm"], []).append(line["arm_loss"])
     found = newest(out, None)[0].trained
     names = {name.partition("/")[2] for name in found}
     rows = {number: k for k, number in enumerate(result.state.bank)}

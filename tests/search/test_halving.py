@@ -52,6 +52,13 @@ def test_without_arms_that_tell_the_prior_stands():
     assert abs(found.x) < 0.05 and found.x_error > 0.2
 
 
+def test_a_straight_fall_points_beyond_the_bracket():
+    """Three losses on a line, as a rate far too low has them, are no reason to believe in the middle."""
+    points = [Point(x, tuple(v - 0.15 * x for v in losses(x, 0.0, curve=0.0))) for x in (-0.7, 0.0, 0.7)]
+    found = fit(points, WEIGHTS, Prior(0.0, 0.3), 0.4)
+    assert found.x > 1.5 and found.regret(0.7) > ENOUGH
+
+
 def test_early_losses_are_believed_less():
     points = [Point(x, losses(x, 0.1)) for x in (-math.log(2), 0.0, math.log(2))]
     now, early = (fit(points, WEIGHTS, Prior(0.0, 0.4), share) for share in (1.0, 0.1))

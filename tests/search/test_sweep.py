@@ -43,6 +43,12 @@ def test_the_winner_is_a_run(found):
     best = min(row.looks[-1].loss for row in result.found.rows if row.looks[-1].share == 1.0)
     assert run["held_out"]["after"]["loss"] == pytest.approx(best, rel=1e-5)
     assert run["updates"] == 12 and run["sweep"]["winner"] == result.found.winner
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    curve = [line for line in lines if "loss" in line]  # the winner's, as a run's
+    assert [line["step"] for line in curve] == list(range(1, 13)) and curve[-1]["eval_loss"] == run["held_out"][
+        "after"
+    ]["loss"]
+    assert welltuned.write_report(out).is_file()
     assert welltuned.load(out).reply("2 times the red hat")
 
 
@@ -113,6 +119,25 @@ def test_a_search_that_was_killed_ends_as_if_it_had_not_been(found, prepared_for
         resume_sweep(out)
 
 
+def test_a_search_that_could_not_write_its_result_has_it(found, prepared_for, tmp_path, monkeypatch):
+    """All arms are trained, and only the end is made again."""
+    from welltuned.search import sweep as sweep_module
+
+    whole, result, _ = found
+    out, told = tmp_path / "out", []
+
+    def fails(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_module, "verify_and_save", fails)
+        with pytest.raises(Killed):
+            sweep(prepared_for(learning_rate=2e-3), question_of(3, []), out)
+    again = resume_sweep(out, told.append)
+    assert not any(isinstance(e, ArmUpdated) for e in told)
+    assert same(adapter(out), adapter(whole)) and again.found.advice == result.found.advice
+
+
 def test_pairs_share_their_reference(tiny_model_dir, write_rows, tmp_path):
     """DPO: arms of a search against separate runs, and the reference is asked once."""
     rows = [
@@ -173,3 +198,24 @@ def test_the_command(tiny_model_dir, data_file, tmp_path, capsys):
     assert "did best" in " ".join(printed.err.split())
     assert main(["resume", out]) == 0
     assert main(["sweep", *options, "--out", out]) == 2
+
+
+def test_no_memory_is_a_smaller_cut(prepared_for, tmp_path, monkeypatch):
+    """The round is made again in smaller micro-batches, and nothing else changes."""
+    from welltuned.search import bank as bank_module
+
+    plain = sweep(prepared_for(max_steps=3), question_of(2, []), tmp_path / "plain")
+    real, calls, told = bank_module.gradients, [], []
+
+    def lacking(engine, *rest):
+        calls.append(engine.token_budget)
+        if len(calls) == 2:
+            raise MemoryError
+        return real(engine, *rest)
+
+    monkeypatch.setattr(bank_module, "gradients", lacking)
+    again = sweep(prepared_for(max_steps=3), question_of(2, []), tmp_path / "again", told.append)
+    assert calls[0] == calls[1] > calls[2] == calls[-1]
+    assert any("ran out of memory" in str(event) for event in told)
+    for one, other in zip(plain.found.rows, again.found.rows, strict=True):
+        assert one.looks[-1].loss == pytest.approx(other.looks[-1].loss, rel=1e-5)

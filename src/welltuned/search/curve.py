@@ -3,7 +3,7 @@
 Near its lowest point the loss is a parabola in ln(alpha · rate); the published sweep and our own cells look like one
 over a factor of four. With z = ln(alpha · rate) - ln(advised), the model of an arm's relative loss is
 
-    y = a + b z + c z^2 / 2        a free, c ~ N(CURVE, CURVE_DOUBT^2), b ~ N(0, (c · doubt)^2)
+    y = a + b z + c z^2 / 2        a free, c ~ N(CURVE, CURVE_DOUBT^2), b ~ N(0, (max(c, CURVE) · doubt)^2)
 
 where `doubt` is the advice's own, as a deviation of ln(rate). Measurement errors are those of means over the same
 held-out rows, with their covariance, so that what rows differ by among themselves drops out; a point far from the best
@@ -88,7 +88,7 @@ def fit(points: Sequence[Point], weights: Sequence[float], prior: Prior, share: 
     curve = CURVE
     for _ in range(2):  # the second time with the curvature that the first found
         off_K = FAR * curve / 2 * np.abs(z_K - best) ** 3 / EDGE
-        before_33 = np.diag([1e-6, (curve * prior.doubt) ** -2, CURVE_DOUBT**-2])
+        before_33 = np.diag([1e-6, (max(curve, CURVE) * prior.doubt) ** -2, CURVE_DOUBT**-2])
         known = np.linalg.solve(noise_KK + np.diag(REPEAT**2 + off_K**2), design_K3)
         precision_33 = before_33 + design_K3.T @ known
         centre_3 = np.linalg.solve(precision_33, before_33 @ [0.0, 0.0, CURVE] + known.T @ (mean_K / level - 1))

@@ -1,6 +1,6 @@
 """What a search tells while it works, beside the notes of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ class ArmUpdated:
     learning_rate: float
     grad_norm: float
     tokens: int
+    supervised_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +89,14 @@ def update_event(step: int, total: int, made: Gradient, norm: float, rate: float
 
 
 def line_of(event: SearchEvent) -> dict[str, Any]:
-    """An event as a line of metrics.jsonl."""
+    """An event as a line of metrics.jsonl, under names that no run's own lines have."""
     match event:
         case ArmUpdated():
-            plain = {
-                name: getattr(event, name) for name in ("arm", "step", "loss", "learning_rate", "grad_norm", "tokens")
-            }
-            return {"event": "arm_update", **plain}
+            names = ("arm", "step", "learning_rate", "grad_norm", "tokens", "supervised_tokens")
+            return {"event": "arm_update", "arm_loss": event.loss, **{name: getattr(event, name) for name in names}}
         case ArmJudged():
-            names = ("arm", "step", "eval_loss", "above_best", "above_best_se")
-            return {"event": "arm_judged", **{name: getattr(event, name) for name in names}}
+            gap = {name: getattr(event, name) for name in ("arm", "step", "above_best", "above_best_se")}
+            return {"event": "arm_judged", "arm_eval_loss": event.eval_loss, **gap}
         case ArmEnded():
             return {
                 "event": "arm_ended",
@@ -109,3 +108,31 @@ def line_of(event: SearchEvent) -> dict[str, Any]:
         case ArmAdded():
             return {"event": "arm", "arm": event.arm, "name": event.name, "why": event.why}
     raise TypeError(f"{event!r} is no event of a search")
+
+
+def curve_of(
+    lines: Iterable[Mapping[str, Any]], arm: int, total: int, steps_per_epoch: int, speed: float
+) -> list[Updated]:
+    """An arm's updates as a run would have told them, from the lines of metrics.jsonl.
+
+    Args:
+        speed: tokens a second of the whole search, since arms share every second.
+    """
+    return [
+        Updated(
+            step=line["step"],
+            total_steps=total,
+            loss=line["arm_loss"],
+            learning_rate=line["learning_rate"],
+            grad_norm=line["grad_norm"],
+            tokens=line["tokens"],
+            supervised_tokens=line["supervised_tokens"],
+            tokens_per_second=speed,
+            epoch=line["step"] / steps_per_epoch,
+            memory_bytes=0,
+            seconds_left=0.0,
+            evaluation_follows=line["step"] == total,
+        )
+        for line in lines
+        if line.get("event") == "arm_update" and line["arm"] == arm
+    ]

@@ -2,16 +2,14 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from welltuned.advice.plan import Plan
 from welltuned.advice.settle import shown
 from welltuned.data.mix import Mixture
 from welltuned.errors import RunError
-from welltuned.models.oom import is_out_of_memory, release_memory
 from welltuned.search.arms import RATE, Arm, arm_of, prior_of
 from welltuned.search.bank import Bank
 from welltuned.search.events import (
@@ -27,14 +25,14 @@ from welltuned.search.events import (
 )
 from welltuned.search.halving import Decision, Entry, Look, decide, mean, paired, rungs
 from welltuned.search.items import Items, Share, row_losses
+from welltuned.search.room import Room
 from welltuned.search.state import ArmState, RungRecord, State, Status
 from welltuned.training.checkpoint import Checkpoint, Position, Snapshot
 from welltuned.training.events import Note
-from welltuned.training.healing import IN_A_ROW, halved, is_sound
+from welltuned.training.healing import IN_A_ROW, is_sound
 from welltuned.training.interrupt import Asked, Interrupted
 from welltuned.training.keeper import Keeper
 from welltuned.training.loop import dropout_key
-from welltuned.training.memory_guard import MemoryGuard
 from welltuned.training.monitor import divergence
 from welltuned.training.optimizer import Schedule
 from welltuned.training.prepare import Prepared
@@ -43,8 +41,6 @@ from welltuned.training.settings import adamw_settings, rate_spans, schedule_of
 from welltuned.training.snapshot import Origin
 from welltuned.training.step import Engine, Evaluation, Gradient, Objective
 from welltuned.training.watch import Watch
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +77,6 @@ class Search:
     def __init__(self, setting: Setting, observer: SearchObserver, asked: Asked):
         self.setting, self.asked, self._observer = setting, asked, observer
         self.plan: Plan = setting.prepared.plan
-        self.engine = setting.engine
         self.arms = {arm.number: arm for arm in setting.arms}
         numbers = tuple(self.arms)
         states = tuple(ArmState(number=n, settings=self.arms[n].settings, like=n) for n in numbers)
@@ -93,10 +88,15 @@ class Search:
         self.shares = shares_of(arm.plan.updates for arm in setting.arms)
         self._watches: dict[int, Watch] = {}
         self._schedules: dict[int, Schedule] = {}
-        self._guard, self._most_tokens = MemoryGuard(self.plan), 0
+        self.room = Room(self.plan, setting.engine.token_budget, lambda text: self.tell(Note(text)))
         self._clock = time.monotonic()
         self.weights = [setting.items.weight(row) for row in setting.prepared.held_out]
         self._eval_tokens = sum(setting.items.length(row) for row in setting.prepared.held_out)
+
+    @property
+    def engine(self) -> Engine:
+        """With the token budget that memory allows."""
+        return replace(self.setting.engine, token_budget=self.room.budget)
 
     # ── telling ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -121,7 +121,7 @@ class Search:
             RunError: every arm diverged. Interrupted: the user ended it, after a save.
         """
         if self.before is None:
-            self.before = self._with_memory(
+            self.before = self.room.give(
                 lambda: self.setting.objective.evaluate(self.engine, self.setting.prepared.held_out), "the evaluation"
             )
             for number in self.arms:
@@ -136,6 +136,8 @@ class Search:
                 self._judge()
             self._say(self.setting.keeper.news())
         self.save(wait=True)
+        if self.last_decision is None:  # it went on after its last decision
+            self.last_decision = self._decide()
         assert self.state.winner is not None
         return self.arms[self.state.winner]
 
@@ -161,7 +163,9 @@ class Search:
         row_of = {number: k for k, number in enumerate(self.state.bank)}
         behind.sort(key=lambda arm: row_of[arm.number])
         shares = [self._share(arm, row_of[arm.number]) for arm in behind]
-        made = self._gradient(shares)
+        where = f"round {self.rounds + 1}"
+        self.room.reserve(where)
+        made = self.room.give(lambda: self.bank.gradients(self.engine, self.setting.items, shares), where)
         norms = self.bank.clip(self.plan.value("max_grad_norm"))
         rate_K: list[float | None] = [None] * self.bank.size
         step_K = [0] * self.bank.size
@@ -170,8 +174,7 @@ class Search:
                 rate_K[share.k] = self._schedule(arm.number).rate(arm.step)
             step_K[share.k] = arm.step + 1
         self.bank.step(rate_K, step_K)
-        self._guard.learn(self.engine.token_budget)
-        self._most_tokens = max(self._most_tokens, sum(g.tokens for g in made))
+        self.room.learn(sum(g.tokens for g in made))
         self.rounds, self.seconds = self.rounds + 1, self.seconds + time.perf_counter() - started
         for arm, share, gradient in zip(behind, shares, made, strict=True):
             self._updated(arm, share.k, gradient, norms[share.k], rate_K[share.k])
@@ -208,13 +211,18 @@ class Search:
             watch.see(update_event(step, total, made, norm, rate))
             smooth = watch.history.smooth
             arm = replace(arm, loss=made.loss if smooth is None else smooth)
-            self.tell(ArmUpdated(arm.number, step, total, step / total, made.loss, rate, norm, made.tokens))
+            self._tell_update(arm.number, made, norm, rate)
         self.state = self.state.with_arm(replace(arm, monitor=watch.state()))
         broken = next((f.what for f in watch.findings if f.id == divergence.ID), None)
         if not sound and (arm.in_a_row >= IN_A_ROW or not self.bank.is_finite(k)):
             broken = f"{arm.in_a_row} updates in a row were not finite"
         if broken is not None:
             self._end(arm.number, Status.DIVERGED, broken)
+
+    def _tell_update(self, number: int, made: Gradient, norm: float, rate: float) -> None:
+        step, total = self._state(number).step + 1, self.arms[number].plan.updates
+        counted = made.tokens, made.supervised_tokens
+        self.tell(ArmUpdated(number, step, total, step / total, made.loss, rate, norm, *counted))
 
     def watch(self, number: int) -> Watch:
         if number not in self._watches:
@@ -240,33 +248,6 @@ class Search:
         mates = [next(k for n, k in row_of.items() if likes[n] == likes[number]) for number in added]
         self.bank.keep([*(row_of[n] for n in kept), *mates], fresh=range(len(kept), len(kept) + len(added)))
         self.state = replace(self.state, bank=(*kept, *added))
-
-    # ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _gradient(self, shares: Sequence[Share]) -> list[Gradient]:
-        where = f"round {self.rounds + 1}"
-        while (lacking := self._guard.short_of(self.engine.token_budget)) > 0:
-            self._shrink(f"{where} would need {lacking / 1e6:,.0f} MB more than are free")
-        return self._with_memory(lambda: self.bank.gradients(self.engine, self.setting.items, shares), where)
-
-    def _with_memory(self, make: Callable[[], T], where: str) -> T:
-        """What `make` gives, tried again with a smaller token budget each time that memory is out."""
-        while True:
-            try:
-                return make()
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            self._shrink(f"{where} ran out of memory")
-
-    def _shrink(self, why: str) -> None:
-        budget = self.engine.token_budget
-        release_memory()
-        if budget <= 1:
-            raise RunError(f"{why}, though every example is computed by itself; search fewer arms, or a smaller model")
-        self.engine = replace(self.engine, token_budget=halved(budget, self._most_tokens or None))
-        text = f"{why}: micro-batches hold at most {self.engine.token_budget:,} tokens from here on, not {budget:,}"
-        self.tell(Note(f"{text}; the effective batch, and with it the result, stays the same"))
 
     # ── judging ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -295,7 +276,7 @@ class Search:
             with nullcontext() if self._share_now >= 1 else self.bank.averaged():
                 return self._row_losses([row_of[n] for n in some])
 
-        for number, found in zip(some, self._with_memory(losses, "the evaluation"), strict=True):
+        for number, found in zip(some, self.room.give(losses, "the evaluation"), strict=True):
             self._looked(number, tuple(found))
         if self.setting.grid and 0 < self.state.target < len(self.shares) - 1:
             for number, found in zip(some, self._row_losses([row_of[n] for n in some]), strict=True):
@@ -342,7 +323,8 @@ class Search:
         """Do what was decided; True where another arm began, which must catch up first."""
         self.last_decision = decision
         self._record(decision)
-        if last and (self.setting.grid or decision.add is None):
+        settled = self.setting.grid or self.state.winner is not None
+        if last and (settled or decision.add is None):
             self.state = replace(self.state, winner=decision.leader, ended=True)
             return False
         if self.setting.grid:
@@ -354,7 +336,7 @@ class Search:
                 if arm.number != decision.leader:
                     self._end(arm.number, Status.DROPPED, f"the search stopped: {decision.stop}")
             self.state = replace(self.state, winner=decision.leader)
-        if decision.add is None:
+        if decision.add is None or settled:
             self._compact()
             return False
         self._add(decision)
@@ -445,7 +427,7 @@ class Search:
         first = {number: k for k, number in enumerate(arm.number for arm in self.setting.arms)}
         self.bank.keep([first[likes[number]] for number in self.state.bank])
         self.bank.restore(found)
-        self.engine = replace(self.engine, token_budget=at.token_budget)
+        self.room.budget = at.token_budget
         self._watches, self._schedules = {}, {}
         self.setting.keeper.resumed(at.step, None, found.run)
         missing = self.setting.directory.cut_metrics(found.metrics_bytes)

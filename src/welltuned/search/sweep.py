@@ -15,7 +15,7 @@ from welltuned.models.lora import AdapterBank
 from welltuned.models.packed import packed_model
 from welltuned.recipe import Method, Recipe, load_recipe, recipe_to_dict, recipe_to_yaml
 from welltuned.search.arms import RATE, Arm, Question, arm_of, first_arms
-from welltuned.search.events import SearchObserver, unheard
+from welltuned.search.events import SearchObserver, curve_of, evaluated, unheard
 from welltuned.search.items import Items, PairItems, SupervisedItems
 from welltuned.search.loop import Search, Setting
 from welltuned.search.report import Found, found_of, plot, to_json
@@ -43,6 +43,7 @@ from welltuned.training.run import (
 )
 from welltuned.training.rundir import (
     ADAPTER,
+    METRICS,
     PLAN,
     RECIPE,
     RUN,
@@ -309,6 +310,7 @@ def _finished(asked: Asked, search: Search, winner: Arm, ready: Ready) -> SweepR
         peak_memory=memory_used(plan.facts.machine.device).peak,
     )
     found = found_of(search, winner, plan)
+    _record_curve(search, winner, result)
     directory.write(RECIPE, recipe_to_yaml(prepared.recipe))
     directory.write(PLAN, plan_to_yaml(plan))
     directory.write(PLOT, plot(found))
@@ -322,6 +324,20 @@ def _finished(asked: Asked, search: Search, winner: Arm, ready: Ready) -> SweepR
     }
     directory.write_json(RUN, {**summary_of(prepared, ready, result), **watched, "sweep": to_json(found)})
     return SweepResult(result, found, search.state, tuple(search.weights))
+
+
+def _record_curve(search: Search, winner: Arm, result: RunResult) -> None:
+    """The winner's updates and evaluations as lines of a run, for whoever reads metrics.jsonl as one."""
+    directory, total = search.setting.directory, winner.plan.updates
+    lines = [json.loads(line) for line in (directory.path / METRICS).read_text(encoding="utf-8").splitlines()]
+    batch = winner.plan.value("effective_batch_size")
+    per_epoch = search.setting.prepared.mixture.steps_per_epoch(batch)
+    if result.before is not None:
+        directory.record(evaluated(0, result.before))
+    for event in curve_of(lines, winner.number, total, per_epoch, result.tokens_per_second):
+        directory.record(event)
+    if result.after is not None:
+        directory.record(evaluated(total, result.after))
 
 
 def _reasoned(plan: Plan, winner: Arm, search: Search) -> Plan:
