@@ -17,6 +17,14 @@ def test_every_fault_has_its_row():
     assert sorted(found) == list(range(1, 41))
 
 
+def test_every_finding_has_its_row():
+    pytest.importorskip("torch")
+    from welltuned.training.monitor.page import ENTRIES
+
+    rows = "".join(line.split("|")[1] for line in PAGE.splitlines() if line.startswith("| `"))
+    assert set(re.findall(r"`(\w+)`", rows)) == {entry.id for entries in ENTRIES.values() for entry in entries}
+
+
 @pytest.mark.parametrize("file", sorted({file for file, _ in NAMED}))
 def test_the_tests_are_there(file):
     tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))

@@ -47,7 +47,7 @@ def options_of(method, files, schooled_dir):
 HEALTHY = [
     pytest.param("dpo", dict(learning_rate=3e-3, num_train_epochs=4), id="dpo"),
     pytest.param("kto", dict(learning_rate=3e-3, num_train_epochs=4), id="kto", marks=SLOW),
-    pytest.param("orpo", dict(learning_rate=1e-2, num_train_epochs=4), id="orpo", marks=SLOW),
+    pytest.param("orpo", dict(learning_rate=2e-2, num_train_epochs=10), id="orpo", marks=SLOW),
 ]
 
 

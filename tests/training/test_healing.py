@@ -632,6 +632,28 @@ def test_a_save_that_fails_is_told_and_the_next_one_tries_again(options, straigh
     assert [line["step"] for line in updates(tmp_path / "run")] == list(range(1, UPDATES + 1))
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(options, tmp_path, monkeypatch):
+    """A disk so slow that a save ends only after the next update is done."""
+    import threading
+
+    from welltuned.training import keeper
+
+    real, made, waited = keeper.write_checkpoint, threading.Event(), []
+
+    def slow(run, snapshot):
+        if snapshot.position.step == 2:
+            waited.append(made.wait(timeout=60))
+        return real(run, snapshot)
+
+    def observer(event):
+        if isinstance(event, Updated) and event.step == 3:
+            made.set()
+
+    monkeypatch.setattr(keeper, "write_checkpoint", slow)
+    welltuned.train(out=tmp_path / "run", observer=observer, learning_rate=2e-2, **options)
+    assert waited == [True] and checkpoints(tmp_path / "run")[-1][0] == 2
+
+
 def test_a_disk_that_stays_full_ends_the_run_after_training_with_the_last_checkpoint_intact(
     options, tmp_path, monkeypatch
 ):

@@ -100,6 +100,19 @@ def test_it_would_be_seen(straight, options, tmp_path):
     assert not same(place, straight)
 
 
+def test_what_a_checkpoint_holds(straight):
+    """The rate, the rows that come next and all randomness are functions of the update's number and of the plan."""
+    folder = folder_of(straight, 8)
+    state = json.loads((folder / "state.json").read_text())
+    assert state["position"]["step"] == 8 and state["position"]["monitor"]["history"]["step"] == 8
+    identity = state["identity"]
+    assert identity.keys() == {"recipe", "plan", "data", "base", "tokenizer", "chat_template"}
+    assert identity["plan"]["seed"] is not None and identity["plan"]["learning_rate"] == 2e-2
+    assert {"training rows", "held out"} < identity["data"].keys() and all(identity["data"].values())
+    assert {"welltuned", "python", "torch", "transformers", "numpy", "threads"} <= state["versions"].keys()
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
+
+
 # ── bit for bit ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -180,6 +193,29 @@ def test_other_ways_to_tune(options, tmp_path, tune):
         welltuned.train(out=tmp_path / "run", observer=cut_off_at(8), **mine)
     resume(tmp_path / "run")
     assert same(tmp_path / "run", tmp_path / "straight")
+
+
+VARIANTS = {
+    "average": {"ema_decay": 0.9},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "dora": {"use_dora": True, "lora_dropout": 0.0},
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["average", *(pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS if n != "average")]
+)
+def test_variants(options, tmp_path, name):
+    mine = {**options, **VARIANTS[name], "save_steps": 3}
+    welltuned.train(out=tmp_path / "straight", **mine)
+    with pytest.raises(CutOff):
+        welltuned.train(out=tmp_path / "run", observer=cut_off_at(8), **mine)
+    resume(tmp_path / "run")
+    assert same(tmp_path / "run", tmp_path / "straight")
+    files = [sorted((tmp_path / which).glob("ema/*.safetensors")) for which in ("run", "straight")]
+    assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
+    assert bool(files[0]) == (name == "average")
 
 
 def test_evaluating_and_saving_change_nothing(straight, options, tmp_path):

@@ -14,12 +14,9 @@ from welltuned.models.oom import is_out_of_memory, release_memory
 from welltuned.training.average import Average
 from welltuned.training.checkpoint import (
     Checkpoint,
-    Damaged,
     Position,
     Snapshot,
-    folder_of,
     newest,
-    read_checkpoint,
 )
 from welltuned.training.events import Evaluated, Event, Note, Observer, Skipped, Updated
 from welltuned.training.healing import (
@@ -393,28 +390,6 @@ class Loop:
         missing = self.setting.directory.cut_metrics(found.metrics_bytes)
         if missing:
             self.tell(Note(f"metrics.jsonl had lost {missing:,} bytes that belong before update {self.at.step}"))
-
-    def take_best(self) -> bool:
-        """Put the best evaluated update's weights in the place of the last, where the plan says so; whether it did."""
-        best = self.watch.best_step
-        if best is None or best == self.at.step or not self.plan.value("load_best_model_at_end"):
-            return False
-        if best == 0:
-            self.tell(Note("no update made the held-out loss lower than it was: the last weights are kept"))
-            return False
-        try:
-            found = read_checkpoint(folder_of(self.setting.directory.path, best))
-        except Damaged as damage:
-            self.tell(Note(f"the weights of update {best} were the best, but {damage}: the last ones are kept"))
-            return False
-        restore_weights(self.trained, found)
-        last = self.with_memory(
-            lambda: self.setting.objective.evaluate(self.engine, self.setting.prepared.held_out), "the evaluation"
-        )
-        self.at = replace(self.at, last=last)
-        text = f"the weights of update {best}, the best on the held-out rows (loss {last.loss:.4f}), are the result"
-        self.tell(Note(f"{text}, not those of the last, {self.at.step}"))
-        return True
 
 
 def dropout_key(seed: int, step: int, row: int) -> int:

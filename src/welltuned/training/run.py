@@ -31,6 +31,7 @@ from welltuned.models.parts import idle_parts
 from welltuned.models.tokenizer import in_short
 from welltuned.recipe import Method, Tune, recipe_to_yaml
 from welltuned.training.averaged import finish_average
+from welltuned.training.best import take_best
 from welltuned.training.checkpoint import Checkpoint, Position
 from welltuned.training.durable import BESIDE, remove_folder, settle_folder
 from welltuned.training.events import Note, Observer, silent
@@ -242,7 +243,7 @@ class Course:
             try:
                 with packed_model(ready.model):
                     loop.run()
-                    self._require_result(loop, from_best=loop.take_best())
+                    self._require_result(loop, from_best=take_best(loop))
                     averaged = finish_average(loop, _beside(directory.path / AVERAGE), self._origin())
                 return self._finished(loop, start_hashes, averaged)
             except BaseException:

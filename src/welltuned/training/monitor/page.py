@@ -92,7 +92,8 @@ ENTRIES: dict[str, tuple[Entry, ...]] = {
         Entry(
             id="heldout_too_small",
             when="Fewer than {heldout_least} rows are held out; or the held-out loss is {heldout_effect:share} above "
-            "its best and that is within {standard_errors} standard errors.",
+            "its best (GRPO: its score has lost {heldout_gain:share} of what it had gained), and that is within "
+            "{standard_errors} standard errors.",
             means="Noise would decide when to stop and which weights are best, so neither is done. The standard error "
             "is printed.",
             causes=("few rows, of which a tenth are very few",),
