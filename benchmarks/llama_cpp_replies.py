@@ -10,11 +10,11 @@ import argparse
 import json
 import subprocess
 import tempfile
-from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from common import describe_machine
 
 from welltuned.api import Tuned, export, load
 from welltuned.data.conversation import Message
@@ -84,13 +84,13 @@ def main() -> None:
             }
             print(name, results[name]["same_replies"], "of", len(PROMPTS))
     document = {
-        "date": date.today().isoformat(),
+        "machine": describe_machine(),
         "run": Path(arguments.run).name,
         "prompts": list(PROMPTS),
         "transformers": [tuned.tokenizer.decode(reply) for reply in expected],
         "untuned": [tuned.tokenizer.decode(reply) for reply in untuned],
         "llama_cpp": results,
-        "versions": {"llama-cpp-python": said["version"], **{n: version(n) for n in ("transformers", "gguf", "torch")}},
+        "versions": {"llama-cpp-python": said["version"], "gguf": version("gguf")},
     }
     arguments.out.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -107,21 +107,21 @@ def exports(run: Path, place: Path) -> list[tuple[str, str, str | None]]:
 
 
 def base_file(run: Path, path: Path) -> str:
-    """The untuned base as GGUF, for the LoRA file to be put on."""
+    """The untuned base as GGUF in F16, for the LoRA file to be put on; from a GGUF base by way of its dense weights."""
     from welltuned.adapters.gguf.write import Quantization, write_model
     from welltuned.finished.find import find
-    from welltuned.models.load import load_config, load_tokenizer
+    from welltuned.models.load import load_config, load_model, load_tokenizer
     from welltuned.models.resolve import SourceKind, resolve
 
     found = find(run)
-    source = resolve(found.model)
-    if source.kind is SourceKind.GGUF:
-        return str(source.path)
-    config, tokenizer = load_config(found.model), load_tokenizer(found.model)
+    folder, tokenizer = Path(found.model), load_tokenizer(found.model)
+    if resolve(found.model).kind is SourceKind.GGUF:
+        folder = path.with_suffix(".dense")
+        load_model(found.model, dtype=torch.float32).save_pretrained(folder)
     write_model(
-        Path(found.model),
+        folder,
         path,
-        config=config,
+        config=load_config(str(folder)),
         tokenizer=tokenizer,
         template=found.chat_template,
         kind=Quantization.F16,

@@ -13,6 +13,7 @@ import math
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,14 @@ def main() -> None:
     parser.add_argument("--no-result", action="store_true", help="print only, write no result")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = two_steps(arguments, Path(folder))
-    print(json.dumps({key: value for key, value in result.items() if key != "machine"}, indent=1))
-    if not arguments.no_result:
-        print(write_result("two_step", result))
+        for result in two_steps(arguments, Path(folder)):
+            print(json.dumps({key: value for key, value in result.items() if key != "machine"}, indent=1), flush=True)
+            if not arguments.no_result:
+                print(write_result("two_step", result))
 
 
-def two_steps(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def two_steps(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """The result, and again with every further rate."""
     common = [
         *("--model", arguments.model, "--data", arguments.data),
         *("--set", f"eval_fraction={arguments.held_out}", "--set", f"effective_batch_size={arguments.batch}"),
@@ -59,14 +61,13 @@ def two_steps(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         if not set(dpo["held_out"]["origins"]) <= set(sft["held_out"]["origins"]):
             raise SystemExit("the first step trained on rows that the second one holds out")
         found[f"{rate:g}"] = of_second_step(out, dpo)
-        print(json.dumps({f"{rate:g}": found[f"{rate:g}"]}), file=sys.stderr, flush=True)
-    return {
-        "what": __doc__.splitlines()[0],
-        "machine": describe_machine(),
-        "arguments": {key: value for key, value in vars(arguments).items() if key not in ("data", "no_result")},
-        "sft": {"before": sft["held_out"]["before"], "after": sft["held_out"]["after"], "seconds": sft["seconds"]},
-        "dpo_by_rate": found,
-    }
+        yield {
+            "what": __doc__.splitlines()[0],
+            "machine": describe_machine(),
+            "arguments": {key: value for key, value in vars(arguments).items() if key not in ("data", "no_result")},
+            "sft": {"before": sft["held_out"]["before"], "after": sft["held_out"]["after"], "seconds": sft["seconds"]},
+            "dpo_by_rate": found,
+        }
 
 
 def of_second_step(out: Path, dpo: dict[str, Any]) -> dict[str, Any]:

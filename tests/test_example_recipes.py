@@ -25,6 +25,7 @@ ROWS_OF = {
     "trl-lib/kto-mix-14k": (13_500, 1024),
     "argilla/distilabel-capybara-dpo-7k-binarized": (7_563, 2048),
     "openai/gsm8k": (7_473, 256),
+    "roneneldan/TinyStories": (2_119_719, 1024),
 }
 """Hub datasets: rows of the split, and how long they are allowed to be."""
 
@@ -33,6 +34,10 @@ QWEN3 = dict(model_type="qwen3", head_dim=128, num_key_value_heads=8, vocab_size
 MISTRAL = dict(
     model_type="mistral", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
     num_key_value_heads=8, vocab_size=32000, max_position_embeddings=32768,
+)  # fmt: skip
+SMOLLM2 = dict(
+    model_type="llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+    num_key_value_heads=3, vocab_size=49152, max_position_embeddings=8192, tie_word_embeddings=True,
 )  # fmt: skip
 MODELS = {
     "Qwen/Qwen2.5-0.5B-Instruct": (494_032_768, dict(
@@ -55,9 +60,8 @@ MODELS = {
         num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072)),
     "mistralai/Mistral-7B-v0.1": (7_241_732_096, MISTRAL),
     "alignment-handbook/zephyr-7b-sft-full": (7_241_732_096, MISTRAL),
-    "smollm2-135m-instruct": (134_515_008, dict(
-        model_type="llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, vocab_size=49152, max_position_embeddings=8192, tie_word_embeddings=True)),
+    "HuggingFaceTB/SmolLM2-135M": (134_515_008, SMOLLM2),
+    "smollm2-135m-instruct": (134_515_008, SMOLLM2),
 }  # fmt: skip
 
 

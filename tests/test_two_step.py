@@ -79,7 +79,8 @@ def test_a_real_model_comes_to_prefer_the_better_answers():
         rate=None, no_result=True,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        dpo = two_step.two_steps(arguments, Path(folder))["dpo_by_rate"]["0.0003"]
+        [result] = two_step.two_steps(arguments, Path(folder))
+    dpo = result["dpo_by_rate"]["0.0003"]
     assert dpo["loss_before"] == pytest.approx(math.log(2), abs=1e-4)
     assert dpo["after"]["loss"] < dpo["loss_before"]
     assert dpo["accuracy_after"] > 0.5 and dpo["after"]["rewards/margins"] > 0

@@ -24,7 +24,7 @@ def test_every_rule_cites_rows_and_no_key_stands_twice():
     assert len(names) == len(set(names)) == len(rules())
     for name, found in rules().items():
         assert found.evidence, name
-        if found.low is not None:
+        if found.low is not None and not isinstance(found.value, str):  # `none` has a range for who sets one
             assert found.low <= found.value <= found.high, name
 
 

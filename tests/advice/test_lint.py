@@ -114,6 +114,7 @@ def changed(base, drop=(), **values):
 CASES = [  # what must be found, and in what; a text is a script, a dict a YAML file
     ("WT001", changed(SFT, learning_rate=0.01)),
     ("WT001", changed(SFT, model_name_or_path="org/Base-135M", learning_rate=0.05)),
+    ("WT001", changed(AXOLOTL, loraplus_lr_ratio=64, learning_rate=0.0002)),
     ("WT002", changed(SFT, learning_rate=0.002)),
     ("WT003", changed(SFT, learning_rate=0.00002)),
     ("WT003", changed(SFT, ("learning_rate",))),

@@ -74,7 +74,8 @@ def test_dpo_rates_are_the_bands_at_the_recipes_length_and_higher_in_short_runs(
     long = choose_rate(Method.DPO, Tune.LORA, LORA, 1)
     assert long.value == 1e-5 and "yours are no fewer" in long.reason
     short = choose_rate(Method.DPO, Tune.LORA, replace(LORA, updates=115), 1)
-    assert short.value == 2e-5 and "×2 for your 115" in short.reason
+    assert short.value == 2e-5 and "×2 for your 115" in short.reason and "beta leaves it as it is" in short.reason
+    assert "beta" not in choose_rate(Method.ORPO, Tune.LORA, replace(LORA, updates=115), 1).reason
     tiny = choose_rate(Method.DPO, Tune.LORA, replace(LORA, updates=5), 1)
     assert tiny.value == tiny.high == 3e-5 and "as far as their band reaches" in tiny.reason
     full = choose_rate(Method.DPO, Tune.FULL, LORA, 1)

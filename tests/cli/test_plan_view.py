@@ -72,6 +72,17 @@ def test_a_users_value_has_its_row(demo, tiny_model_dir, write_rows, tmp_path):
     assert "adam_beta2" not in demos and "lora_dropout" not in demos
 
 
+def test_warnings_name_files_without_their_folders(tiny_model_dir, write_rows, tmp_path):
+    from welltuned.recipe import load_recipe
+
+    rows = [{"prompt": f"q{i // 2}", "completion": f"a{i // 2}"} for i in range(40)]
+    path = str(write_rows(tmp_path / "twice.jsonl", rows))
+    plan = prepare(load_recipe(None, {"model": str(tiny_model_dir), "data": path}), weights_needed=False).plan
+    short, whole = (words(screen(plan, width=2_000, whole=w)) for w in (False, True))
+    assert "repeat an earlier training row exactly" in short and "twice.jsonl:2 (as twice.jsonl:1)" in short
+    assert f"{path}:2 (as {path}:1)" in whole and path not in short
+
+
 def test_names_are_those_of_choices():
     assert {*WEIGHED, *WHERE_ON} <= set(HYPERPARAMETERS)
 

@@ -100,6 +100,16 @@ def test_groups_are_divided_by_dataset_only_where_they_are_too_large():
     assert not same.held_out[:100].any() and "begin alike" not in same.sentence
 
 
+def test_what_cannot_be_divided_is_not_said_to_be():
+    """One prompt with many answers, and a dataset too small to spare a row."""
+    prompts = np.repeat(np.array([3, 4, 5, 6], np.uint64), [40, 30, 29, 1])
+    owner = np.repeat(np.array([0, 1], np.uint16), [99, 1])
+    for seed in range(5):
+        split = hold_out(prompts, 0.1, seed, owner=owner, finer=prompts + np.uint64(7))
+        plain = hold_out(prompts, 0.1, seed, owner=owner)
+        assert (split.held_out == plain.held_out).all() and split.sentence == plain.sentence
+
+
 def grpo(tokenizer, write_rows, tmp_path, train, held=None, **options):
     recipe = {"model": "m", "data": str(write_rows(tmp_path / "t.jsonl", train)), "chat_template": "chatml"}
     recipe |= {"method": "grpo", "rewards": "exact_match", **options}

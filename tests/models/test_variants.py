@@ -228,6 +228,13 @@ def test_modules_that_cannot_be_trained_whole(tools, names, match):
         named_modules(tools.model("llama").to(torch.bfloat16), ("lm_head",))
 
 
+def test_dora_is_no_fused_mlp(tools):
+    """While B is 0 the fused one gives the same numbers, but its magnitudes would never learn."""
+    model = tools.model("llama")
+    fused = fuse(model, attach(model, LoraSettings(r=3, use_dora=True)))
+    assert fused.plain["gated MLPs whose rows DoRA scales"] == 2 and not fused.done["gated MLP"]
+
+
 def test_magnitudes_do_not_decay(tools):
     bank = attach(tools.model("llama"), LoraSettings(r=3, use_dora=True))
     assert all(slot.start >= bank.decayed for slot in bank.slots if slot.name.endswith(MAGNITUDE))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from welltuned.training.monitor import remedies
 from welltuned.training.monitor.thresholds import limit
 from welltuned.training.watch import Watch
 
@@ -87,3 +88,8 @@ def test_answers_that_are_cut(grpo):
 def test_other_methods_are_not_judged_by_these(planned):
     told, _ = found(planned(max_steps=100), policies.rollouts(0.3, short_and_full_of_zeros))
     assert not {"entropy_collapse", "kl_blow_up", "no_signal", "truncation", "flat_reward"} & told.keys()
+
+
+def test_epochs_are_counted_in_answers(grpo):
+    """As the plan counts them: its batch is one of answers, and each prompt has several."""
+    assert remedies.epoch_at(grpo, grpo.updates) == pytest.approx(grpo.value("num_train_epochs"), rel=0.05)

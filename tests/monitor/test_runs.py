@@ -174,6 +174,7 @@ def test_a_warm_up_longer_than_the_run(watched):
     found = run.findings["warmup"]
     assert found.step == 1 and found.severity is Severity.ERROR
     assert "500 updates and the run has 4" in found.what and found.changes == {"warmup_steps": 1}
+    assert "warmup" not in watched(max_steps=2).findings  # one of two is most of the run, and the least there is
 
 
 def test_spikes(watched, schooled_dir, damaged_file):

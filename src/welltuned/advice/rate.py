@@ -19,6 +19,7 @@ from welltuned.facts.model import ModelFacts
 from welltuned.recipe import Method, Tune
 
 MOVED_BY_UPDATES = (Method.DPO, Method.KTO, Method.ORPO)
+_BY_BETA = "; beta leaves it as it is (AdamW does not see the loss's scale), but a lower one wants more updates"
 
 
 def rate_setting(model: ModelFacts, choices: Mapping[str, Choice], batch: int, updates: int) -> RateSetting:
@@ -45,15 +46,16 @@ def choose_rate(method: Method, tune: Tune, setting: RateSetting, rows: int, tex
         return replace(band, reason=f"{band.reason}; {run}")
     short = max(1.0, number("preference_updates") / max(1, setting.updates))
     factor = min(short ** number("preference_updates_exponent"), band.high / band.value)
+    beta = "" if method is Method.ORPO else _BY_BETA
     usual = f"recipes ran about {number('preference_updates'):.0f}"
     centre, _, rest = band.reason.partition("; ")
     if factor == 1:
-        return replace(band, reason=f"{centre}; {usual} updates, yours are no fewer; {rest}")
+        return replace(band, reason=f"{centre}; {usual} updates, yours are no fewer{beta}; {rest}")
     held = ", as far as their band reaches" if factor == band.high / band.value else ""
     return replace(
         band,
         value=two_digits(band.value * factor),
-        reason=f"{centre}, ×{factor:.2g} for your {counted(setting.updates, 'update')}{held}; {usual}; {rest}",
+        reason=f"{centre}, ×{factor:.2g} for your {counted(setting.updates, 'update')}{held}; {usual}{beta}; {rest}",
         evidence=tuple(dict.fromkeys((*band.evidence, *cited("preference_updates", "preference_updates_exponent")))),
     )
 

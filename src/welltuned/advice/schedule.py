@@ -106,8 +106,8 @@ def choose_eval_steps(updates: int, train_tokens: float, heldout_tokens: int, he
     value = max(1, math.ceil(updates / times))
     share = math.ceil(updates / value) * cost / train_tokens
     why = (
-        f"{counted(math.ceil(updates / value), 'look')} at your {counted(heldout_rows, 'held-out row')}, "
-        f"for {share:.0%} of the time; over {counted(updates, 'update')} they show the loss turn"
+        f"{counted(math.ceil(updates / value), 'look')} at your {counted(heldout_rows, 'held-out row')} over "
+        f"{counted(updates, 'update')} to see where it turns, for {share:.0%} of the time"
     )
     if not heldout_rows:
         why = f"0 rows are held out: none of your {counted(updates, 'update')} will be followed by a look at them"

@@ -51,7 +51,13 @@ def rate_choices(recipe: Recipe, rate: float) -> Mapping[str, Choice]:
         why = f"{shown(share)} of the adapters' rate, as all weights take a tenth of what adapters take"
         spec, name = rule("embedding_rate_share"), "embedding_learning_rate"
         value = two_digits(rate * share)
-        choice = Choice(value=value, low=value / 3, high=rate, reason=f"{why}, {shown(rate)}", evidence=spec.evidence)
+        choice = Choice(
+            value=value,
+            low=two_digits(value * share),
+            high=rate,
+            reason=f"{why}, {shown(rate)}",
+            evidence=spec.evidence,
+        )
         if name in given:
             told = f"set by you; the advice would be {shown(value)}: {why}"
             choice = replace(choice, value=given[name], reason=told, set_by=SetBy.USER)

@@ -29,6 +29,8 @@ from welltuned.choice import Choice
 from welltuned.errors import InputError
 from welltuned.recipe import KEYS, Method, Tune, YamlLoader
 
+JUST_OUTSIDE = 1.1  # from here on a factor is worth a number
+
 
 class Because(StrEnum):
     """Why a row and the rule differ."""
@@ -98,7 +100,8 @@ class Converted:
         if self.agrees:
             return f"{ruled}: they agree"
         side, times = ("above", self.off) if self.off > 1 else ("below", 1 / self.off)
-        return f"{ruled}: {times:.2g} times {side} that range"
+        how_far = f"{times:.2g} times" if times >= JUST_OUTSIDE else "just"
+        return f"{ruled}: {how_far} {side} that range"
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,6 +117,9 @@ def build_parser() -> argparse.ArgumentParser:
     made["serve"].add_argument("folder", nargs="?", default=".", metavar="DIR", help="what holds runs (default: here)")
     made["serve"].add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine)")
     made["serve"].add_argument("--port", type=int, default=8321, help="the port; 0 takes a free one (default: 8321)")
+    made["serve"].add_argument(
+        "--allow-start", action="store_true", help="let pages plan, start, stop and resume runs, and ask finished ones"
+    )
     add_adapter(made["adapter"])
     add_eval(made["eval"])
     made["chat"].add_argument("run", metavar="RUN", help="a finished run, an adapter's folder, or a model")

@@ -4,6 +4,7 @@ import re
 import shlex
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -52,7 +53,7 @@ def print_plan(plan: Plan, out: Console = console, *, whole: bool = False, comma
     _field(out, "Time", time_line(plan.time))
     _field(out, "Memory", _memory(plan, whole))
     for warning in plan.warnings:
-        out.print(Text("! " + visible(warning), style="yellow"))
+        out.print(Text("! " + visible(warning if whole else _without_folders(plan, warning)), style="yellow"))
     if command is not None:
         _field(out, "Do it", command)
     if not whole:
@@ -112,6 +113,16 @@ def _larger(parts: Mapping[str, int], least: float) -> Iterator[tuple[str, int]]
     yield from ((name, part) for name, part in ordered if part >= least)
     if rest := sum(part for _, part in ordered if part < least):
         yield "rest", rest
+
+
+def _without_folders(plan: Plan, text: str) -> str:
+    """With datasets by their names, where these tell them apart."""
+    names = {spec: Path(spec).name for spec in (*plan.recipe.datasets, *plan.recipe.eval_datasets)}
+    if len(set(names.values())) < len(names):
+        return text
+    for spec in sorted(names, key=len, reverse=True):
+        text = text.replace(spec, names[spec] or spec)
+    return text
 
 
 def _evidence(ids: tuple[str, ...]) -> str:

@@ -34,7 +34,13 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(f"[bold]{escape(address)}[/] shows the runs beneath {escape(str(folder))}; Ctrl-C ends it.")
     if not local:
         console.print("Other machines can reach it: whoever has the address with its token can read your runs.")
-    config = uvicorn.Config(app(folder, hosts, token), log_level="warning", timeout_graceful_shutdown=1)
+    control = None
+    if arguments.allow_start:
+        from welltuned.report.control import Control
+
+        control = Control(folder)
+        console.print("Runs can be started, stopped and asked from its pages.")
+    config = uvicorn.Config(app(folder, hosts, token, control), log_level="warning", timeout_graceful_shutdown=1)
     uvicorn.Server(config).run(sockets=[listening])
     return 0
 

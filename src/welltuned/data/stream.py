@@ -54,7 +54,9 @@ def hold_out(
     if fraction is None and target > MOST_HELD_OUT:
         target, how = MOST_HELD_OUT, f"capped at {MOST_HELD_OUT} of {count:,} rows"
     found = _grouped(groups, owner, target)
-    divided = np.zeros(count, bool) if finer is None else among(groups, groups[found.firsts[found.too_large]])
+    divided = np.zeros(count, bool)
+    if finer is not None:
+        divided = _divisible(groups, finer, among(groups, groups[found.firsts[found.too_large]]))
     if finer is not None and divided.any():
         groups = np.where(divided, finer, groups)
         found = _grouped(groups, owner, target)
@@ -83,6 +85,17 @@ class _Groups:
     def too_large(self) -> NDArray[np.bool_]:
         """Groups that can never be held out as a whole [g]."""
         return self.sizes > self.quotas[self.home]
+
+
+def _divisible(groups: NDArray[np.uint64], finer: NDArray[np.uint64], wanted: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The wanted rows whose group holds more than one finer one [n]."""
+    _, firsts, group = np.unique(groups[wanted], return_index=True, return_inverse=True)
+    own = finer[wanted]
+    several = np.zeros(len(firsts), bool)
+    several[group[own != own[firsts][group]]] = True
+    result = wanted.copy()
+    result[wanted] = several[group]
+    return result
 
 
 def _grouped(groups: NDArray[np.uint64], owner: NDArray[np.uint16] | None, target: int) -> _Groups:

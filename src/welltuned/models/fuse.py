@@ -28,6 +28,7 @@ from welltuned.models.lora import AdapterBank, LoraLinear, shared_rows
 OTHER_NORMS = "norms that are not RMS norms"
 OTHER_MLPS = "gated MLPs that compute something else"
 BARE_MLPS = "gated MLPs with biases or unadapted projections"
+DORA_MLPS = "gated MLPs whose rows DoRA scales"
 STRANGE_MLPS = "gated MLPs with an unknown activation"
 UNGATED_MLPS = "MLPs without gate_proj, up_proj and down_proj"
 STACKS = "stacks of experts, which carry no adapters"
@@ -111,7 +112,10 @@ def mlp_activation(mlp: nn.Module) -> Activation | None:
 def _fuse_mlp(module: nn.Module, fused: Fused) -> None:
     gate, up, down = (module.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
     # DoRA's rows are scaled outside the product; while B is 0 by 1, so that a comparison would not tell.
-    if not all(isinstance(m, LoraLinear) and m.bias_O is None and m.magnitude_KO is None for m in (gate, up, down)):
+    if any(isinstance(m, LoraLinear) and m.magnitude_KO is not None for m in (gate, up, down)):
+        fused.plain[DORA_MLPS] += 1
+        return
+    if not all(isinstance(m, LoraLinear) and m.bias_O is None for m in (gate, up, down)):
         fused.plain[BARE_MLPS] += 1
         return
     kind = mlp_activation(module)

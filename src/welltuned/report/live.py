@@ -1,7 +1,7 @@
 """Runs served: a list of those beneath a folder, and each one's page, which follows the run while it trains.
 
-Nothing here writes. A request must name this server's own host (other sites' pages cannot reach it through a name of
-theirs), and carries a token wherever the server can be reached from other machines.
+Nothing here writes: what may be started from a page is control's. A request must name this server's own host (other
+sites' pages cannot reach it through a name of theirs), and carries a token where other machines can reach the server.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from starlette.applications import Starlette
@@ -30,6 +30,9 @@ from welltuned.report.verdict import held_out, verdict
 from welltuned.training.events import Severity
 from welltuned.training.lock import at_work
 from welltuned.training.rundir import METRICS, PLAN
+
+if TYPE_CHECKING:
+    from welltuned.report.control import Control
 
 DEEPEST = 4  # folders below the one that is served
 EVERY = 1.0  # seconds between looks at a run that trains
@@ -108,6 +111,7 @@ def news(run: RunRead) -> dict[str, Any]:
         "finished": run.summary is not None,
         "health": [said.health.name.lower(), "running" if at_work(run.path) and not lost else str(said.health)],
         "sentence": said.sentence,
+        "running": at_work(run.path),
         "done": done / total if total else 0.0,
         "state": f"{state_of(run)}: update {done:,} of {total:,}",
         "curves": curves(run),
@@ -115,26 +119,31 @@ def news(run: RunRead) -> dict[str, Any]:
     }
 
 
-def app(folder: Path, hosts: frozenset[str], token: str | None) -> ASGIApp:
+def app(folder: Path, hosts: frozenset[str], token: str | None, control: "Control | None" = None) -> ASGIApp:
     """The server.
 
     Args:
         hosts: names that a request may ask for, with and without a port.
         token: what a request must carry; None where only this machine reaches the server.
+        control: what pages may do besides looking; None for nothing.
     """
+    key = "" if control is None else control.key
     shelf = Shelf(folder)
 
     def named(name: str) -> Path | None:
         return shelf.runs().get(name)
 
     def index(request: Request) -> Response:
-        return HTMLResponse(listing([shelf.entry(name, path) for name, path in shelf.runs().items()], folder))
+        return HTMLResponse(
+            listing([shelf.entry(name, path) for name, path in shelf.runs().items()], folder, start=bool(key))
+        )
 
     def one(request: Request) -> Response:
         path = named(request.path_params["name"])
         if path is None:
             return _missing()
-        return HTMLResponse(page(shelf.read(path), events=f"/events/{quote(request.path_params['name'])}"))
+        name = request.path_params["name"]
+        return HTMLResponse(page(shelf.read(path), events=f"/events/{quote(name)}", key=key, name=name))
 
     def compare(request: Request) -> Response:
         found = [named(name) for name in request.query_params.getlist("run")]
@@ -153,6 +162,7 @@ def app(folder: Path, hosts: frozenset[str], token: str | None) -> ASGIApp:
         Route("/compare", compare),
         Route("/run/{name:path}", one),
         Route("/events/{name:path}", events),
+        *([] if control is None else control.routes()),
     ]
     return Guard(Starlette(routes=routes, exception_handlers={InputError: _unreadable}), hosts, token)
 

@@ -45,15 +45,17 @@ def write_report(run: Path, others: Sequence[Path] = (), out: Path | None = None
     return target
 
 
-def page(run: RunRead, others: Sequence[RunRead] = (), events: str = "") -> str:
+def page(run: RunRead, others: Sequence[RunRead] = (), *, events: str = "", key: str = "", name: str = "") -> str:
     """The page as HTML.
 
     Args:
         events: where a page that is served hears of what is new; empty for one that opens from disk.
+        key: what its requests carry, where it may stop a run, go on with it and ask it; else empty.
+        name: the run's on the server.
     """
-    template = _environment().from_string(asset("page.html"))
     drawn = [curves(one) for one in (run, *others)]
-    return template.render(
+    return rendered(
+        "page.html",
         run=run,
         verdict=verdict(run),
         held_out=held_out(run),
@@ -69,6 +71,8 @@ def page(run: RunRead, others: Sequence[RunRead] = (), events: str = "") -> str:
         next_steps=next_steps(run),
         provenance=provenance(run),
         events=events,
+        key=key,
+        name=name,
         data=embedded(drawn),
         lengths=embedded((run.shown["lengths"] or {}).get("histogram", [])),
         style=asset("page.css") + asset("uPlot.min.css"),
@@ -93,13 +97,20 @@ def _environment() -> Environment:
     return environment
 
 
-def listing(runs: Sequence[Mapping[str, Any]], folder: Path) -> str:
-    """The page that lists Runs, each a mapping as live.Shelf gives it."""
-    return (
-        _environment()
-        .from_string(asset("list.html"))
-        .render(runs=runs, folder=str(folder), style=asset("page.css"), script=asset("list.js"))
+def listing(runs: Sequence[Mapping[str, Any]], folder: Path, *, start: bool = False) -> str:
+    """The page that lists Runs, each a mapping as live.Shelf gives it.
+
+    Args:
+        start: whether runs may be started from it.
+    """
+    return rendered(
+        "list.html", runs=runs, folder=str(folder), start=start, style=asset("page.css"), script=asset("list.js")
     )
+
+
+def rendered(template: str, /, **values: Any) -> str:
+    """One of our templates, everything in it escaped."""
+    return _environment().from_string(asset(template)).render(**values)
 
 
 def asset(name: str) -> str:

@@ -126,6 +126,8 @@ def others_parts(recipe: Recipe, plan: Plan) -> list[tuple[float, str]]:
     if recipe.trust.code:  # code of others is not run for a forecast
         return told
     left = foresee(recipe.model, targets_of(plan), nf4=recipe.tune is Tune.QLORA, trust=recipe.trust)
+    if "use_dora" in plan.choices and plan.value("use_dora") and plan.facts.model.gated_mlp:
+        left = (*left, "gated MLPs whose rows DoRA scales left on the model's own code: slower")
     return told + [(PLAIN_PARTS, sentence) for sentence in left]
 
 

@@ -23,11 +23,20 @@ _PREFERENCE = (Method.DPO, Method.KTO, Method.ORPO)
 
 
 def adam_rate(config: Config) -> float | None:
-    """The rate where it is a positive number (others are WT096's) of an Adam: other optimisers have other ranges."""
+    """The rate where it is a positive number (others are WT096's) of an Adam: other optimisers have other ranges.
+
+    With LoRA+ it is B's, with which the first updates go; the file has A's.
+    """
     rate, optimiser = config.number(RATE), config.text("optim").lower()
     if (optimiser and "adam" not in optimiser) or "optim" in config.unread or config.on("use_onebitllms"):
         return None
-    return rate if rate is not None and rate > 0 else None
+    return rate * _plus(config) if rate is not None and rate > 0 else None
+
+
+def _plus(config: Config) -> float:
+    """What LoRA+ multiplies B's rate with."""
+    ratio = config.number("loraplus_lr_ratio") if config.trains_adapter else None
+    return ratio if ratio is not None and ratio > 0 else 1.0
 
 
 def said(config: Config) -> str:
@@ -43,6 +52,7 @@ def said(config: Config) -> str:
 def _scale(config: Config) -> str:
     alpha = alpha_equivalent(config) or 0.0
     how = " (rsLoRA: alpha · √r)" if config.on("use_rslora") else ""
+    how += f" (LoRA+: {shown(_plus(config))} times that for B)" if _plus(config) != 1 else ""
     if not alpha or alpha == number("rate_alpha"):
         return f"at alpha {shown(alpha)}{how} is"
     same = shown(two_digits(as_at_the_sweeps(adam_rate(config) or 0, alpha)))

@@ -185,6 +185,28 @@
   if (!events) return;
   const put = (id, text) => { document.getElementById(id).textContent = text; };
   let running = false;
+  const { key, name } = document.body.dataset;
+  const act = async (what, body) => {
+    const answer = await fetch(`/api/${what}`, { method: "POST", headers: { "content-type": "application/json", "x-welltuned-key": key }, body: JSON.stringify({ name, ...body }) });
+    return answer.json();
+  };
+  if (key) {
+    for (const what of ["stop", "resume"]) {
+      document.getElementById(what).addEventListener("click", async () => {
+        put("answer", "…");
+        const found = await act(what, {});
+        put("answer", found.error ?? (what === "stop" ? "it saves, then ends" : "it goes on"));
+        if (what === "resume" && !found.error) setTimeout(() => location.reload(), 4000);
+      });
+    }
+    document.getElementById("ask")?.addEventListener("submit", async (event) => {
+      event.preventDefault();
+      const said = new FormData(event.target);
+      put("base", "…"); put("tuned", "…");
+      const found = await act("chat", { prompt: said.get("prompt"), system: said.get("system") });
+      put("base", found.error ?? found.base ?? ""); put("tuned", found.error ?? found.reply ?? "");
+    });
+  }
   const source = new EventSource(events);
   source.onmessage = (message) => {
     const now = JSON.parse(message.data);
@@ -197,6 +219,10 @@
     document.getElementById("health").className = `health ${now.health[0]}`;
     document.getElementById("progress").value = now.done;
     put("state", now.state);
+    if (key) {
+      document.getElementById("stop").hidden = !now.running;
+      document.getElementById("resume").hidden = now.running || now.finished;
+    }
     const log = document.getElementById("log");
     log.replaceChildren(...now.log.map((text) => { const item = document.createElement("li"); item.textContent = text; return item; }));
     if (now.finished) source.close();

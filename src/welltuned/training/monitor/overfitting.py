@@ -120,7 +120,9 @@ def too_small_to_tell(history: History, plan: Plan) -> Finding | None:
         return None
     last, best, n = history.evaluations[-1], history.best_evaluation, plan.facts.dataset.heldout_rows
     error = "unknown" if last.error is None else f"± {last.error:.3f}"
-    text = f"the held-out {judged_by(plan)} is {last.loss:.3f}, standard error {error}, over {counted(n, 'row')}"
+    rewarded = plan.recipe.method is Method.GRPO
+    value = f"reward is {0.0 - last.loss:.3f}" if rewarded else f"loss is {last.loss:.3f}"
+    text = f"the held-out {value}, standard error {error}, over {counted(n, 'row')}"
     least = int(limit("heldout_least"))
     if n < least:
         what, wanted = f"{text}: fewer than {least}, so the standard error is itself a guess", least
@@ -128,7 +130,8 @@ def too_small_to_tell(history: History, plan: Plan) -> Finding | None:
         noise = limit("standard_errors") * (last.rise_error or 0.0)
         if best is None or not _mattering(history, plan, best) < last.rise <= noise:
             return None
-        what = f"{text}; it is {last.rise:.3f} above its best, and twice the standard error of that is {noise:.3f}"
+        side = "below" if rewarded else "above"
+        what = f"{text}; it is {last.rise:.3f} {side} its best, and twice the standard error of that is {noise:.3f}"
         wanted = round(n * (noise / last.rise) ** 2) + 1
     cause = "Noise would decide when to stop and which weights are the best, so early stopping is off for now"
     remedy = Remedy(f"hold out about {wanted:,} rows{_how_many(plan, wanted)}", _fraction(plan, wanted))

@@ -18,6 +18,8 @@ def untrained_preference(history: History, plan: Plan) -> Finding | None:
     """The loss is ln 2 and chosen answers win as often as a coin: the policy still is the reference."""
     if plan.recipe.method is not Method.DPO or history.done < limit("preference_from"):
         return None
+    if history.step <= plan.value("warmup_steps"):  # of a run of few updates: nothing can have moved yet
+        return None
     latest = history.updates[-int(limit("smooth_updates")) :]
     wins = [u.measures[ACCURACY] for u in latest if ACCURACY in u.measures]
     if not wins or history.smooth is None or _is_other_loss(plan):

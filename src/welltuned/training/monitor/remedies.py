@@ -8,7 +8,7 @@ from welltuned.advice.plan import Plan
 from welltuned.advice.rules import number
 from welltuned.advice.settle import counted, shown
 from welltuned.data.stream import steps_per_epoch
-from welltuned.recipe import Tune
+from welltuned.recipe import Method, Tune
 from welltuned.training.events import Remedy
 from welltuned.training.monitor.thresholds import limit
 
@@ -50,7 +50,10 @@ def higher_rate(plan: Plan, factor: float) -> Remedy | None:
 
 
 def epoch_at(plan: Plan, step: int) -> float:
-    return step / steps_per_epoch(plan.facts.dataset.rows, plan.value("effective_batch_size"))
+    rows = plan.facts.dataset.rows
+    if plan.recipe.method is Method.GRPO:  # whose batches are counted in answers, each set of them used again
+        rows *= plan.value("num_generations") * plan.value("num_iterations")
+    return step / steps_per_epoch(rows, plan.value("effective_batch_size"))
 
 
 def fewer_epochs(plan: Plan, best: int) -> Remedy | None:

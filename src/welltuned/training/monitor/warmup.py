@@ -15,6 +15,8 @@ def never_warm(history: History, plan: Plan) -> Finding | None:
     if not total or shape == "constant" or warmup < max(1, limit("warmup_share") * total):
         return None
     peak, advised = plan.value("learning_rate"), choose_warmup(total, shape).value
+    if warmup <= advised:  # of a few updates one is much, and no fewer can be advised
+        return None
     highest = peak * min(1, total / (warmup + 1))
     reached = f"the rate reaches {shown(highest)} of {shown(peak)}"
     what = f"the warm-up takes {warmup} updates and the run has {total}: {reached}"
