@@ -75,7 +75,13 @@ DIMENSIONS = {
 }
 
 
-@pytest.mark.parametrize(("over", "options"), DIMENSIONS.values(), ids=DIMENSIONS.keys())
+@pytest.mark.parametrize(
+    ("over", "options"),
+    [
+        pytest.param(*case, id=name, marks=[pytest.mark.slow] if name in ("dropouts", "epochs, batches") else [])
+        for name, case in DIMENSIONS.items()
+    ],
+)
 def test_a_bank_is_separate_runs(banked, alone, over, options):
     out, result = banked(over, **options)
     arms = arms_of(out, result)

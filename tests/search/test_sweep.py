@@ -90,7 +90,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("at", [2, 21])
+@pytest.mark.parametrize("at", [pytest.param(2, marks=pytest.mark.slow), 21])
 def test_a_search_that_was_killed_ends_as_if_it_had_not_been(found, prepared_for, tmp_path, at):
     """Bit for bit, wherever it was ended: the adapter, every arm's updates, and every decision."""
     whole, result, _ = found
@@ -155,6 +155,7 @@ def test_pairs_share_their_reference(tiny_model_dir, write_rows, tmp_path):
     assert "rewards/accuracies" in result.run.after.measures
 
 
+@pytest.mark.slow
 def test_a_base_in_four_bits(prepared_for, tmp_path):
     pytest.importorskip("bitsandbytes")
     result = sweep(prepared_for(tune="qlora", max_steps=4), question_of(2, []), tmp_path / "out")
@@ -200,6 +201,7 @@ def test_the_command(tiny_model_dir, data_file, tmp_path, capsys):
     assert main(["sweep", *options, "--out", out]) == 2
 
 
+@pytest.mark.slow
 def test_no_memory_is_a_smaller_cut(prepared_for, tmp_path, monkeypatch):
     """The round is made again in smaller micro-batches, and nothing else changes."""
     from welltuned.search import bank as bank_module

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from welltuned.training.events import Evaluated, Finding, Note, Updated
-from welltuned.training.step import Evaluation, Gradient
+
+if TYPE_CHECKING:  # they bring torch
+    from welltuned.training.step import Evaluation, Gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +67,12 @@ def unheard(_: SearchEvent) -> None:
 # ── as others take them ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def evaluated(step: int, found: Evaluation) -> Evaluated:
+def evaluated(step: int, found: "Evaluation") -> Evaluated:
     rows = found.loss_of_example, found.tokens_of_example
     return Evaluated(step, found.loss, found.standard_error, found.measures, *rows)
 
 
-def update_event(step: int, total: int, made: Gradient, norm: float, rate: float) -> Updated:
+def update_event(step: int, total: int, made: "Gradient", norm: float, rate: float) -> Updated:
     """As a run would tell it to its watch; what depends on the clock is left out, so that resuming changes nothing."""
     return Updated(
         step=step,
