@@ -102,10 +102,18 @@ PHASES = {
     "save": (keeper_module, "write_checkpoint", 1),
 }
 TWICE = (signal.SIGINT, signal.SIGTERM)
+FAST = ("backward", "save")
 
 
-@pytest.mark.parametrize("kinds", [(signal.SIGINT,), (signal.SIGTERM,), TWICE], ids=["Ctrl-C", "SIGTERM", "both"])
-@pytest.mark.parametrize("phase", PHASES)
+SLOW = pytest.mark.slow
+CASES = [
+    *(pytest.param(phase, (signal.SIGINT,), id=f"{phase}, Ctrl-C") for phase in PHASES),
+    *(pytest.param(phase, (signal.SIGTERM,), id=f"{phase}, SIGTERM", marks=SLOW) for phase in PHASES),
+    *(pytest.param(phase, TWICE, id=f"{phase}, twice", marks=() if phase in FAST else SLOW) for phase in PHASES),
+]
+
+
+@pytest.mark.parametrize(("phase", "kinds"), CASES)
 def test_in_every_phase(options, straight, tmp_path, monkeypatch, phase, kinds):
     """Once, it ends after a save; twice, at once: the checkpoint that is there is whole either way."""
     if PHASES[phase] is None:

@@ -216,7 +216,7 @@ def test_a_limit_on_addresses_is_a_refusal_before_anything_is_loaded(make_model_
 # ── data that change while they are trained on ───────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("left", [0, 700])
+@pytest.mark.parametrize("left", [700, pytest.param(0, marks=pytest.mark.slow)])
 def test_data_cut_short_while_they_are_trained_on(options, straight, data_file, tmp_path, left):
     """What is trained on is what was read at the start; going on with the file as it is now must be asked for."""
     data = tmp_path / "rows.jsonl"

@@ -146,6 +146,8 @@ def test_measures_have_trls_names(prefer):
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)  # the reference is the model as it starts
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-4) and last["rewards/margins"] > 0.1
     assert last["rewards/margins"] == pytest.approx(last["rewards/chosen"] - last["rewards/rejected"])
+    held_out = finished.summary["held_out"]["after"]["rewards/margins"]  # beside the update's own, not in its place
+    assert last["eval_rewards/margins"] == pytest.approx(held_out) and last["rewards/margins"] != held_out
     assert finished.summary["method"] == "dpo"
     assert finished.summary["held_out"]["after"]["rewards/accuracies"] > 0.5
     kto = prefer("kto").updates[-1]

@@ -86,8 +86,9 @@ def moves_nothing(method: Method, tune: Tune, setting: RateSetting, rate: float,
     moved = movement(tune, setting, rate)
     if moved >= least:
         return None
+    ended = "a loss of ln 2, where it began" if method is Method.DPO else "the loss that it began with"
     return (
         f"{counted(setting.updates, 'update')} at a rate of {shown(rate)} will hardly move the model: alpha · rate · "
-        f"updates is {shown(moved)}, and below about {shown(least)} {method} has ended with a loss of ln 2, where it "
-        "began; more rows or epochs, a higher rate or smaller batches"
+        f"updates is {shown(moved)}, and below about {shown(least)} {method} has ended with {ended}; more rows or "
+        "epochs, a higher rate or smaller batches"
     )

@@ -55,9 +55,10 @@ def print_result(result: "RunResult") -> None:
         what, before, after = "loss", result.before.loss, result.after.loss
         if "eval_reward" in result.after.measures:  # the loss of grpo is minus that
             what, before, after = "reward", -before, -after
+        error = result.after.standard_error
+        near = f"(± {error:.3f}) " if error == error else ""  # of one row there is none
         console.print(
-            f"Held-out {what} {before:.3f} → [bold]{after:.3f}[/] "
-            f"(± {result.after.standard_error:.3f}) in {duration(result.seconds)}, "
+            f"Held-out {what} {before:.3f} → [bold]{after:.3f}[/] {near}in {duration(result.seconds)}, "
             f"{result.tokens_per_second:,.0f} tokens/s, peak {size(result.peak_memory)}."
         )
         if (share := result.after.measures.get("rewards/accuracies")) is not None:

@@ -171,7 +171,10 @@ def _step_of(line: str) -> float:
 def _flat(event: Updated | Evaluated) -> dict[str, Any]:
     """An event as a line of metrics.jsonl, without what only watchers need; its measures stand beside the rest."""
     line = {f.name: getattr(event, f.name) for f in fields(event) if f.name not in _FOR_WATCHERS}
-    return {**{name: value for name, value in line.items() if value is not None}, **event.measures}
+    measures = dict(event.measures)
+    if isinstance(event, Evaluated):  # they stand beside those of the update before, which have the same names
+        measures = {f"eval_{name.removeprefix('eval_')}": value for name, value in measures.items()}
+    return {**{name: value for name, value in line.items() if value is not None}, **measures}
 
 
 def require_free(path: Path) -> None:
