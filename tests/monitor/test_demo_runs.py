@@ -5,7 +5,7 @@ differences are judged by the two standard errors, which are wider.
 """
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,13 @@ SHAPE = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 8192,
 }
+
+
+def updated(step, loss):
+    return Updated(
+        step=step, total_steps=85, loss=loss, learning_rate=1e-4, grad_norm=1.0, tokens=100, supervised_tokens=100,
+        tokens_per_second=1e5, epoch=step / 85, memory_bytes=0, seconds_left=0.0, evaluation_follows=False,
+    )  # fmt: skip
 
 
 def events_of(path):
@@ -82,3 +89,14 @@ def test_the_same_run_with_held_out_rows_that_get_worse(plan):
                 event = Evaluated(event.step, 0.2 + 0.1 * (seen - 2), event.eval_loss_se)
         told |= {finding.id: finding for finding in watch.see(event)}
     assert "overfitting" in told and "memorising" in told
+
+
+@pytest.mark.parametrize(("rows", "ends"), [(5, False), (84, True)])
+def test_a_held_out_loss_of_few_rows_ends_no_run(plan, rows, ends):
+    """Both losses a little above their start: with rows enough that is divergence, with five it is chance."""
+    facts = replace(plan.facts, dataset=replace(plan.facts.dataset, heldout_rows=rows))
+    watch, told = Watch(replace(plan, facts=facts)), set()
+    updates = [updated(i, 0.5 + 0.001 * i) for i in range(1, 61)]
+    for event in (Evaluated(0, 0.5, 0.0005), *updates, Evaluated(60, 0.52, 0.0005)):
+        told |= {finding.id for finding in watch.see(event)}
+    assert ("divergence" in told) is ends

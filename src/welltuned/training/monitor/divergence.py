@@ -5,6 +5,7 @@ from welltuned.advice.settle import shown
 from welltuned.recipe import Method
 from welltuned.training.events import Finding, Remedy, Severity
 from welltuned.training.monitor.history import History
+from welltuned.training.monitor.overfitting import can_tell
 from welltuned.training.monitor.remedies import advised_rate, change, lower_rate, present
 from welltuned.training.monitor.robust import Difference
 from welltuned.training.monitor.thresholds import limit, share_of_run
@@ -16,7 +17,7 @@ def diverged(history: History, plan: Plan) -> Finding | None:
     """A loss that is no number or far above its lowest, held-out rows worse than before, weights out of all bounds."""
     what = _broken(history) or _outgrown(history)
     if what is None and plan.recipe.method is not Method.GRPO:  # whose loss goes up and down around zero by nature
-        what = _risen(history) or _worse_than_untrained(history)
+        what = _risen(history) or (_worse_than_untrained(history) if can_tell(history, plan) else None)
     if what is None:
         return None
     return Finding(ID, Severity.ERROR, history.step, what, _cause(plan), _remedies(plan))
