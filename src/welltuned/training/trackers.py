@@ -136,14 +136,12 @@ class _Wandb:
 
 class _Trackio:
     def __init__(self, plan: Plan, run: Path, run_id: str):
-        import trackio
-
-        self.module = trackio
+        self.module: Any = import_module("trackio")
         settings = {
             name: value if isinstance(value, str | int | float) else str(value)
             for name, value in _settings(plan).items()
         }
-        trackio.init(project=PROJECT, name=f"{run.resolve().name}-{run_id}", resume="allow", config=settings)
+        self.module.init(project=PROJECT, name=f"{run.resolve().name}-{run_id}", resume="allow", config=settings)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         self.module.log(dict(numbers), step=step)
