@@ -10,7 +10,7 @@ from welltuned.data.formats import Format, detect, to_conversation, to_judged, t
 from welltuned.data.source import Row, read_rows
 from welltuned.errors import InputError
 
-DPO_DEMO = Path("/work/shared/data/dpo_en_demo.json")
+DPO_DEMO = Path(__file__).resolve().parents[3] / "shared" / "data" / "dpo_en_demo.json"
 
 
 def rows(*records):
