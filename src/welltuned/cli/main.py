@@ -104,16 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     made["train"].add_argument("--out", required=True, metavar="DIR", help="the Run directory, new or empty")
     made["train"].add_argument("--json", action="store_true", help="print the run's summary as one JSON document")
     _recipe_options(made["sweep"])
-    made["sweep"].add_argument("--out", required=True, metavar="DIR", help="the winner's Run directory, new or empty")
-    made["sweep"].add_argument("--arms", type=int, metavar="N", help="how many learning rates are tried (default: 3)")
-    made["sweep"].add_argument(
-        "--over",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE,VALUE",
-        help="try these values instead of learning rates, such as r=8,32; with --over learning_rate, rates as well",
-    )
-    made["sweep"].add_argument("--json", action="store_true", help="print the Run's summary as one JSON document")
+    _sweep_options(made["sweep"])
     made["resume"].add_argument("run", metavar="RUN", help="the Run directory")
     made["resume"].add_argument(
         "--accept-changes",
@@ -125,25 +116,46 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", metavar="DIR", help="the Run directory (default: the first free of demo-run, demo-run-2, ...)"
     )
     made["demo"].add_argument("--steps", type=int, metavar="N", help="fewer updates than one pass over the data")
-    made["report"].add_argument("run", metavar="RUN", help="a run, finished or not")
-    made["report"].add_argument("others", nargs="*", metavar="OTHER", help="runs whose curves are laid over it")
-    made["report"].add_argument("--out", metavar="FILE", help="where to write it (default: report.html in the run)")
-    made["report"].add_argument("--json", action="store_true", help="print where it lies as one JSON document")
-    made["serve"].add_argument("folder", nargs="?", default=".", metavar="DIR", help="what holds runs (default: here)")
-    made["serve"].add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine)")
-    made["serve"].add_argument("--port", type=int, default=8321, help="the port; 0 takes a free one (default: 8321)")
-    made["serve"].add_argument(
-        "--allow-start", action="store_true", help="let pages plan, start, stop and resume runs, and ask finished ones"
-    )
+    _page_options(made["report"], made["serve"])
     add_adapter(made["adapter"])
     add_eval(made["eval"])
-    made["chat"].add_argument("run", metavar="RUN", help="a finished run, an adapter's folder, or a model")
-    made["chat"].add_argument("--prompt", metavar="TEXT", help="answer this once, and end")
-    made["chat"].add_argument("--system", metavar="TEXT", help="the system message to set first")
-    made["chat"].add_argument("--base", action="store_true", help="show the base model's answer as well")
-    made["chat"].add_argument("--json", action="store_true", help="with --prompt: print one JSON document on stdout")
-    made["chat"].add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer in tokens")
+    _chat_options(made["chat"])
     return parser
+
+
+def _sweep_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, metavar="DIR", help="the winner's Run directory, new or empty")
+    parser.add_argument("--arms", type=int, metavar="N", help="how many learning rates are tried (default: 3)")
+    parser.add_argument(
+        "--over",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE,VALUE",
+        help="try these values instead of learning rates, such as r=8,32; with --over learning_rate, rates as well",
+    )
+    parser.add_argument("--json", action="store_true", help="print the Run's summary as one JSON document")
+
+
+def _page_options(report: argparse.ArgumentParser, serve: argparse.ArgumentParser) -> None:
+    report.add_argument("run", metavar="RUN", help="a run, finished or not")
+    report.add_argument("others", nargs="*", metavar="OTHER", help="runs whose curves are laid over it")
+    report.add_argument("--out", metavar="FILE", help="where to write it (default: report.html in the run)")
+    report.add_argument("--json", action="store_true", help="print where it lies as one JSON document")
+    serve.add_argument("folder", nargs="?", default=".", metavar="DIR", help="what holds runs (default: here)")
+    serve.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine)")
+    serve.add_argument("--port", type=int, default=8321, help="the port; 0 takes a free one (default: 8321)")
+    serve.add_argument(
+        "--allow-start", action="store_true", help="let pages plan, start, stop and resume runs, and ask finished ones"
+    )
+
+
+def _chat_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a finished run, an adapter's folder, or a model")
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this once, and end")
+    parser.add_argument("--system", metavar="TEXT", help="the system message to set first")
+    parser.add_argument("--base", action="store_true", help="show the base model's answer as well")
+    parser.add_argument("--json", action="store_true", help="with --prompt: print one JSON document on stdout")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer in tokens")
 
 
 def _data_options(parser: argparse.ArgumentParser) -> None:

@@ -12,9 +12,10 @@ from rich.text import Text
 
 from welltuned.advice.describe import brief_data, brief_model, data_line, machine_line, model_line, time_line
 from welltuned.advice.plan import Plan, PlanLine, plan_lines
+from welltuned.advice.settle import bytes_words
 from welltuned.choice import SetBy
 from welltuned.cli.safe import visible
-from welltuned.cli.terminal import console, size
+from welltuned.cli.terminal import console
 
 MOST_IDS = 3  # of the evidence, beside a choice
 SMALL = 0.02  # parts of the memory below this share are added up
@@ -101,10 +102,10 @@ def first_clause(reason: str) -> str:
 
 def _memory(plan: Plan, whole: bool) -> str:
     memory, limit = plan.memory, plan.memory.limit_bytes
-    of = f" of {size(limit)}" if limit else ""
+    of = f" of {bytes_words(limit)}" if limit else ""
     parts = memory.parts if whole else dict(_larger(memory.parts, SMALL * memory.total_bytes))
-    named = ", ".join(f"{name} {size(part)}" for name, part in parts.items() if part >= 1e6)
-    return f"about {size(memory.total_bytes)}{of}: {named}"
+    named = ", ".join(f"{name} {bytes_words(part)}" for name, part in parts.items() if part >= 1e6)
+    return f"about {bytes_words(memory.total_bytes)}{of}: {named}"
 
 
 def _larger(parts: Mapping[str, int], least: float) -> Iterator[tuple[str, int]]:

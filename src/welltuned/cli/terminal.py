@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from welltuned.advice.settle import bytes_words, duration_words
 from welltuned.cli.safe import visible
 from welltuned.training.events import Evaluated, Event, Finding, Note, Severity, Skipped, Updated
 
@@ -39,19 +40,8 @@ class RowsShown:
         if now - self.shown < (1 if self.out.is_terminal else 30):
             return
         self.shown = now
-        line = f"  reading {visible(name)}: {rows:,} rows rendered in {duration(now - self.started)}"
+        line = f"  reading {visible(name)}: {rows:,} rows rendered in {duration_words(now - self.started)}"
         self.out.print(line, end="\r" if self.out.is_terminal else "\n", markup=False, soft_wrap=True)
-
-
-def size(count: float) -> str:
-    """Bytes as GB or MB (powers of ten)."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
 @dataclass(slots=True)
@@ -120,5 +110,6 @@ _STYLES = {Severity.HINT: "dim", Severity.WARNING: "yellow", Severity.ERROR: "bo
 def _status(event: Updated) -> Text:
     return Text(
         f"{event.step}/{event.total_steps}  loss {event.loss:.3f}  rate {event.learning_rate:.1e}  "
-        f"{event.tokens_per_second:,.0f} tokens/s  {size(event.memory_bytes)}  {duration(event.seconds_left)} left"
+        f"{event.tokens_per_second:,.0f} tokens/s  {bytes_words(event.memory_bytes)}  "
+        f"{duration_words(event.seconds_left)} left"
     )

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
+from welltuned.advice.settle import bytes_words, duration_words
 from welltuned.cli.plan import recipe_of
 from welltuned.cli.plan_view import print_plan
 from welltuned.cli.report import print_report
-from welltuned.cli.terminal import Progress, RowsShown, console, duration, quiet_libraries, size
+from welltuned.cli.terminal import Progress, RowsShown, console, quiet_libraries
 from welltuned.training.events import Event, Note
 from welltuned.training.rundir import ADAPTER, MODEL, RUN, require_free
 
@@ -58,8 +59,8 @@ def print_result(result: "RunResult") -> None:
         error = result.after.standard_error
         near = f"(± {error:.3f}) " if error == error else ""  # of one row there is none
         console.print(
-            f"Held-out {what} {before:.3f} → [bold]{after:.3f}[/] {near}in {duration(result.seconds)}, "
-            f"{result.tokens_per_second:,.0f} tokens/s, peak {size(result.peak_memory)}."
+            f"Held-out {what} {before:.3f} → [bold]{after:.3f}[/] {near}in {duration_words(result.seconds)}, "
+            f"{result.tokens_per_second:,.0f} tokens/s, peak {bytes_words(result.peak_memory)}."
         )
         if (share := result.after.measures.get("rewards/accuracies")) is not None:
             margin = result.after.measures["rewards/margins"]
