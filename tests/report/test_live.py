@@ -17,7 +17,7 @@ pytest.importorskip("starlette", reason="welltuned[serve] is not installed")
 from starlette.testclient import TestClient
 
 from welltuned.cli.main import main
-from welltuned.report.live import Shelf, app, news
+from welltuned.report.live import Shelf, app
 from welltuned.report.log import Log
 from welltuned.training.lock import LOCK, at_work
 
@@ -135,10 +135,10 @@ def test_a_token_where_others_can_reach_it(folder):
 
 def test_whether_a_run_is_at_work(folder):
     half = folder / "half"
-    assert not at_work(half) and news(Shelf(folder).read(half))["state"].startswith("interrupted")
+    assert not at_work(half) and Shelf(folder).news(half)["state"].startswith("interrupted")
     host = os.uname().nodename
     (half / LOCK).write_text(json.dumps({"pid": os.getpid(), "host": host}))
-    assert at_work(half) and news(Shelf(folder).read(half))["state"].startswith("running: update")
+    assert at_work(half) and Shelf(folder).news(half)["state"].startswith("running: update")
     (half / LOCK).write_text(json.dumps({"pid": os.getpid(), "host": "elsewhere"}))
     assert not at_work(half)
     (half / LOCK).write_text("{")
