@@ -13,6 +13,7 @@ from welltuned.report.table import MOST_POINTS, Table, plain, smoothed, thinned
 MEASURED = ("learning_rate", "grad_norm", "tokens_per_second", "memory_bytes", "weight_change")
 _PEAKS = ("loss", "grad_norm")  # curves whose highest and lowest values are kept
 _NOISY = ("loss", "reward", "rewards/margins", "rewards/accuracies")  # drawn smoothed besides
+Columns = Mapping[str, list[float | None]]
 _LEFT = frozenset(("epoch", "tokens", "supervised_tokens"))
 _OF_AN_ARM = frozenset(("tokens_per_second", "memory_bytes"))  # a search has them for all of its arms together
 
@@ -37,9 +38,9 @@ def curves(run: RunRead, most: int = MOST_POINTS) -> dict[str, Any]:
     found = {
         "name": run.name,
         "method": str(run.plan.recipe.method),
-        "updates": _columns(updates, shown, keep),
+        "updates": _without_ties(_columns(updates, shown, keep), ""),
         "smooth": {name: plain(smoothed(updates.column(name))[keep]) for name in _NOISY if name in shown},
-        "evaluations": _columns(evaluations, ["step", *judged], judged_keep),
+        "evaluations": _without_ties(_columns(evaluations, ["step", *judged], judged_keep), "eval_"),
         "findings": [{"step": f.step, "id": f.id, "severity": str(f.severity)} for f in run.log.findings],
     }
     return found if run.search is None else {**found, "search": drawn(run.search, run.log)}
@@ -51,5 +52,14 @@ def _kept(table: Table, peaks: Sequence[str], most: int) -> NDArray[np.intp]:
     return np.unique(np.concatenate([thinned(table.column(name), most // len(there)) for name in there]))
 
 
-def _columns(table: Table, names: Iterable[str], keep: NDArray[np.intp]) -> Mapping[str, list[float | None]]:
+def _without_ties(columns: Columns, prefix: str) -> Columns:
+    """Accuracies but where the margin is exactly 0: the model is its own reference then, and every pair is a tie."""
+    accuracies, margins = (columns.get(f"{prefix}rewards/{name}") for name in ("accuracies", "margins"))
+    if accuracies is None or margins is None:
+        return columns
+    known = [None if margin == 0 else value for value, margin in zip(accuracies, margins, strict=True)]
+    return {**columns, f"{prefix}rewards/accuracies": known}
+
+
+def _columns(table: Table, names: Iterable[str], keep: NDArray[np.intp]) -> Columns:
     return {name: plain(table.column(name)[keep], 12 if name == "step" else 6) for name in names}

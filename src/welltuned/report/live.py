@@ -9,10 +9,10 @@ import hmac
 import json
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import RLock
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -48,8 +48,7 @@ class Shelf:
     """The Runs beneath a folder, each with what was read of its metrics so far."""
 
     folder: Path
-    _logs: dict[Path, Log] = field(default_factory=dict)
-    _one: RLock = field(default_factory=RLock)  # a log is read by one at a time, however many browsers look
+    _logs: dict[Path, tuple[Log, Lock]] = field(default_factory=dict)  # however many browsers look, one reads a log
 
     def runs(self) -> dict[str, Path]:
         """By name, which is the path below the folder; the folder itself may be a Run."""
@@ -65,9 +64,12 @@ class Shelf:
 
     @contextmanager
     def reading(self, *paths: Path) -> Iterator[list[RunRead]]:
-        """Runs as they are now; nothing of them changes meanwhile."""
-        with self._one:
-            yield [read_run_folder(path, self._logs.setdefault(path, Log(path / METRICS))) for path in paths]
+        """Runs as they are now; nothing that was read of them changes meanwhile."""
+        kept = {path: self._logs.setdefault(path, (Log(path / METRICS), Lock())) for path in paths}
+        with ExitStack() as held:
+            for path in sorted(kept):  # always in this order, so that two readers cannot wait for each other
+                held.enter_context(kept[path][1])
+            yield [read_run_folder(path, kept[path][0]) for path in paths]
 
     def page(self, *paths: Path, events: str = "", key: str = "", name: str = "") -> str:
         with self.reading(*paths) as (first, *others):

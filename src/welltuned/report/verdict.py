@@ -88,7 +88,7 @@ def _what_changed(run: RunRead) -> tuple[str, bool | None]:
     sign, what = (-1, "reward") if reward else (1, "loss")
     first, last = sign * before["loss"], sign * after["loss"]
     error = after.get("standard_error")
-    near = f" ± {error:.3f}" if error is not None else ""
+    near = f"\u00a0±\u00a0{error:.3f}" if error is not None else ""
     better = last > first if reward else last < first
     errors = [value["standard_error"] for value in (before, after) if value.get("standard_error") is not None]
     sure = None

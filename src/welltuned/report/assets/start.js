@@ -43,7 +43,7 @@
       plan();
     });
     value.append(input);
-    const [span, why] = [choice.span, choice.reason].map((text) => { const cell = document.createElement("td"); cell.textContent = text; return cell; });
+    const [span, why] = [choice.span, choice.reason.slice(0, 1).toUpperCase() + choice.reason.slice(1)].map((text) => { const cell = document.createElement("td"); cell.textContent = text; return cell; });
     span.className = "span";
     made.append(name, value, span, why);
     return made;
