@@ -12,6 +12,7 @@ from rich.text import Text
 
 from welltuned.cli.plan import recipe_of
 from welltuned.cli.plan_view import print_plan
+from welltuned.cli.report import print_report
 from welltuned.cli.safe import visible
 from welltuned.cli.terminal import RowsShown, console, quiet_libraries
 from welltuned.cli.train import print_json, print_result
@@ -70,6 +71,7 @@ def end(result: "SweepResult", *, as_json: bool) -> int:
     console.print(f"\n{visible(result.found.advice)}", style="bold", markup=False)
     console.print(f"{spent(result.found)}.\n", markup=False)
     print_result(result.run)
+    print_report(result.run.path)
     if as_json:
         print_json(result.run.path)
     return 0

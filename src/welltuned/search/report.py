@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from welltuned.advice.codec import to_plain
 from welltuned.advice.plan import Plan
 from welltuned.advice.settle import shown
 from welltuned.search.arms import RATE, Arm
+from welltuned.search.curve import Curve
 from welltuned.search.halving import ENOUGH, mean, paired
 from welltuned.search.state import RungRecord
 
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from welltuned.search.loop import Search
 
 GRID = 7  # rates that a grid would try, each to its end
+POINTS, BEYOND = 41, 0.2  # of the curve, which is drawn so far in ln(rate) beyond the outer arms
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 360, 70, 20, 30, 52
 _SHARES = ("#c9d6ea", "#8fb0d9", "#4f83c2", "#1f5fbf")
 
@@ -49,6 +53,16 @@ class ArmRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """The parabola at one rate: the median of the held-out loss there, and one standard deviation to either side."""
+
+    rate: float
+    low: float
+    loss: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
     """All of it.
 
@@ -57,6 +71,7 @@ class Found:
             (one standard deviation); None where the rate was not searched.
         regret: what the winner is expected to cost beyond the lowest point, relative to the loss.
         tokens: trained on by all arms. run_tokens: by the winner alone. evaluated: held-out tokens that were judged.
+        fitted: the parabola through the winner's group; `fitted_share` is after how much of the run it was measured.
     """
 
     rows: tuple[ArmRow, ...]
@@ -72,6 +87,8 @@ class Found:
     evaluated: int
     rungs: tuple[RungRecord, ...]
     advice: str
+    fitted: tuple[Fitted, ...] = ()
+    fitted_share: float | None = None
 
     @property
     def runs_worth(self) -> float:
@@ -94,7 +111,7 @@ def found_of(search: "Search", winner: Arm, plan: Plan) -> Found:
     state = next(a for a in search.state.arms if a.number == winner.number)
     regret = math.nan if decision is None else decision.regret
     advised_regret = None if curve is None else curve.regret(at_advice)
-    found = Found(
+    return Found(
         rows=tuple(_row(search, number) for number in search.arms),
         winner=winner.number,
         advised_rate=advised,
@@ -108,8 +125,18 @@ def found_of(search: "Search", winner: Arm, plan: Plan) -> Found:
         evaluated=search.state.evaluated,
         rungs=search.state.rungs,
         advice=_changes(search, winner, advised, best, curve.x_error if curve is not None else None, advised_regret),
+        fitted=() if curve is None else _fitted(search, winner, curve),
+        fitted_share=None if curve is None else curve.share,
     )
-    return found
+
+
+def _fitted(search: "Search", winner: Arm, curve: Curve) -> tuple[Fitted, ...]:
+    """The curve over the rates of the winner's group, and a little beyond."""
+    xs = [arm.x for arm in search.arms.values() if arm.group == winner.group]
+    x_P = np.linspace(min(xs) - BEYOND, max(xs) + BEYOND, POINTS)
+    rates = winner.plan.value(RATE) * np.exp(x_P - winner.x)
+    points = zip(rates.tolist(), *curve.losses(x_P).tolist(), strict=True)
+    return tuple(Fitted(rate=rate, low=low, loss=loss, high=high) for rate, low, loss, high in points)
 
 
 def _row(search: "Search", number: int) -> ArmRow:
