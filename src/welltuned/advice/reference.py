@@ -92,8 +92,8 @@ def examples() -> tuple[Example, ...]:
         Example(name="8B, DPO", about="LoRA of an 8B model on 5,000 pairs, on a GPU with 80 GB", shape=LARGE,
                 data=pairs, method=Method.DPO),
         Example(name="8B, ORPO", about="the same", shape=LARGE, data=pairs, method=Method.ORPO),
-        Example(name="8B, KTO", about="the same on 10,000 answers, half of them good", shape=LARGE, data=_judged(10_000),
-                method=Method.KTO),
+        Example(name="8B, KTO", about="the same on 10,000 answers, half of them good", shape=LARGE,
+                data=_judged(10_000), method=Method.KTO),
         Example(name="8B, reward", about="a reward model of those pairs", shape=LARGE, data=pairs,
                 method=Method.REWARD),
         Example(name="135M, GRPO", about=f"LoRA of a 135M model on {answers}, on a GPU with 24 GB", shape=SMALL,
@@ -155,9 +155,9 @@ def page() -> str:
 def _head(runs: tuple[Example, ...]) -> Iterator[str]:
     yield "# Hyperparameters"
     yield ""
-    yield "What each one is, what the plan sets it to and why, in which range it is sound, and how far sources disagree."
-    yield "Made by `make docs` from the advice itself: change that, not this page. [The evidence](evidence.md) has every"
-    yield "row; `welltuned why KEY` says it in a terminal, and with `--model` and `--data` it speaks of your run."
+    yield "What each one is, what the plan sets it to and why, its sound range, and how far sources disagree. Made by"
+    yield "`make docs` from the advice itself: change that, not this page. [The evidence](evidence.md) has every row;"
+    yield "`welltuned why KEY` says it in a terminal, and with `--model` and `--data` it speaks of your run."
     yield ""
     yield "Defaults are not constants: they follow from model, data and machine. These runs stand for the rest:"
     yield ""
