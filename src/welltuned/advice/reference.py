@@ -114,9 +114,8 @@ def _judged(rows: int) -> DatasetFacts:
 
 
 def _pairs(rows: int) -> DatasetFacts:
-    ones = np.ones(rows, int)
-    parts = 100 * ones, 200 * ones, 180 * ones
-    return pair_facts(*parts, *(part[:100] for part in parts), "preference")
+    prompt, chosen, rejected = (np.full(rows, length) for length in (100, 200, 180))
+    return pair_facts(prompt, chosen, rejected, prompt[:100], chosen[:100], rejected[:100], "preference")
 
 
 def _prompts(rows: int) -> DatasetFacts:
