@@ -58,6 +58,7 @@ docs: setup ## make the pages that come from the code again, and build the docum
 	@$(BIN)/python -m welltuned.advice.page docs/evidence.md
 	@$(BIN)/python -m welltuned.advice.reference docs/hyperparameters.md
 	@$(BIN)/python -m welltuned.advice.lint.page > docs/checks.md
+	@$(BIN)/python -m welltuned.cli.page > docs/commands.md
 	@$(BIN)/python -m welltuned.training.monitor.page > docs/when_it_goes_wrong.md
 	@$(BIN)/python tools/site.py
 

@@ -116,7 +116,9 @@ class Page(HTMLParser):
 
 
 def css_loads(text: str) -> list[str]:
-    return [found.strip("\"' ") for found in re.findall(r"url\(([^)]*)\)|@import\s+(?=\S)", text) if found]
+    """What a style sheet asks for: url(...), and @import by name."""
+    found = re.findall(r"""url\(([^)]*)\)|@import\s*("[^"]*"|'[^']*')""", text)
+    return [(url or name).strip("\"' ") for url, name in found]
 
 
 def faults(site: Path) -> list[str]:
