@@ -104,19 +104,26 @@ def sweep(
     out: str | Path,
     arms: int | None = None,
     over: Sequence[str] = (),
+    trials: int | None = None,
+    minutes: float | None = None,
+    ray: str | None = None,
+    workers: int | None = None,
     observer: SearchObserver = unheard,
     **options: Any,
 ) -> SweepResult:
     """Try learning rates (or what `over` names, such as "r=8,32") on one base at once; the winner's Run is in `out`.
 
     Args:
-        arms: how many rates are tried at the start; None for three.
+        arms: how many are tried at once; None for three rates.
+        trials: how many arms Optuna may choose, from three dimensions or one range ("r=8..64") on.
+        minutes: what the search may take.
+        ray: a Ray cluster to spread the arms over: its address, or "local". workers: how many there.
         options: as in `plan`.
     """
     asked = _recipe(recipe, options)
-    question = question_of(arms, over)
+    question = question_of(arms, over, trials, minutes)
     require_free(Path(out))
-    result = sweep_prepared(prepare(asked), question, Path(out), observer)
+    result = sweep_prepared(prepare(asked), question, Path(out), observer, ray=ray, workers=workers)
     _reported(result.run, observer)
     return result
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from welltuned.recipe import Method, Tune
 from welltuned.report.read import RunRead
 from welltuned.report.verdict import Health, held_out, verdict
-from welltuned.search.arms import METHODS
+from welltuned.search.applied import METHODS
 from welltuned.training.rundir import RECIPE
 
 
