@@ -89,12 +89,13 @@ class RunResult:
     """What a finished run found.
 
     Attributes:
+        engine: None where it was trained in another process.
         before, after: None where no row was held out.
         diverged: why training ended early, where it diverged; the result is the best weights before that.
     """
 
     path: Path
-    engine: Engine
+    engine: Engine | None
     updates: int
     before: Evaluation | None
     after: Evaluation | None
