@@ -193,6 +193,18 @@ def test_trls_names_are_the_same():
         assert trl_names.NAMES[theirs] == own
 
 
+@pytest.mark.slow
+def test_what_data_says_is_what_the_tutorial_says(smollm2_tokenizer, monkeypatch, capsys):
+    """The whole output but for what the page leaves out; where lines break is the terminal's matter."""
+    monkeypatch.chdir(ROOT)
+    found = blocks(page("docs/tutorial.md"))
+    ((asked, said),) = [(a.text, b.text) for a, b in pairwise(found) if a.text.startswith("$ welltuned data")]
+    main(shlex.split(asked)[2:])
+    printed = " ".join("".join(capsys.readouterr()).split())
+    for part in re.split(r"^ *…$", said, flags=re.MULTILINE):
+        assert " ".join(part.split()) in printed
+
+
 # ── figures ──
 
 
