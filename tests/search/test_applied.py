@@ -73,7 +73,7 @@ def test_other_methods_are_refused(plan, method):
         ({"eval_steps": 2}, "eval_steps: arms are judged at the same shares"),
         ({"on_nonfinite": "back"}, "on_nonfinite: an arm whose numbers are not finite ends"),
         ({"report_to": ["tensorboard"]}, "report_to: tensorboard will be told the winner's run"),
-        ({}, "learning_rate: yours, 1e-2, is the middle of what is tried"),
+        ({}, "learning_rate: yours, 0.01, is the middle of what is tried"),
     ],
 )
 def test_what_is_otherwise_is_told(prepared_for, options, sentence):
