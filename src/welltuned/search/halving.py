@@ -19,8 +19,8 @@ from welltuned.training.monitor.robust import Difference, difference
 ENOUGH = 0.002  # expected regret, relative to the loss, at which there is nothing left to find out
 ERRORS = 2.0  # paired standard errors
 CHANCE = 0.05  # that the best rate moves so far until the end that the arm would be the better one
-# Assumed: deviation of what a group comes to at the end from what its lead now says, relative, times sqrt(ln(1 / share));
-# half of what the same assumption for rates (curve.SHIFT) makes of two rates a factor of two apart.
+# Assumed: relative deviation of what a group comes to at the end from what its lead now says, times
+# sqrt(ln(1 / share)); half of what the same for rates (curve.SHIFT) makes of two that are a factor of two apart.
 DRIFT = 0.005
 APART = math.log(1.15)  # arms nearer to each other than this are one
 STEP = math.log(2.0)

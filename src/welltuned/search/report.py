@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from welltuned.advice.codec import to_plain
+from welltuned.advice.learning_rate import two_digits
 from welltuned.advice.settle import shown
 from welltuned.search.applied import RATE
 from welltuned.search.arms import Arm
@@ -148,7 +149,7 @@ def _changes(winner: Arm, advised: float, best: float | None, error: float | Non
         kept = "" if RATE in winner.settings else "; the advice's rates were kept"
         return f"Of what was compared, {winner.name} did best on your held-out rows{kept}."
     off = abs(math.log(best / advised))
-    where = f"The advice was {shown(float(advised))}; your rows put the best rate at {shown(float(best))} "
+    where = f"The advice was {shown(float(advised))}; your rows put the best rate at {shown(two_digits(best))} "
     where += f"(×/÷ {math.exp(error):.2f})"
     if regret < ENOUGH:
         return f"{where}: nothing changes. Staying with the advice is expected to cost {regret:.2%} of the loss."
