@@ -6,7 +6,7 @@ tuned = welltuned.load("runs/tickets")
 print(tuned.reply("My kettle leaks."))
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def train(recipe: str | None = None, *, out: str | Path, observer: Observer = si
     return _reported(train_prepared(prepare(asked), Path(out), observer), observer)
 
 
-def _reported(result: RunResult, observer: Observer) -> RunResult:
+def _reported(result: RunResult, observer: Callable[[Note], None]) -> RunResult:
     """The same, with its page beside it; that this fails is told and no reason to lose a result."""
     try:
         write_page(result.path)
@@ -123,7 +123,9 @@ def sweep(
     asked = _recipe(recipe, options)
     question = question_of(arms, over, trials, minutes)
     require_free(Path(out))
-    return sweep_prepared(prepare(asked), question, Path(out), observer, ray=ray, workers=workers)
+    found = sweep_prepared(prepare(asked), question, Path(out), observer, ray=ray, workers=workers)
+    _reported(found.run, observer)
+    return found
 
 
 def resume(run: str | Path, *, observer: Observer = silent, accept_changes: bool = False) -> RunResult:
@@ -137,7 +139,7 @@ def resume(run: str | Path, *, observer: Observer = silent, accept_changes: bool
         InputError: there is no unfinished run, or something changed.
     """
     if is_sweep(Path(run)):
-        return resume_sweep(Path(run), accept_changes=accept_changes).run
+        return _reported(resume_sweep(Path(run), accept_changes=accept_changes).run, observer)
     return _reported(resume_run(Path(run), observer, accept_changes=accept_changes), observer)
 
 

@@ -12,6 +12,7 @@ from welltuned.errors import InputError
 from welltuned.recipe import load_recipe
 from welltuned.search.arms import factors, first_arms, question_of
 from welltuned.search.events import ArmAdded, ArmEnded, ArmJudged, ArmUpdated
+from welltuned.search.report import from_json
 from welltuned.search.sweep import resume_sweep, sweep
 
 
@@ -48,7 +49,9 @@ def test_the_winner_is_a_run(found):
     assert [line["step"] for line in curve] == list(range(1, 13)) and curve[-1]["eval_loss"] == run["held_out"][
         "after"
     ]["loss"]
-    assert welltuned.write_report(out).is_file()
+    text = welltuned.write_report(out).read_text()
+    assert result.found.advice in text and text.count("<circle") == sum(len(row.looks) for row in result.found.rows)
+    assert from_json(run["sweep"]) == result.found
     assert welltuned.load(out).reply("2 times the red hat")
 
 

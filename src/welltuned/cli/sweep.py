@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from welltuned.cli.arms_view import ArmsShown, print_found
 from welltuned.cli.plan import recipe_of
 from welltuned.cli.plan_view import print_plan
+from welltuned.cli.report import print_report
 from welltuned.cli.terminal import RowsShown, quiet_libraries
 from welltuned.cli.train import print_json, print_result
 from welltuned.training.rundir import require_free
@@ -51,6 +52,7 @@ def end(result: "SweepResult", *, as_json: bool) -> int:
     """The table, what it changes, and the winner's Run."""
     print_found(result.found)
     print_result(result.run)
+    print_report(result.run.path)
     if as_json:
         print_json(result.run.path)
     return 0

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from welltuned.advice import evidence
 from welltuned.advice.describe import data_line, machine_line, model_line
@@ -23,6 +24,7 @@ from welltuned.report.curves import curves
 from welltuned.report.next import next_steps
 from welltuned.report.read import RunRead, read_run_folder
 from welltuned.report.verdict import held_out, verdict
+from welltuned.search import report as searched
 from welltuned.training import durable
 
 REPORT = "report.html"
@@ -64,6 +66,7 @@ def page(run: RunRead, others: Sequence[RunRead] = (), *, events: str = "", key:
         facts=_facts(run.plan),
         choices=_choices(run.plan),
         memory=_memory(run),
+        search=_search(run),
         audit=(run.summary or {}).get("audit") or {},
         defects=defects((run.summary or {}).get("audit") or {}),
         shown=run.shown,
@@ -80,6 +83,20 @@ def page(run: RunRead, others: Sequence[RunRead] = (), *, events: str = "", key:
         script=asset("page.js"),
         licence=asset("uPlot.LICENSE"),
     )
+
+
+def _search(run: RunRead) -> dict[str, Any] | None:
+    """What a search compared before this became its result, drawn again from the numbers; None for any other run."""
+    plain = (run.summary or {}).get("sweep")
+    try:
+        found = None if plain is None else searched.from_json(plain)
+    except (KeyError, TypeError, ValueError):  # a file that somebody changed
+        found = None
+    if found is None:
+        return None
+    header, *rows = searched.table(found)
+    plot = Markup(searched.plot(found))  # numbers, and names that it escapes
+    return {"header": header, "rows": rows, "plot": plot, "advice": found.advice, "spent": searched.spent(found)}
 
 
 def embedded(value: Any) -> str:

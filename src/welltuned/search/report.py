@@ -1,12 +1,12 @@
 """What a search found, as numbers, as a table, as a plot, and as what it changes about the advice."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from html import escape
 from typing import Any
 
-from welltuned.advice.codec import to_plain
+from welltuned.advice.codec import from_plain, to_plain
 from welltuned.advice.learning_rate import two_digits
 from welltuned.advice.settle import shown
 from welltuned.search.applied import RATE
@@ -167,6 +167,25 @@ def to_json(found: Found) -> dict[str, Any]:
     return {**plain, "runs_worth": found.runs_worth, "share_of_a_grid_of_seven": found.grid_share, "arms": arms}
 
 
+def from_json(plain: Mapping[str, Any]) -> Found:
+    """What `to_json` gave, after a journey through a file, in which numbers that are not finite are null.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is something else.
+    """
+    known = {name: value for name, value in plain.items() if name in {f.name for f in fields(Found)}}
+    arms = []
+    for arm in plain["arms"]:
+        looks = [
+            {**look, **{name: math.inf for name in ("loss", "above_best") if look[name] is None}}
+            for look in arm["looks"]
+        ]
+        arms.append({**arm, "looks": looks})
+    found = from_plain(Found, {**known, "rows": arms})
+    assert isinstance(found, Found)
+    return found
+
+
 def table(found: Found) -> list[tuple[str, ...]]:
     """Lines of text cells: arm, updates, tokens, held-out loss at each look, what became of it. First the header."""
     shares = sorted({look.share for row in found.rows for look in row.looks})
@@ -199,7 +218,7 @@ def plot(found: Found) -> str:
     points = [(row, look) for row in found.rows for look in row.looks if math.isfinite(look.loss)]
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" '
-        f'font-size="12">',
+        f'font-size="12" role="img" aria-label="held-out loss over the learning rate">',
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
     ]
     if not points:
