@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from welltuned.data.render import Example
 from welltuned.kernels.nf4 import NF4Weight
 from welltuned.models.frozen import NF4Linear
-from welltuned.models.fuse import checkpoint_layers, find_head, fuse
+from welltuned.models.fuse import find_head, fuse
 from welltuned.models.lora import LoraSettings, attach
 from welltuned.models.packed import packed_model
+from welltuned.models.recompute import checkpoint_layers
 from welltuned.training.optimizer import AdamWSettings, FlatAdamW, clip_
 from welltuned.training.step import Engine, accumulate_gradient
 

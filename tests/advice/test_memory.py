@@ -193,9 +193,10 @@ def measured(setting, folder):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from welltuned.models.full import FullParameters
-    from welltuned.models.fuse import checkpoint_layers, find_head, fuse
+    from welltuned.models.fuse import find_head, fuse
     from welltuned.models.lora import AdapterBank, LoraSettings, attach
     from welltuned.models.packed import packed_model
+    from welltuned.models.recompute import checkpoint_layers
     from welltuned.training.optimizer import AdamWSettings, FlatAdamW
     from welltuned.training.step import Engine, accumulate_gradient
 
