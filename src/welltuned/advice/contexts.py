@@ -53,11 +53,11 @@ def table() -> str:
     model = eight_billion()
     lines = [
         BEGIN,
-        f"Forecast, not measured: the longest row for the shape of Llama-3.1-8B in bfloat16, rank {RANK} on every linear",
-        f"layer, one row a micro-batch, with a tenth of the memory left free. The model itself ends at "
-        f"{LLAMA_8B['max_position_embeddings']:,}.",
+        "Forecast, not measured: the longest row for the shape of Llama-3.1-8B in bfloat16, one row a micro-batch,",
+        f"rank {RANK} on every linear layer, a tenth of the memory left free. The model itself was trained for rows of",
+        f"{LLAMA_8B['max_position_embeddings']:,} tokens.",
         "",
-        "| GPU | tune | nothing recomputed | every layer recomputed | and offloaded to the host | host memory for that |",
+        "| GPU | tune | nothing recomputed | every layer recomputed | and its input on the host | which takes |",
         "|---|---|---|---|---|---|",
     ]
     for size in SIZES:

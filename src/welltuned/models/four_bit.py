@@ -37,6 +37,12 @@ def keep_dense(model: nn.Module) -> int:
     return sum(weight.keep() for weight in four_bit_weights(model))
 
 
+def forget_dense(model: nn.Module) -> None:
+    """Leave the codes alone again."""
+    for weight in four_bit_weights(model):
+        weight.kept = None
+
+
 def make_room(model: nn.Module, *, dense: bool) -> None:
     """Prove the 4-bit weights, and see to where they are expanded: for all time, or on a GPU in one place in turns.
 
