@@ -124,7 +124,7 @@ def plan_for(facts_of, data_of, machine_of):
 
 
 def test_70b_in_4_bits_fits_in_48_gb_part_by_part(plan_for):
-    plan = plan_for("llama-70b", 80, "r=16", tune="qlora", memory="48GB")
+    plan = plan_for("llama-70b", 80, "r=16", "offload_checkpoints=false", tune="qlora", memory="48GB")
     parts, linears = plan.memory.parts, 68_451_041_280
     assert plan.memory.fits and plan.memory.total_bytes < 48e9
     assert plan.facts.model.trunk_linear_parameters == linears

@@ -120,7 +120,7 @@ def test_so_many_layers_run_twice():
     def prepare(count):
         def run(model, fused: Fused):
             for i, layer in enumerate(model.model.layers):
-                layer.mlp.register_forward_hook(lambda *_, i=i: calls.append(i))
+                layer.mlp.register_forward_pre_hook(lambda *_, i=i: calls.append(i))
             assert checkpoint_layers(model, fused, count) == count
 
         return run
