@@ -139,6 +139,7 @@ class Spread:
         self._elapsed, self._clock = 0.0, time.monotonic()
         self._said: set[str] = set()
         self._workers: list[Any] = []
+        self._asking: dict[int, Any] = {}
 
     def tell(self, event: SearchEvent) -> None:
         """To the Run's files, and to the observer."""
@@ -242,10 +243,9 @@ class Spread:
                     arms = tuple((arm.number, dict(arm.settings)) for arm in mine)
                     orders[i] = Order(target=self.board.state.target, arms=arms)
             answers = self._carried_out(orders)
-            shares = {share for answer in answers for share in self._take(answer)}
-            for share in sorted(shares):
-                numbers = [a.number for a in self.board.state.arms if any(x.share == share for x in a.looks)]
-                self.board.tell_looks(numbers, share)
+            looks = {look for answer in answers for look in self._take(answer)}
+            for share in sorted({share for share, _ in looks}):
+                self.board.tell_looks(sorted(number for at, number in looks if at == share), share)
             self.save()
 
     def _carried_out(self, orders: Mapping[int, Order]) -> list[Answer]:
@@ -278,19 +278,21 @@ class Spread:
         import ray
 
         for i in orders:
-            known = {arm.number: arm.step for arm in self.board.state.arms if self.of.get(arm.number) == i}
-            try:
-                lines, notes = ray.get(self._workers[i].news.remote(known), timeout=None if surely else POLL)
-            except ray.exceptions.GetTimeoutError:  # it loads, or was lost and begins again
+            asked = None if surely else self._asking.pop(i, None)
+            if asked is None:
+                known = {arm.number: arm.step for arm in self.board.state.arms if self.of.get(arm.number) == i}
+                asked = self._workers[i].news.remote(known)
+            if not surely and not ray.wait([asked], timeout=POLL)[0]:  # it loads, or was lost and begins again
+                self._asking[i] = asked
                 continue
-            except ray.exceptions.RayActorError as error:
-                raise RunError(LOST_WORKER) from error
+            lines, notes = _got(asked)
             for text in notes:
                 if text not in self._said:
                     self._said.add(text)
                     self.tell(Note(text))
             for line in lines:
-                self._told(line)
+                if line["step"] > self.board.of(line["arm"]).step:  # else told in the meantime
+                    self._told(line)
 
     def _told(self, line: Mapping[str, Any]) -> None:
         arm = self.board.of(line["arm"])
@@ -303,9 +305,9 @@ class Spread:
         self.board.state = self.board.state.with_arm(replace(arm, step=step, tokens=arm.tokens + line["tokens"]))
         self.tell(event)
 
-    def _take(self, answer: Answer) -> set[float]:
-        """An answer into the board: what its arms came to. The shares that were looked at."""
-        shares = set()
+    def _take(self, answer: Answer) -> set[tuple[float, int]]:
+        """An answer into the board: what its arms came to. The looks that are new: share and arm."""
+        found = set()
         for plain in answer.arms:
             theirs = from_plain(ArmState, plain)
             ours = self.board.of(theirs.number)
@@ -315,10 +317,10 @@ class Spread:
             for look in theirs.looks:
                 if look.share > known:
                     self.board.looked(theirs.number, look.share, look.loss_of_row, answer.eval_tokens)
-                    shares.add(look.share)
+                    found.add((look.share, theirs.number))
             if theirs.status is Status.DIVERGED and self.board.of(theirs.number).alive:
                 self.board.end(theirs.number, Status.DIVERGED, theirs.why)
-        return shares
+        return found
 
     # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
