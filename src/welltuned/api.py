@@ -123,9 +123,9 @@ def sweep(
     asked = _recipe(recipe, options)
     question = question_of(arms, over, trials, minutes)
     require_free(Path(out))
-    found = sweep_prepared(prepare(asked), question, Path(out), observer, ray=ray, workers=workers)
-    _reported(found.run, observer)
-    return found
+    result = sweep_prepared(prepare(asked), question, Path(out), observer, ray=ray, workers=workers)
+    _reported(result.run, observer)
+    return result
 
 
 def resume(run: str | Path, *, observer: Observer = silent, accept_changes: bool = False) -> RunResult:

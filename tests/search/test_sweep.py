@@ -12,7 +12,6 @@ from welltuned.errors import InputError
 from welltuned.recipe import load_recipe
 from welltuned.search.arms import factors, first_arms, question_of
 from welltuned.search.events import ArmAdded, ArmEnded, ArmJudged, ArmUpdated
-from welltuned.search.report import from_json
 from welltuned.search.sweep import resume_sweep, sweep
 
 
@@ -50,8 +49,7 @@ def test_the_winner_is_a_run(found):
         "after"
     ]["loss"]
     text = welltuned.write_report(out).read_text()
-    assert result.found.advice in text and text.count("<circle") == sum(len(row.looks) for row in result.found.rows)
-    assert from_json(run["sweep"]) == result.found
+    assert result.found.advice in text
     assert welltuned.load(out).reply("2 times the red hat")
 
 

@@ -1,21 +1,25 @@
 """What a search found, as numbers, as a table, as a plot, and as what it changes about the advice."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from welltuned.advice.codec import from_plain, to_plain
+import numpy as np
+
+from welltuned.advice.codec import to_plain
 from welltuned.advice.learning_rate import two_digits
 from welltuned.advice.settle import shown
 from welltuned.search.applied import RATE
 from welltuned.search.arms import Arm
 from welltuned.search.board import Board
+from welltuned.search.curve import Curve
 from welltuned.search.halving import ENOUGH, mean, paired
 from welltuned.search.state import RungRecord
 
 GRID = 7  # rates that a grid would try, each to its end
+POINTS, BEYOND = 41, 0.2  # of the curve, which is drawn so far in ln(rate) beyond the outer arms
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 360, 70, 20, 30, 52
 _SHARES = ("#c9d6ea", "#8fb0d9", "#4f83c2", "#1f5fbf")
 
@@ -48,6 +52,16 @@ class ArmRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """The parabola at one rate: the median of the held-out loss there, and one standard deviation to either side."""
+
+    rate: float
+    low: float
+    loss: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
     """All of it.
 
@@ -56,6 +70,7 @@ class Found:
             (one standard deviation); None where the rate was not searched.
         regret: what the winner is expected to cost beyond the lowest point, relative to the loss.
         tokens: trained on by all arms. run_tokens: by the winner alone. evaluated: held-out tokens that were judged.
+        fitted: the parabola through the winner's group; `fitted_share` is after how much of the run it was measured.
     """
 
     rows: tuple[ArmRow, ...]
@@ -71,6 +86,8 @@ class Found:
     evaluated: int
     rungs: tuple[RungRecord, ...]
     advice: str
+    fitted: tuple[Fitted, ...] = ()
+    fitted_share: float | None = None
 
     @property
     def runs_worth(self) -> float:
@@ -93,7 +110,7 @@ def found_of(board: Board, winner: Arm) -> Found:
     state = board.of(winner.number)
     regret = math.nan if decision is None else decision.regret
     advised_regret = None if curve is None else curve.regret(at_advice)
-    found = Found(
+    return Found(
         rows=tuple(_row(board, number) for number in board.arms),
         winner=winner.number,
         advised_rate=advised,
@@ -107,8 +124,18 @@ def found_of(board: Board, winner: Arm) -> Found:
         evaluated=board.state.evaluated,
         rungs=board.state.rungs,
         advice=_changes(winner, advised, best, curve.x_error if curve is not None else None, advised_regret),
+        fitted=() if curve is None else _fitted(board, winner, curve),
+        fitted_share=None if curve is None else curve.share,
     )
-    return found
+
+
+def _fitted(board: Board, winner: Arm, curve: Curve) -> tuple[Fitted, ...]:
+    """The curve over the rates of the winner's group, and a little beyond."""
+    xs = [arm.x for arm in board.arms.values() if arm.group == winner.group]
+    x_P = np.linspace(min(xs) - BEYOND, max(xs) + BEYOND, POINTS)
+    rates = winner.plan.value(RATE) * np.exp(x_P - winner.x)
+    points = zip(rates.tolist(), *curve.losses(x_P).tolist(), strict=True)
+    return tuple(Fitted(rate=rate, low=low, loss=loss, high=high) for rate, low, loss, high in points)
 
 
 def _row(board: Board, number: int) -> ArmRow:
@@ -165,25 +192,6 @@ def to_json(found: Found) -> dict[str, Any]:
     plain: dict[str, Any] = to_plain(found)
     arms = plain.pop("rows")
     return {**plain, "runs_worth": found.runs_worth, "share_of_a_grid_of_seven": found.grid_share, "arms": arms}
-
-
-def from_json(plain: Mapping[str, Any]) -> Found:
-    """What `to_json` gave, after a journey through a file, in which numbers that are not finite are null.
-
-    Raises:
-        KeyError, TypeError, ValueError: it is something else.
-    """
-    known = {name: value for name, value in plain.items() if name in {f.name for f in fields(Found)}}
-    arms = []
-    for arm in plain["arms"]:
-        looks = [
-            {**look, **{name: math.inf for name in ("loss", "above_best") if look[name] is None}}
-            for look in arm["looks"]
-        ]
-        arms.append({**arm, "looks": looks})
-    found = from_plain(Found, {**known, "rows": arms})
-    assert isinstance(found, Found)
-    return found
 
 
 def table(found: Found) -> list[tuple[str, ...]]:
