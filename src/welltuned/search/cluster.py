@@ -40,6 +40,7 @@ from welltuned.training.step import Evaluation
 STATE = "search.json"  # where the search is, beside the workers' checkpoints
 LOST = 3  # times that a worker may be lost
 LOST_WORKER = f"a worker was lost {LOST + 1} times; its checkpoints are kept: go on with `welltuned resume`"
+PATIENCE = 60.0  # seconds after which it is told that a worker has not begun
 POLL = 1.0  # seconds between two questions how far the workers are
 LOCAL = "local"
 LOCAL_WORKERS = 2  # where there is no GPU
@@ -94,7 +95,8 @@ def _connected(search: Begun) -> Iterator[int]:
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             what = f"there is no Ray cluster at {address} ({' '.join(str(error).split())[:200]})"
-            raise InputError(what, where="--ray", mend="start one with `ray start`, or use --ray local") from error
+            mend = "start one with `ray start`, or use --ray local (of a search that goes on: `ray` in its sweep.json)"
+            raise InputError(what, where="--ray", mend=mend) from error
     try:
         yield _workers(search)
     finally:
@@ -140,6 +142,7 @@ class Spread:
         self._said: set[str] = set()
         self._workers: list[Any] = []
         self._asking: dict[int, Any] = {}
+        self._heard: set[int] = set()
 
     def tell(self, event: SearchEvent) -> None:
         """To the Run's files, and to the observer."""
@@ -284,7 +287,11 @@ class Spread:
                 asked = self._workers[i].news.remote(known)
             if not surely and not ray.wait([asked], timeout=POLL)[0]:  # it loads, or was lost and begins again
                 self._asking[i] = asked
+                if i not in self._heard and time.monotonic() - self._clock > PATIENCE:
+                    self._heard.add(i)
+                    self.tell(Note(f"worker {i} has not begun yet: it loads, or the cluster has no room for it"))
                 continue
+            self._heard.add(i)
             lines, notes = _got(asked)
             for text in notes:
                 if text not in self._said:
