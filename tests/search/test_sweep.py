@@ -108,7 +108,10 @@ def test_a_search_that_was_killed_ends_as_if_it_had_not_been(found, prepared_for
     with pytest.raises(Killed):
         sweep(prepared, question_of(3, []), out, kill)
     assert not (out / "run.json").exists()
-    again = resume_sweep(out)
+    told = []
+    again = resume_sweep(out, told.append)
+    names = {e.arm: e.name for e in told if isinstance(e, ArmAdded)}
+    assert names == {row.number: row.name for row in again.found.rows}  # also of those that began before
     assert same(adapter(out), adapter(whole))
     assert again.found.rows == result.found.rows and again.found.rungs == result.found.rungs
 

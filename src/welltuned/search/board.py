@@ -131,6 +131,13 @@ class Board:
     def tell_arm(self, number: int, why: str = "") -> None:
         self.tell(ArmAdded(number, self.arms[number].name, why))
 
+    def introduce(self, observer: Callable[[SearchEvent], None]) -> None:
+        """Name every arm, and those that ended, to somebody who comes in the middle; the Run's files know them."""
+        for arm in self.state.arms:
+            observer(ArmAdded(arm.number, self.arms[arm.number].name, ""))
+            if not arm.alive:
+                observer(ArmEnded(arm.number, arm.step, str(arm.status), arm.why))
+
     def end(self, number: int, status: Status, why: str) -> None:
         arm = self.of(number)
         self.state = self.state.with_arm(replace(arm, status=status, why=why))

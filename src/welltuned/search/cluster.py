@@ -58,7 +58,8 @@ def sweep_on_cluster(search: Begun, out: Path, observer: SearchObserver) -> Swee
 def go_on(search: Begun, directory: RunDir, observer: SearchObserver, notes: Sequence[str]) -> SweepResult:
     """A search over a cluster from where it is: from its state, or from the start."""
     _require_ray()
-    with interruptible() as signals, disk_errors(directory.path), _connected(search) as count:
+    # Ray takes the signals for itself when it starts, so that ours come after.
+    with _connected(search) as count, interruptible() as signals, disk_errors(directory.path):
         require_room(search.prepared.plan, math.ceil(search.most_arms / count))
         course = Spread(search, directory, observer, signals, count)
         for text in (*notes, *course.begin()):
@@ -164,12 +165,16 @@ class Spread:
             self.parts, self.of = plain["parts"], {int(number): i for number, i in plain["of"].items()}
             self._elapsed = plain["elapsed"]
             self.directory.cut_metrics(plain["metrics_bytes"])
-            said.append(f"goes on where {len(self.board.state.arms)} arms were compared at {self.board.share_now:.0%}")
+            self.board.introduce(self._observer)
+            alive = len(self.board.state.alive)
+            said.append(f"goes on with {alive} arms on their way to {self.board.share_now:.0%} of their runs")
         else:
             self.directory.cut_metrics(0)
             for text in self.search.said:  # the observer has heard it
                 self.directory.record(Note(text))
             said += self.search.prepared.notes
+            for number in self.board.arms:
+                self.board.tell_arm(number)
         self._start()
         counts = " and ".join(str(len(part)) for part in self.parts)
         return [*said, f"{len(self.parts)} workers of a Ray cluster begin with {counts} arms"]
@@ -217,9 +222,6 @@ class Spread:
         Raises:
             RunError: every arm diverged, or a worker was lost too often. Interrupted: the user ended it, after a save.
         """
-        for number in self.board.arms:
-            if not self.board.of(number).step:
-                self.board.tell_arm(number)
         while not self.board.state.ended:
             self._advance()
             if not self.board.state.alive:
