@@ -225,6 +225,19 @@ def test_an_adapter_that_begins_later_begins_as_any(tools, start):
     assert torch.allclose(bank.model(ids).logits, alone.model(ids).logits, atol=1e-5)
 
 
+def test_adapters_on_experts_that_begin_later(tools):
+    model = tools.model("mixtral")
+    where = dict(target_modules=("experts", "q_proj"), r=3)
+    bank = attach(tools.copy(model), [LoraSettings(**where), LoraSettings(**where)])
+    bank.flat_KP.add_(0.1)
+    bank.renew(1, LoraSettings(**where, seed=5, lora_alpha=7))
+    alone = attach(tools.copy(model), LoraSettings(**where, seed=5, lora_alpha=7)).tensors()
+    assert all(torch.equal(bank.tensors(1)[name], tensor) for name, tensor in alone.items())
+    assert any("experts" in name for name in alone)
+    stack = next(module for name, module in bank.modules.items() if "experts" in name)
+    assert list(stack.scale_K) == [32 / 3, 7 / 3]
+
+
 def test_a_row_has_room_for_no_larger_rank(tools):
     bank = attach(tools.model("llama"), [LoraSettings(r=2), LoraSettings(r=4)])
     bank.renew(0, LoraSettings(r=4))

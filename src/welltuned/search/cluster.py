@@ -43,6 +43,7 @@ LOST_WORKER = f"a worker was lost {LOST + 1} times; its checkpoints are kept: go
 PATIENCE = 60.0  # seconds after which it is told that a worker has not begun
 POLL = 1.0  # seconds between two questions how far the workers are
 LOCAL = "local"
+STORE = 256 << 20  # bytes of Ray's own memory: only plain values travel
 LOCAL_WORKERS = 2  # where there is no GPU
 
 
@@ -90,6 +91,7 @@ def _connected(search: Begun) -> Iterator[int]:
             ray.init(
                 address=None if address == LOCAL else address,
                 include_dashboard=False if address == LOCAL else None,
+                object_store_memory=STORE if address == LOCAL else None,
                 num_cpus=max(search.asked.workers or LOCAL_WORKERS, os.cpu_count() or 1) if address == LOCAL else None,
                 log_to_driver=False,
                 logging_level="ERROR",
