@@ -6,12 +6,13 @@
     python benchmarks/sweep.py bank  [--arms 1,2,4,8]
     python benchmarks/sweep.py cells                                          # computes no run: reads lr_law.jsonl
 
-**grid**: one bank trains seven rates around the advice, a factor of √2 apart, each to its end, and judges all of them at
-every rung: with running averages, as a search does, and with the weights as they are. **defaults**: the same for the
-defaults of other tools. **sweep**: what `welltuned sweep` finds on the same rows, the tokens that it takes, and its regret: the held-out
-loss of its choice against the lowest of the grid's. The grid's rows also replay searches whose arms are the grid's.
-**bank**: tokens a second, and peak memory, of K arms at once against the same K runs one after another, in turn
-(A B A B), each in a process of its own. **cells**: paired errors and the curve through the rates of lr_law.jsonl.
+**grid**: one bank trains seven rates around the advice, a factor of √2 apart, each to its end, and judges all of them
+at every rung: with running averages, as a search does, and with the weights as they are. **defaults**: the same for the
+defaults of other tools. **sweep**: what `welltuned sweep` finds on the same rows, the tokens that it takes, and its
+regret: the held-out loss of its choice against the lowest of the grid's. The grid's rows also replay searches whose
+arms are the grid's. **bank**: tokens a second, and peak memory, of K arms at once against the same K runs one after
+another, in turn (A B A B), each in a process of its own. **cells**: paired errors and the curve through the rates of
+lr_law.jsonl.
 """
 
 import argparse
