@@ -29,7 +29,7 @@ def lines(first: int, last: int) -> str:
     draw = np.random.default_rng(first)
     out = []
     for step, noise in zip(range(first, last + 1), draw.standard_normal(last - first + 1).tolist(), strict=True):
-        line = {"step": step, "loss": 1 + 2 * step**-0.2 + 0.1 * noise, "learning_rate": 1e-4, "grad_norm": 1 + noise**2}
+        line = {"step": step, "loss": 1 + 2 * step**-0.2 + 0.1 * noise, "learning_rate": 1e-4, "grad_norm": noise**2}
         line |= {"tokens": 4096, "supervised_tokens": 1024, "tokens_per_second": 9e3, "epoch": step / 1e5}
         line |= {"memory_bytes": 8_000_000_000, "weight_change": step / 1e8}
         if step % 10_000 == 0:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -158,22 +159,18 @@ def test_two_browsers_read_a_log_once(folder):
     """Readers at the same time, while it grows: no line counts twice, and none is lost."""
     shelf, half = Shelf(folder), folder / "half"
     (half / "metrics.jsonl").write_text("")
-    heard = []
 
     def look():
-        for _ in range(12):
-            heard.append(shelf.news(half))
+        return [shelf.news(half) for _ in range(12)]
 
-    readers = [threading.Thread(target=look) for _ in range(4)]
-    for reader in readers:
-        reader.start()
+    pool = ThreadPoolExecutor(4)
+    readers = [pool.submit(look) for _ in range(4)]
     with (half / "metrics.jsonl").open("a") as file:
         for first in range(0, 8_000, 500):
             file.write("".join(f'{{"step": {i}, "loss": 1.0}}\n' for i in range(first, first + 500)))
             file.flush()
             time.sleep(0.02)
-    for reader in readers:
-        reader.join(timeout=60)
+    heard = [told for reader in readers for told in reader.result(timeout=90)]
     shelf.news(half)
     with shelf.reading(half) as (run,):
         assert run.log.updates.column("step").tolist() == list(range(8_000)) and not run.log.damaged

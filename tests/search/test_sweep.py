@@ -48,7 +48,8 @@ def test_the_winner_is_a_run(found):
     assert [line["step"] for line in curve] == list(range(1, 13)) and curve[-1]["eval_loss"] == run["held_out"][
         "after"
     ]["loss"]
-    assert welltuned.write_report(out).is_file()
+    text = welltuned.write_report(out).read_text()
+    assert result.found.advice in text
     assert welltuned.load(out).reply("2 times the red hat")
 
 

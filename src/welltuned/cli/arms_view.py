@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.live import Live
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -43,11 +44,11 @@ class ArmsShown:
             case Note():
                 if event.text not in self.known:
                     self.known.add(event.text)
-                    self._line(f"  {event.text}", "dim")
+                    self._line(event.text, "dim")
             case ArmAdded():
                 self.names[event.arm] = event.name
                 if event.why:
-                    self._line(f"  another arm, {event.name}: {event.why}", "bold")
+                    self._line(f"another arm, {event.name}: {event.why}", "bold")
             case ArmUpdated():
                 self.latest[event.arm] = event
                 self.tokens += event.tokens
@@ -55,10 +56,10 @@ class ArmsShown:
             case ArmJudged():
                 self.judged[event.arm] = event
                 if not console.is_terminal:  # there the table has it
-                    self._line(f"  {self._judged(event)}", "bold")
+                    self._line(self._judged(event), "bold")
             case ArmEnded():
                 self.ended[event.arm] = event.status
-                self._line(f"  {self._name(event.arm)} {event.status}: {event.why}", "yellow")
+                self._line(f"{self._name(event.arm)} {event.status}: {event.why}", "yellow")
 
     def _name(self, arm: int) -> str:
         return visible(self.names.get(arm, f"arm {arm}"))
@@ -101,7 +102,8 @@ class ArmsShown:
         return table
 
     def _line(self, text: str, style: str) -> None:
-        (self.live.console if self.live is not None else console).print(Text(visible(text), style=style))
+        out = self.live.console if self.live is not None else console
+        out.print(Padding(Text(visible(text), style=style), (0, 0, 0, 2)))
 
     def close(self) -> None:
         if self.live is not None:
@@ -121,15 +123,21 @@ def print_found(found: "Found") -> None:
     from welltuned.search.report import spent, table
 
     header, *rows = table(found)
+    looks = range(1, len(header) - 3)
+    # Where there is no room for every look, the last one of each arm; sweep.json and the report have all of them.
+    wide = sum(map(len, header)) + 2 * len(header) + max(len(row.name) for row in found.rows) <= console.width
     shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for name in header:
-        shown.add_column(name, no_wrap=name != "arm")
+    shown.add_column(header[0], overflow="fold")
+    for name in (*(header[i] for i in looks), *header[-3:-1], "") if wide else ("held-out loss", *header[-3:-1], ""):
+        shown.add_column(name, no_wrap=True, justify="left" if name in (header[-3], "") else "right")
     reasons: dict[str, list[str]] = {}
     for cells, row in zip(rows, found.rows, strict=True):
-        *before, _ = cells
+        losses = [cells[i] for i in looks] if wide else [next((c for c in reversed(cells[1:-3]) if c), "")]
         chosen = row.number == found.winner
-        fate = "chosen" if chosen else row.status
-        shown.add_row(*(Text(visible(cell)) for cell in (*before, fate)), style="bold green" if chosen else None)
+        shown.add_row(
+            *(Text(visible(cell)) for cell in (cells[0], *losses, *cells[-3:-1], "chosen" if chosen else row.status)),
+            style="bold green" if chosen else None,
+        )
         if row.why:
             reasons.setdefault(row.why, []).append(row.name)
     console.print()

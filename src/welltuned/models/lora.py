@@ -5,6 +5,7 @@ with the start one operation each; every module's A_KRI and B_KOR are views of i
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from welltuned.models.lora_settings import LoraSettings as LoraSettings
 from welltuned.models.lora_start import Loss4Bit, begin, begin_experts, start_each
 from welltuned.models.targets import find_targets as find_targets
 from welltuned.models.targets import linear_modules as linear_modules
+
+# Gradients are columns of one flat buffer by design; of several adapters they are not contiguous.
+warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
 
 MAGNITUDE = "lora_magnitude_vector"  # PEFT's name of DoRA's trained row norms
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from welltuned.report.arms import drawn
 from welltuned.report.read import RunRead
-from welltuned.report.table import MOST_POINTS, Table, plain, smoothed, thinned
+from welltuned.report.table import MOST_POINTS, Floats, Table, plain, smoothed, thinned
 
 MEASURED = ("learning_rate", "grad_norm", "tokens_per_second", "memory_bytes", "weight_change")
 _PEAKS = ("loss", "grad_norm")  # curves whose highest and lowest values are kept
@@ -38,9 +38,9 @@ def curves(run: RunRead, most: int = MOST_POINTS) -> dict[str, Any]:
     found = {
         "name": run.name,
         "method": str(run.plan.recipe.method),
-        "updates": _without_ties(_columns(updates, shown, keep), ""),
-        "smooth": {name: plain(smoothed(updates.column(name))[keep]) for name in _NOISY if name in shown},
-        "evaluations": _without_ties(_columns(evaluations, ["step", *judged], judged_keep), "eval_"),
+        "updates": _columns(updates, shown, keep),
+        "smooth": {name: plain(smoothed(_column(updates, name))[keep]) for name in _NOISY if name in shown},
+        "evaluations": _columns(evaluations, ["step", *judged], judged_keep),
         "findings": [{"step": f.step, "id": f.id, "severity": str(f.severity)} for f in run.log.findings],
     }
     return found if run.search is None else {**found, "search": drawn(run.search, run.log)}
@@ -52,14 +52,12 @@ def _kept(table: Table, peaks: Sequence[str], most: int) -> NDArray[np.intp]:
     return np.unique(np.concatenate([thinned(table.column(name), most // len(there)) for name in there]))
 
 
-def _without_ties(columns: Columns, prefix: str) -> Columns:
-    """Accuracies but where the margin is exactly 0: the model is its own reference then, and every pair is a tie."""
-    accuracies, margins = (columns.get(f"{prefix}rewards/{name}") for name in ("accuracies", "margins"))
-    if accuracies is None or margins is None:
-        return columns
-    known = [None if margin == 0 else value for value, margin in zip(accuracies, margins, strict=True)]
-    return {**columns, f"{prefix}rewards/accuracies": known}
-
-
 def _columns(table: Table, names: Iterable[str], keep: NDArray[np.intp]) -> Columns:
-    return {name: plain(table.column(name)[keep], 12 if name == "step" else 6) for name in names}
+    return {name: plain(_column(table, name)[keep], 12 if name == "step" else 6) for name in names}
+
+
+def _column(table: Table, name: str) -> Floats:
+    """A column; accuracies without those of ties, where the margin is exactly 0: a model is its own reference then."""
+    values = table.column(name)
+    margins = name.removesuffix("accuracies") + "margins"
+    return np.where(table.column(margins) == 0, np.nan, values) if name.endswith("rewards/accuracies") else values

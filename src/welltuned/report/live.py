@@ -16,6 +16,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+import numpy as np
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -23,11 +24,13 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from welltuned.advice.settle import duration_words
 from welltuned.errors import InputError
 from welltuned.recipe import Method
 from welltuned.report.curves import curves
 from welltuned.report.log import Log
 from welltuned.report.page import listing, page
+from welltuned.report.parts import tiles
 from welltuned.report.read import RunRead, read_run_folder
 from welltuned.report.verdict import held_out, verdict
 from welltuned.training.events import Severity
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 DEEPEST = 4  # folders below the one that is served
 EVERY = 1.0  # seconds between looks at a run that trains
 LOG_SHOWN = 60
+PACE = 20  # updates by which the rest is judged
 COOKIE = "welltuned"
 
 
@@ -128,20 +132,33 @@ def state_of(run: RunRead) -> str:
     return "running" if at_work(run.path) else "interrupted"
 
 
+def seconds_left(run: RunRead) -> str | None:
+    """What the updates that are left take at the pace of the latest ones, in words; None where that is not known."""
+    table = run.log.updates
+    tokens, speed = (table.column(name)[-PACE:] for name in ("tokens", "tokens_per_second"))
+    known = np.isfinite(tokens) & (speed > 0)
+    if not known.any() or run.search is not None:
+        return None
+    return duration_words(float((tokens[known] / speed[known]).mean()) * max(0, run.plan.updates - len(table)))
+
+
 def news(run: RunRead) -> dict[str, Any]:
     """What a served page is told of a Run."""
     said, done, total = verdict(run), made(run), run.plan.updates
     findings = [f"{f.severity}: {f.sentence}" for f in run.log.findings]
     skipped = [f"update {line.get('step')} was left out: {line.get('what')}" for line in run.log.skipped]
     told = [*run.log.notes, *skipped, *findings][-LOG_SHOWN:]
+    running = at_work(run.path)
     lost = any(f.severity is Severity.ERROR for f in run.log.findings)
+    left = seconds_left(run) if running else None
     return {
         "finished": run.summary is not None,
-        "health": [said.health.name.lower(), "running" if at_work(run.path) and not lost else str(said.health)],
+        "health": ["healthy", "running"] if running and not lost else [said.health.name.lower(), str(said.health)],
         "sentence": said.sentence,
-        "running": at_work(run.path),
+        "running": running,
         "done": done / total if total else 0.0,
-        "state": f"{state_of(run)}: update {done:,} of {total:,}",
+        "state": f"{state_of(run)}: update {done:,} of {total:,}" + ("" if left is None else f", about {left} left"),
+        "tiles": tiles(run),
         "curves": curves(run),
         "log": told[::-1],
     }

@@ -32,8 +32,7 @@ def tiles(run: RunRead) -> list[tuple[str, str, str]]:
         found.append(("tokens", f"{tokens:,}", f"{supervised:,} of them {_trained(plan)}"))
     if (seconds := summary.get("seconds")) is not None:
         found.append(("time", duration_words(seconds), f"{summary['tokens_per_second']:,.0f} tokens/s"))
-    peak = summary.get("peak_memory_bytes")
-    if peak is not None:
+    if (peak := peak_of(run)) is not None:
         found.append(("peak memory", bytes_words(peak), f"forecast {bytes_words(plan.memory.total_bytes)}"))
     checks = summary.get("trained_tensors") or []
     if checks:
@@ -67,7 +66,13 @@ def _measured(run: RunRead) -> list[tuple[str, str, str]]:
         error = pair[1].get("standard_error")
         near = "" if error is None else f"± {error:.3f} "
         name = "held-out reward" if reward else "held-out loss"
-        found.append((name, f"{before:.3f} → {after:.3f}", f"{near}before and after training"))
+        found.append(
+            (
+                name,
+                f"{before:.3f} → {after:.3f}",
+                f"{near}before and {'after training' if run.summary is not None else 'at the last look'}",
+            )
+        )
     shares = run.log.evaluations.column("eval_rewards/accuracies")
     shares = shares[np.isfinite(shares)]
     if len(shares):
@@ -158,9 +163,18 @@ def choices_of(plan: Plan) -> list[dict[str, Any]]:
     ]
 
 
+def peak_of(run: RunRead) -> int | None:
+    """The most memory that was measured: run.json has the last process's, and a run may have been gone on with."""
+    seen = run.log.updates.column("memory_bytes")
+    return (
+        int(max((run.summary or {}).get("peak_memory_bytes") or 0, np.max(seen, initial=0, where=np.isfinite(seen))))
+        or None
+    )
+
+
 def memory_of(run: RunRead) -> dict[str, Any]:
     """Forecast by part, largest first, and what was measured; shares are of the larger of the two."""
-    memory, peak = run.plan.memory, (run.summary or {}).get("peak_memory_bytes")
+    memory, peak = run.plan.memory, peak_of(run)
     whole = max(memory.total_bytes, peak or 0, 1)
     parts = sorted(memory.parts.items(), key=lambda item: -item[1])
     return {

@@ -3,6 +3,7 @@
 A round is one update of every arm that takes part, each on its own rows, with its own rate, clipping and health.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -18,6 +19,7 @@ from welltuned.training.optimizer import AdamWSettings, FlatAdamW, Span, clip_
 from welltuned.training.snapshot import Origin
 from welltuned.training.step import Engine, Gradient
 
+LAYOUT = "grad and param do not obey the gradient layout contract"  # a hint of torch: rows of a buffer have gaps
 MEMORY = 0.1  # share of an arm's updates so far that its running average forgets over
 
 
@@ -49,7 +51,9 @@ class Bank:
     def gradients(self, engine: Engine, items: Items, shares: Sequence[Share]) -> list[Gradient]:
         """Each share's own gradient in its row of the buffer, from a cleared one."""
         self.optimizer.zero_grad()
-        return gradients(engine, items, shares)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=LAYOUT)
+            return gradients(engine, items, shares)
 
     def clip(self, limit: float) -> list[float]:
         """Every row's gradient scaled down to the limit by itself; the norms before that."""

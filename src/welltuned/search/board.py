@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from welltuned.advice.learning_rate import two_digits
 from welltuned.advice.plan import Plan
 from welltuned.advice.settle import shown
 from welltuned.errors import InputError
@@ -308,8 +309,11 @@ class Board:
         self.state = replace(self.state, rungs=(*self.state.rungs, record))
         at = ""
         if best is not None and curve is not None:
-            at = f", the best rate about {shown(best)} (×/÷ {math.exp(curve.x_error):.2f})"
-        self.tell(Note(f"at {share:.0%}: {leader.name} leads, expected to cost {decision.regret:.2%} of the loss{at}"))
+            at = f"; the best rate is about {shown(two_digits(best))} (×/÷ {math.exp(curve.x_error):.2f})"
+        what = "it is" if share >= 1 else "to choose it now is"
+        text = f"at {share:.0%} {leader.name} leads; {what} expected to cost {decision.regret:.2%} of the loss{at}"
+        if share >= 1 or len(self.state.alive) > 1:  # alone there is nothing to lead
+            self.tell(Note(text))
 
 
 def shares_of(updates: Iterable[int]) -> tuple[float, ...]:

@@ -40,33 +40,25 @@ class SearchForecast:
 
 
 def forecast(
-    arms: Sequence[Arm], shares: Sequence[float], *, more: int = 0, trials: int | None = None
+    base: Plan, arms: Sequence[Arm], shares: Sequence[float], *, more: int = 0, trials: int | None = None
 ) -> SearchForecast:
     """What these arms will take; evaluations are counted, loading the model is not.
 
     Args:
+        base: what the arms depart from, with the speed that is known of this machine.
         shares: after which shares of its run each arm is judged.
         more: arms that may be added. trials: arms of the whole search, where a sampler proposes them.
     """
-    plans = [arm.plan for arm in arms]
-    count = max(len(arms), trials or 0)
-    took = [plan.time.seconds for plan in plans]
-    runs = [seconds for seconds in took if seconds is not None]
-    if len(runs) < len(took):
-        return SearchForecast(arms=count, run=None, low=None, high=None, speed_from=plans[0].time.speed_from)
-    mean = math.fsum(runs) / len(runs)
-    look = mean * _look_share(plans[0])
+    count, speed = max(len(arms), trials or 0), base.time.tokens_per_second
+    if speed is None:
+        return SearchForecast(arms=count, run=None, low=None, high=None, speed_from=base.time.speed_from)
+    mean = math.fsum(arm.plan.time.tokens for arm in arms) / len(arms) / speed
+    look = base.facts.dataset.heldout_tokens * number("evaluation_cost_of_token") / speed
     first = min(1, len(shares) - 1)  # the look before it decides nothing
-    looks = len(shares) + 1
-    low = count * (mean * shares[first] + look * (first + 1)) + mean * (1 - shares[first]) + look * looks
-    high = (count + more) * (mean + look * looks)
-    return SearchForecast(arms=count, run=mean, low=low, high=high, speed_from=plans[0].time.speed_from)
-
-
-def _look_share(plan: Plan) -> float:
-    """What judging an arm once costs, as a share of its run."""
-    data = plan.facts.dataset
-    return data.heldout_tokens * number("evaluation_cost_of_token") / max(1, plan.time.tokens)
+    alone = mean * (1 - shares[first]) + look * (len(shares) - first - 1)
+    low = count * (mean * shares[first] + look * (first + 1)) + alone + 2 * look  # before and after, once
+    high = (count + more) * (mean + look * len(shares)) + 2 * look
+    return SearchForecast(arms=count, run=mean, low=low, high=high, speed_from=base.time.speed_from)
 
 
 def require_time(found: SearchForecast, seconds: float | None, plan: Plan) -> None:

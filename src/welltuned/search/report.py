@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from welltuned.advice.codec import to_plain
+from welltuned.advice.learning_rate import two_digits
 from welltuned.advice.settle import shown
 from welltuned.search.applied import RATE
 from welltuned.search.arms import Arm
@@ -175,7 +176,7 @@ def _changes(winner: Arm, advised: float, best: float | None, error: float | Non
         kept = "" if RATE in winner.settings else "; the advice's rates were kept"
         return f"Of what was compared, {winner.name} did best on your held-out rows{kept}."
     off = abs(math.log(best / advised))
-    where = f"The advice was {shown(float(advised))}; your rows put the best rate at {shown(float(best))} "
+    where = f"The advice was {shown(float(advised))}; your rows put the best rate at {shown(two_digits(best))} "
     where += f"(×/÷ {math.exp(error):.2f})"
     if regret < ENOUGH:
         return f"{where}: nothing changes. Staying with the advice is expected to cost {regret:.2%} of the loss."
@@ -225,7 +226,7 @@ def plot(found: Found) -> str:
     points = [(row, look) for row in found.rows for look in row.looks if math.isfinite(look.loss)]
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" '
-        f'font-size="12">',
+        f'font-size="12" role="img" aria-label="held-out loss over the learning rate">',
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
     ]
     if not points:

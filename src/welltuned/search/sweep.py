@@ -110,7 +110,8 @@ def sweep(
     require_trackers(prepared.recipe)
     extra = 0 if grid or not rules.rates else EXTENSION
     trials = None if search.sampler is None else search.sampler.trials
-    time = forecast(search.arms, shares_of(arm.plan.updates for arm in search.arms), more=extra, trials=trials)
+    shares = shares_of(arm.plan.updates for arm in search.arms)
+    time = forecast(plan, search.arms, shares, more=extra, trials=trials)
     require_time(time, rules.seconds, plan)
     for text in (time.sentence(), *search.said):
         observer(Note(text))

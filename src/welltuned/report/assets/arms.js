@@ -1,7 +1,7 @@
 "use strict";
 // A search: held-out loss over the learning rate with the curve that chose, and every arm as it trained.
 const arms = (() => {
-  const { plots, css, colours, short, axis, valueAxis, aligned, legend, box, bars, lines, logScale } = charts;
+  const { plots, css, colours, short, axis, stepAxis, valueAxis, aligned, legend, box, bars, lines, logScale } = charts;
   const percent = (share) => `${Math.round(100 * share)} %`;
 
   // Held-out loss over the rate. What was compared last is shown; the other looks can be: they are on another scale.
@@ -82,7 +82,7 @@ const arms = (() => {
     const options = {
       width: Math.max(made.clientWidth - 16, 240), height: 300,
       scales: { x: { time: false }, y: logarithmic ? logScale : {} },
-      axes: [axis(), valueAxis()],
+      axes: [stepAxis(), valueAxis()],
       series: [{ label: "update", value: (plot, value, _, at) => short(at === null ? plot.data[0].at(-1) : value) }, ...series.map((one) => ({
         label: one.name, stroke: css(one.colour), width: one.width, spanGaps: true,
         points: { show: one.points ?? false, size: 7, fill: css(one.colour) }, value: legend,

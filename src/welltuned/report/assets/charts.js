@@ -15,7 +15,10 @@ const charts = (() => {
     return String(Number(value.toPrecision(4)));
   };
 
+  const WHOLE = [1, 2, 5].flatMap((first) => [...Array(10).keys()].map((power) => first * 10 ** power)).sort((a, b) => a - b);
   const axis = () => ({ size: 34, stroke: css("--dim"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line"), width: 1 }, font: "12px system-ui" });
+
+  const stepAxis = () => ({ ...axis(), incrs: WHOLE }); // there is no half update
 
   // Columns of several series with places of their own, on one axis of all places.
   const aligned = (series) => {
@@ -99,5 +102,5 @@ const charts = (() => {
 
   const clear = () => plots.splice(0).forEach(({ plot, made }) => { plot.destroy(); made.remove(); });
 
-  return { plots, css, colours, short, axis, valueAxis, aligned, legend, box, bars, lines, logScale, clear };
+  return { plots, css, colours, short, axis, stepAxis, valueAxis, aligned, legend, box, bars, lines, logScale, clear };
 })();

@@ -48,6 +48,11 @@
     at("progress").value = now.done;
     at("progress").hidden = now.finished;
     put("state", now.state);
+    at("tiles").replaceChildren(...now.tiles.map((texts) => {
+      const tile = document.createElement("div");
+      tile.append(...texts.map((text, index) => { const part = document.createElement(index ? "dd" : "dt"); part.textContent = text; if (index === 2) part.className = "sub"; return part; }));
+      return tile;
+    }));
     if (key) {
       at("stop").hidden = !now.running;
       at("resume").hidden = now.running || now.finished;

@@ -1,7 +1,7 @@
 "use strict";
 // The curves of a run, or of several laid over each other.
 const run = (() => {
-  const { plots, css, colours, short, axis, valueAxis, aligned, legend, box, bars, lines, logScale } = charts;
+  const { plots, css, colours, short, axis, stepAxis, valueAxis, aligned, legend, box, bars, lines, logScale } = charts;
   const runs = JSON.parse(document.getElementById("runs").textContent);
   const histogram = JSON.parse(document.getElementById("histogram").textContent);
   const place = document.getElementById("charts");
@@ -98,7 +98,7 @@ const run = (() => {
       width: Math.max(made.clientWidth - 16, 240), height: chart.wide ? 320 : 170,
       cursor: { sync: { key: "welltuned" }, drag: { x: true, y: false } },
       scales: { x: { time: false }, y: log ? logScale : {} },
-      axes: [axis(), valueAxis()],
+      axes: [stepAxis(), valueAxis()],
       series: [{ label: "update", value: (plot, value, _, at) => short(at === null ? plot.data[0].at(-1) : value) }, ...series.map((one) => ({
         label: one.name, stroke: css(one.colour), width: one.width, spanGaps: true, dash: one.dash,
         points: { show: one.points ?? one.x.length < 3, size: 7, fill: css(one.colour) }, value: legend,
