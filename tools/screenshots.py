@@ -1,6 +1,6 @@
 """The pictures of docs/, made again: the report and the live page in both themes, and the report of a search.
 
-    python docs/screenshots.py DEMO_RUN SWEEP_RUN
+    python tools/screenshots.py DEMO_RUN SWEEP_RUN
 
 DEMO_RUN is what `welltuned demo` wrote, SWEEP_RUN what `welltuned sweep` wrote. Both are copied to a folder of their
 own first, and paths of this machine are taken out of the copies. The live page is the demo's run as it stood after half
@@ -99,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("demo", type=Path)
     parser.add_argument("sweep", type=Path)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs")
     given = parser.parse_args()
     demo, sweep, out = (path.resolve() for path in (given.demo, given.sweep, given.out))
     with tempfile.TemporaryDirectory() as place, chdir(place), browser() as driver:
