@@ -213,6 +213,9 @@ def test_a_run_is_planned_started_stopped_and_gone_on_with(browser, served, tiny
     def at(selector):
         return browser.find_element(By.CSS_SELECTOR, selector)
 
+    def edit(value):  # as people do; clear() by itself is a change already
+        at("#choice-learning_rate").send_keys(Keys.CONTROL + "a", Keys.NULL, value, Keys.TAB)
+
     browser.get(address)
     browser.find_element(By.LINK_TEXT, "Plan and start a run").click()
     offered = [one.get_attribute("value") for one in browser.find_elements(By.CSS_SELECTOR, "#files option")]
@@ -226,14 +229,12 @@ def test_a_run_is_planned_started_stopped_and_gone_on_with(browser, served, tiny
     at("[name=more]").send_keys("num_train_epochs: 400\nearly_stopping_patience: 0\neval_steps: 500")
     at("#form button").click()
     wait.until(lambda _: browser.find_elements(By.ID, "choice-learning_rate"))
-    at("#choice-learning_rate").clear()
-    at("#choice-learning_rate").send_keys("0.5", Keys.TAB)
+    edit("0.5")
     wait.until(lambda _: "learning_rate 0.5 (yours) is above" in at("#warnings").text)
     assert "GB" in at("#bytes").text or "MB" in at("#bytes").text
     browser.refresh()
     wait.until(lambda _: browser.find_elements(By.CSS_SELECTOR, "#choice-learning_rate.mine"))
-    at("#choice-learning_rate").clear()
-    at("#choice-learning_rate").send_keys("0.01", Keys.TAB)
+    edit("0.01")
     wait.until(
         lambda _: "0.5" not in at("#warnings").text and at("#choice-learning_rate").get_attribute("value") == "0.01"
     )
@@ -292,7 +293,9 @@ def test_the_list_is_sorted_and_compares(browser, served, run, tmp_path):
     for box in browser.find_elements(By.CSS_SELECTOR, "input[type=checkbox]"):
         box.click()
     browser.find_element(By.ID, "compare").click()
-    assert "Beside each other" in browser.page_source and len(drawn(browser, "gradient norm")) == 3
+    WebDriverWait(browser, 60).until(lambda _: browser.find_elements(By.CSS_SELECTOR, "#compared td"))
+    WebDriverWait(browser, 60).until(lambda _: browser.execute_script("return document.readyState") == "complete")
+    assert len(drawn(browser, "gradient norm")) == 3
     assert not complaints(browser)
 
 

@@ -163,7 +163,9 @@ const run = (() => {
     clearTimeout(waiting);
     waiting = setTimeout(all, 150);
   });
-  addEventListener("beforeprint", () => all());
+  for (const [event, printing] of [["beforeprint", true], ["afterprint", false]]) { // charts are as wide as paper then
+    addEventListener(event, () => { document.body.classList.toggle("printing", printing); all(); });
+  }
   all();
   return { update(now) { runs[0] = now; all(false); } };
 })();
