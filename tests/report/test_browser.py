@@ -236,7 +236,10 @@ def test_a_run_is_planned_started_stopped_and_gone_on_with(browser, served, tiny
     wait.until(lambda _: browser.find_elements(By.CSS_SELECTOR, "#choice-learning_rate.mine"))
     edit("0.01")
     wait.until(
-        lambda _: "0.5" not in at("#warnings").text and at("#choice-learning_rate").get_attribute("value") == "0.01"
+        lambda _: (
+            "learning_rate 0.5 " not in at("#warnings").text
+            and at("#choice-learning_rate").get_attribute("value") == "0.01"
+        )
     )
     require_readable(browser, None)
     at("[name=name]").send_keys("one")
