@@ -5,6 +5,13 @@ const arms = (() => {
   const MOST_GROUPS = 6;
   const percent = (share) => `${Math.round(100 * share)} %`;
 
+  const lowest = ({ best, factor }, judged) => {
+    if (!best || !factor) return "";
+    const where = `${short(Number(best.toPrecision(2)))} ×/÷ ${factor.toFixed(2)}`;
+    const beyond = best > Math.max(...judged.map((arm) => arm.rate)) * 1.2 || best < Math.min(...judged.map((arm) => arm.rate)) / 1.2;
+    return beyond ? ` Its lowest point lies beyond the arms, at about ${where}.` : ` Shaded: where its lowest point lies, ${where}.`;
+  };
+
   // Held-out loss over the rate. What was compared last is shown; the other looks can be: they are on another scale.
   const rates = (search, place) => {
     const judged = search.arms.filter((arm) => arm.rate !== null && arm.looks.length);
@@ -62,7 +69,7 @@ const arms = (() => {
     series.forEach((one, index) => { if (one.hidden) made.querySelectorAll(".u-legend .u-series")[index + 1].hidden = true; });
     const note = document.createElement("p");
     note.className = "note";
-    note.textContent = `Bars: one standard error of the distance to the best arm, paired row by row.${search.fitted.length ? " Band: one standard deviation of the fitted parabola." : ""}${search.best && search.factor ? ` Shaded: where its lowest point lies, ${short(search.best)} ×/÷ ${search.factor.toFixed(2)}.` : ""}`;
+    note.textContent = `Bars: one standard error of the distance to the best arm, paired row by row.${search.fitted.length ? " Band: one standard deviation of the fitted parabola." : ""}${lowest(search, judged)}`;
     made.append(note);
     plots.push({ made, plot, title });
   };
