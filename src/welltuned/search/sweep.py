@@ -104,6 +104,8 @@ def sweep(
         RunError: every arm diverged, or the result could not be written. Interrupted: a signal ended it, after a save.
     """
     require_free(out)
+    if workers is not None and ray is None:
+        raise InputError("belongs to --ray", where="--workers", mend="add --ray, or leave it out")
     search = begun(Asked(question, prepared.recipe, prepared.plan, grid, ray, workers), prepared)
     plan, rules = prepared.plan, search.rules
     require_memory(plan)
