@@ -30,17 +30,9 @@ from welltuned.training.preference import preference_objective, rows_used
 from welltuned.training.preference_step import Pairwise
 from welltuned.training.prepare import Prepared, prepare
 from welltuned.training.process import memory_used, return_freed_memory
+from welltuned.training.result import RunResult, disk_errors, summary_of, verify_and_save
 from welltuned.training.resume import place_of, require_device
-from welltuned.training.run import (
-    Ready,
-    RunResult,
-    begin,
-    disk_errors,
-    make_ready,
-    on_this_machine,
-    summary_of,
-    verify_and_save,
-)
+from welltuned.training.run import Ready, begin, make_ready, on_this_machine
 from welltuned.training.rundir import (
     ADAPTER,
     METRICS,
@@ -322,7 +314,8 @@ def _finished(asked: Asked, search: Search, winner: Arm, ready: Ready) -> SweepR
         "healed": {"updates_left_out": state.skipped, "token_budget": engine.token_budget},
         "saving": asdict(setting.keeper.cost),
     }
-    directory.write_json(RUN, {**summary_of(prepared, ready, result), **watched, "sweep": to_json(found)})
+    summary = summary_of(prepared, ready.fused, ready.notes, result)
+    directory.write_json(RUN, {**summary, **watched, "sweep": to_json(found)})
     return SweepResult(result, found, search.state, tuple(search.weights))
 
 
