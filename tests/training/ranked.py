@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 8.0  # seconds that ranks wait for each other in tests
+TIMEOUT = 40.0  # seconds that ranks wait for each other in tests
 
 
 @dataclass(frozen=True)
@@ -119,3 +119,18 @@ def trained(out: Path, **options):
         return losses, result.after.loss if result.after is not None else None
 
     return train
+
+
+def resumed(run: Path):
+    """A function for `in_ranks` that goes on with a run."""
+    import welltuned
+
+    def resume(rank):
+        return welltuned.resume(run).updates
+
+    return resume
+
+
+def finished(ended):
+    assert [e.code for e in ended] == [0] * len(ended), "\n".join(e.said for e in ended)
+    return ended
