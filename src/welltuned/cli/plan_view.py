@@ -62,9 +62,10 @@ def print_plan(plan: Plan, out: Console = console, *, whole: bool = False, comma
     out.print()
 
 
-def train_command(arguments: Namespace) -> str:
-    """`plan`'s options as a command that trains."""
-    words = ["welltuned", "train", *([arguments.recipe] if arguments.recipe else [])]
+def train_command(arguments: Namespace, processes: int = 1) -> str:
+    """`plan`'s options as a command that trains, in one process or in several that share every update."""
+    shared = ["torchrun", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+    words = [*shared, "welltuned", "train", *([arguments.recipe] if arguments.recipe else [])]
     given = vars(arguments)
     for option in ("model", "data", "eval_data", "map", "subset", "split", "method", "tune", "memory"):
         value = given.get(option)
