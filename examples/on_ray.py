@@ -3,9 +3,9 @@
     python examples/on_ray.py --workers 8 --gpus 1 --out /shared/runs/first -- sft.yaml --set r=32
 
 Ray starts the processes and notices when one is gone; what they do together is welltuned's own (docs/many_gpus.md).
-What follows `--` are the options of `welltuned train`. The Run, the model and the rows must lie where every machine sees
-them. A run that a worker's death ended goes on with `welltuned resume`, up to `--restarts` times; one that failed by
-itself, or that was given wrong input, is not tried again.
+What follows `--` are the options of `welltuned train`. The Run, the model and the rows must lie where every machine
+sees them. A run that a worker's death ended goes on with `welltuned resume`, up to `--restarts` times; one that failed
+by itself, or that was given wrong input, is not tried again.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""examples/on_ray.py on a local cluster: a worker is killed in the middle of a run, which goes on to the same result."""
+"""examples/on_ray.py on a local cluster: a worker is killed in the middle of a run, which goes on to its end."""
 
 import importlib.util
 import json

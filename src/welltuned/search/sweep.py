@@ -11,6 +11,7 @@ from welltuned.advice.codec import from_plain, to_plain
 from welltuned.advice.plan import Plan, plan_to_yaml, require_memory
 from welltuned.choice import SetBy
 from welltuned.errors import InputError
+from welltuned.facts.machine import require_one_process
 from welltuned.models.lora import AdapterBank
 from welltuned.models.packed import packed_model
 from welltuned.recipe import Method, Recipe, load_recipe, recipe_to_dict, recipe_to_yaml
@@ -102,6 +103,7 @@ def sweep(
         InputError: what is asked cannot be searched, or does not fit into memory or onto the disk.
         RunError: every arm diverged, or the result could not be written. Interrupted: a signal ended it, after a save.
     """
+    require_one_process("a sweep")
     require_free(out)
     asked = Asked(question, prepared.recipe, prepared.plan, grid)
     arms = first_arms(prepared.plan, question)
@@ -143,6 +145,7 @@ def resume_sweep(path: Path, observer: SearchObserver = unheard, *, accept_chang
     Raises:
         InputError: it is finished, or something changed since. And what `sweep` raises.
     """
+    require_one_process("a sweep")
     if is_finished(path):
         raise InputError("the search is finished", where=str(path), mend=f"use it: welltuned chat {path}")
     path = path.resolve()
