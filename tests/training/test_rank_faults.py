@@ -65,8 +65,8 @@ def hangs():
 
 
 PLACES = {  # who, in what, at which call; the update whose checkpoint is there
-    "in a backward pass": (1, step_module, "_loss", 6, None),
-    "the first, in a backward pass": (0, step_module, "_loss", 30, None),
+    "in a backward pass": (1, step_module, "_loss", 6, 4),
+    "the first, in a backward pass": (0, step_module, "_loss", 5, 4),
     "in the sum over the ranks": (1, Group, "sum_", 4, 2),
     "in a save": (0, keeper_module, "write_checkpoint", 2, 2),
     "where all compare their weights": (1, Group, "require_equal", 2, 2),
@@ -89,15 +89,14 @@ def test_a_rank_that_is_killed(options, straight, tmp_path, monkeypatch, place):
     said = ended[1 - rank].said
     assert said.count("welltuned: process") == 1 and f"process {rank} of 2 is gone, and this run with it" in said
     found = newest(run, None)[0]
-    if saved is not None:
-        assert found.position.step == saved
+    assert found.position.step == saved or (saved == 4 and found.position.step == 2)  # it was being written
     welltuned.resume(run)
     assert_same_run(run, straight)
 
 
 def test_a_rank_that_hangs(options, straight, tmp_path, monkeypatch):
     """The others wait for it no longer than they were told to."""
-    at_call(monkeypatch, step_module, "_loss", 1, 30, hangs)
+    at_call(monkeypatch, step_module, "_loss", 1, 5, hangs)
     ended = in_ranks(trained(tmp_path / "run", **options), 2, tmp_path / "said", timeout=5.0)
     monkeypatch.undo()
     assert ended[0].code == 1 and "process 1 of 2 did not answer for 5 s" in ended[0].said
@@ -147,8 +146,11 @@ def test_a_row_that_is_not_finite_on_one_rank(options, rows_of, tmp_path, monkey
     spoil(monkeypatch, bad, where)
     welltuned.train(out=tmp_path / "one", **options)
     finished(in_ranks(trained(tmp_path / "run", **options), 2, tmp_path / "said"))
-    skipped = [line for line in lines(tmp_path / "run") if line.get("event") == "skipped"]
-    assert [line["rows"] for line in skipped] == [[bad]] and skipped[0]["step"] == 3
+    skipped, wanted = (
+        [(line["step"], line["rows"]) for line in lines(tmp_path / name) if line.get("event") == "skipped"]
+        for name in ("run", "one")
+    )
+    assert skipped == wanted and skipped[0] == (3, [bad])
     assert_same_run(tmp_path / "run", tmp_path / "one")
 
 
@@ -200,7 +202,7 @@ def test_an_error_of_one_rank_is_one_sentence(options, tmp_path, monkeypatch):
     def fails():
         raise ValueError("a bug of mine")
 
-    at_call(monkeypatch, step_module, "_loss", 1, 20, fails)
+    at_call(monkeypatch, step_module, "_loss", 1, 3, fails)
     ended = in_ranks(trained(tmp_path / "run", **options), 2, tmp_path / "said")
     assert [e.code for e in ended] == [1, 1]
     assert "welltuned: process 1 of 2: ValueError: a bug of mine" in ended[0].said
