@@ -54,9 +54,13 @@ format: setup ## put the source into ruff's format
 bench: setup ## measure speed and memory; results go to benchmarks/results
 	@$(BIN)/python benchmarks/sft_cpu.py $(ARGS)
 
-docs: setup ## make docs/evidence.md and docs/when_it_goes_wrong.md again from the code's own words
+docs: setup ## make the pages that come from the code again, and build the documentation: build/site, links checked
 	@$(BIN)/python -m welltuned.advice.page docs/evidence.md
+	@$(BIN)/python -m welltuned.advice.reference docs/hyperparameters.md
+	@$(BIN)/python -m welltuned.advice.lint.page > docs/checks.md
+	@$(BIN)/python -m welltuned.cli.page > docs/commands.md
 	@$(BIN)/python -m welltuned.training.monitor.page > docs/when_it_goes_wrong.md
+	@$(BIN)/python tools/site.py
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

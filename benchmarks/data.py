@@ -1,10 +1,10 @@
 """What reading data costs: rows/s and memory of tokenising, masking and auditing, fresh and from the cache.
 
-    python benchmarks/data.py [--rows 1000000] [--gsm8k gsm8k_train.jsonl] [--json-gigabytes 0]
+    python benchmarks/data.py [--rows 1000000] [--gsm8k gsm8k_train.jsonl] [--json-gigabytes 0] [--file FILE]
 
 Short chats of SmolLM2's tokenizer, in a process of its own each time, so that the peak is that of the data: resident
 memory at its highest less resident memory after the tokenizer was loaded. `--json-gigabytes 5` measures a file of 5 GB,
-of 1.2 kB rows, and reads 200 updates of 16 rows from it.
+of 1.2 kB rows, and reads 200 updates of 16 rows from it; `--file` one that there is.
 """
 
 import argparse
@@ -32,10 +32,16 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--gsm8k", type=Path)
     parser.add_argument("--json-gigabytes", type=float, default=0.0)
+    parser.add_argument("--file", type=Path, help="this file alone, into data_file.json")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure is not None:
         print(json.dumps(measure(given.measure)))
+        return
+    if given.file is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            of_file = fresh_and_cached(given.file, Path(folder))
+        print(write_result("data_file", {"machine": describe_machine(), "file": given.file.name, **of_file}))
         return
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

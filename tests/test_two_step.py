@@ -1,4 +1,4 @@
-"""The README's two steps, as commands: SFT, then DPO from its adapter."""
+"""The two steps of docs/guides/dpo.md, as commands: SFT, then DPO from its adapter."""
 
 import argparse
 import importlib.util

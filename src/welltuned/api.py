@@ -6,7 +6,7 @@ tuned = welltuned.load("runs/tickets")
 print(tuned.reply("My kettle leaks."))
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def train(recipe: str | None = None, *, out: str | Path, observer: Observer = si
     return result
 
 
-def _report(result: RunResult, observer: Observer) -> None:
+def _report(result: RunResult, observer: Callable[[Note], None]) -> None:
     """Write its page beside it; that this fails is told and no reason to lose a result."""
     try:
         write_page(result.path)
@@ -112,19 +112,28 @@ def sweep(
     out: str | Path,
     arms: int | None = None,
     over: Sequence[str] = (),
+    trials: int | None = None,
+    minutes: float | None = None,
+    ray: str | None = None,
+    workers: int | None = None,
     observer: SearchObserver = unheard,
     **options: Any,
 ) -> SweepResult:
     """Try learning rates (or what `over` names, such as "r=8,32") on one base at once; the winner's Run is in `out`.
 
     Args:
-        arms: how many rates are tried at the start; None for three.
+        arms: how many are tried at once; None for three rates.
+        trials: how many arms Optuna may choose, from three dimensions or one range ("r=8..64") on.
+        minutes: what the search may take.
+        ray: a Ray cluster to spread the arms over: its address, or "local". workers: how many there.
         options: as in `plan`.
     """
     asked = _recipe(recipe, options)
-    question = question_of(arms, over)
+    question = question_of(arms, over, trials, minutes)
     require_free(Path(out))
-    return sweep_prepared(prepare(asked), question, Path(out), observer)
+    result = sweep_prepared(prepare(asked), question, Path(out), observer, ray=ray, workers=workers)
+    _report(result.run, observer)
+    return result
 
 
 def resume(run: str | Path, *, observer: Observer = silent, accept_changes: bool = False) -> RunResult:
@@ -138,7 +147,9 @@ def resume(run: str | Path, *, observer: Observer = silent, accept_changes: bool
         InputError: there is no unfinished run, or something changed.
     """
     if is_sweep(Path(run)):
-        return resume_sweep(Path(run), accept_changes=accept_changes).run
+        searched = resume_sweep(Path(run), accept_changes=accept_changes).run
+        _report(searched, observer)
+        return searched
     with joined() as ranks:
         result = resume_run(Path(run), observer, accept_changes=accept_changes, ranks=ranks)
         ranks.first(lambda: _report(result, observer))

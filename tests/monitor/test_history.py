@@ -108,6 +108,25 @@ def test_numbers_that_are_none_are_a_divergence(plan):
     json.dumps(watch.state(), allow_nan=False)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_batches_of_few_rows_are_no_divergence(plan, seed):
+    """A loss that only varies by its rows, as at a small rate, whose first batch may be the easiest of all."""
+    losses = np.random.default_rng(seed).normal(1.65, 0.3, 60)
+    losses[0] = 1.2
+    watch = Watch(plan)
+    said = [found for step, loss in enumerate(losses, 1) for found in watch.see(updated(step, float(loss), total=60))]
+    assert [found.id for found in said if found.id == "divergence"] == []
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_divergence_from_the_first_updates_on(plan, seed):
+    rise = 1.5 + np.array([0, 0.1, 0.4, 1.5, 3, 5, 6] + 23 * [6.5])
+    losses = rise + np.random.default_rng(seed).normal(0, 0.3, 30)
+    watch = Watch(plan)
+    told = [step for step, loss in enumerate(losses, 1) if watch.see(updated(step, float(loss), total=30))]
+    assert told and told[0] <= 20
+
+
 def test_a_finding_reads_back():
     remedies = Remedy("wait"), Remedy("lower the rate", {"learning_rate": 1e-4})
     finding = Finding("x", Severity.ERROR, 3, "a is 1", "Because of b", remedies)

@@ -1,6 +1,8 @@
 """What pages may do where the owner allows it: plan, start, stop, go on, ask; and what they may not."""
 
 import json
+import re
+import shutil
 import time
 
 import pytest
@@ -88,6 +90,27 @@ def until(true, seconds=90):
 def made(control):
     lines = (control.folder / "one" / "metrics.jsonl").read_text().splitlines()
     return sum('"loss"' in line for line in lines)
+
+
+def test_other_keys_come_a_line_each(act, asked):
+    found = act("plan", **asked, more="max_steps: 7\n\n lora_alpha=8 \nchat_template_kwargs: {a: b=c}\n")
+    assert "chat_template_kwargs" in found.get("error", "chat_template_kwargs")
+    found = act("plan", **asked, more="max_steps: 7\nlora_alpha=8\n")
+    values = {line["name"]: line["value"] for line in found["choices"] if line["by_user"]}
+    assert values == {"max_steps": "7", "lora_alpha": "8"}
+    assert "no key with a value" in act("plan", **asked, more="max_steps")["error"]
+
+
+def test_what_the_form_offers(control, act, run, tmp_path, monkeypatch):
+    (tmp_path / "here" / "data" / "deep").mkdir(parents=True)
+    for name in ("a.jsonl", "data/b <i>.csv", "data/deep/c.jsonl", "notes.md", "data/.hidden.jsonl"):
+        (tmp_path / "here" / name).write_text("")
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copytree(run, control.folder / "one")
+    text = act.client.get("/start").text
+    offered = re.findall(r'<option value="([^"]+)">', text)
+    assert offered[-2:] == ["a.jsonl", "data/b &lt;i&gt;.csv"] and "smollm2-135m-instruct" in offered[0:2]
+    assert any(str(name).endswith("llama0") or "llama" in name for name in offered[:-2])
 
 
 @pytest.mark.parametrize("name", ["../out", "a/b", "", "-x", "a b", ".hidden", None, "x" * 99])

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -17,7 +18,7 @@ pytest.importorskip("starlette", reason="welltuned[serve] is not installed")
 from starlette.testclient import TestClient
 
 from welltuned.cli.main import main
-from welltuned.report.live import Shelf, app, news
+from welltuned.report.live import Shelf, app
 from welltuned.report.log import Log
 from welltuned.training.lock import LOCK, at_work
 
@@ -135,10 +136,10 @@ def test_a_token_where_others_can_reach_it(folder):
 
 def test_whether_a_run_is_at_work(folder):
     half = folder / "half"
-    assert not at_work(half) and news(Shelf(folder).read(half))["state"].startswith("interrupted")
+    assert not at_work(half) and Shelf(folder).news(half)["state"].startswith("interrupted")
     host = os.uname().nodename
     (half / LOCK).write_text(json.dumps({"pid": os.getpid(), "host": host}))
-    assert at_work(half) and news(Shelf(folder).read(half))["state"].startswith("running: update")
+    assert at_work(half) and Shelf(folder).news(half)["state"].startswith("running: update")
     (half / LOCK).write_text(json.dumps({"pid": os.getpid(), "host": "elsewhere"}))
     assert not at_work(half)
     (half / LOCK).write_text("{")
@@ -152,6 +153,63 @@ def test_a_million_lines_stay_small(tmp_path):
     log = Log(path)
     log.follow()
     assert len(log.updates) == 100_000 and len(log.updates.names) == 3
+
+
+def test_two_browsers_read_a_log_once(folder):
+    """Readers at the same time, while it grows: no line counts twice, and none is lost."""
+    shelf, half = Shelf(folder), folder / "half"
+    (half / "metrics.jsonl").write_text("")
+
+    def look():
+        return [shelf.news(half) for _ in range(12)]
+
+    pool = ThreadPoolExecutor(4)
+    readers = [pool.submit(look) for _ in range(4)]
+    with (half / "metrics.jsonl").open("a") as file:
+        for first in range(0, 8_000, 500):
+            file.write("".join(f'{{"step": {i}, "loss": 1.0}}\n' for i in range(first, first + 500)))
+            file.flush()
+            time.sleep(0.02)
+    heard = [told for reader in readers for told in reader.result(timeout=90)]
+    shelf.news(half)
+    with shelf.reading(half) as (run,):
+        assert run.log.updates.column("step").tolist() == list(range(8_000)) and not run.log.damaged
+    assert all(one["curves"]["updates"]["step"] == sorted(set(one["curves"]["updates"]["step"])) for one in heard)
+
+
+def test_what_runs_differ_in_is_listed(folder):
+    other = folder / "half" / "plan.yaml"
+    text = other.read_text()
+    other.write_text(re.sub(r"(learning_rate:\n +value: )0.01", r"\g<1>0.02", text, count=1))
+    assert other.read_text() != text
+    text = client(folder).get("/compare?run=a%2Fdone&run=half").text
+    table = re.search(r'<section id="compared".*?</section>', text, re.S)[0]
+    assert re.findall(r"<code>([^<]+)</code>", table) == ["learning_rate"] and "<td>0.01</td>" in table
+    assert "<td>0.02</td>" in table and "differ in no choice" not in table
+    assert "differ in no choice" in client(folder).get("/compare?run=a%2Fdone&run=a%2Fdone").text
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_is_interrupted(folder, tiny_model_dir, data_file):
+    """SIGKILL in the middle of a run: whoever looks is told so, and how to go on."""
+    out = folder / "killed"
+    sets = ("learning_rate=1e-2", "num_train_epochs=300", "eval_steps=500", "early_stopping_patience=0")
+    command = ["train", "--model", str(tiny_model_dir), "--data", data_file, "--out", str(out)]
+    command += [word for text in sets for word in ("--set", text)]
+    training = subprocess.Popen([sys.executable, "-m", "welltuned", *command], stderr=subprocess.DEVNULL)
+    metrics = out / "metrics.jsonl"
+    until = time.monotonic() + 90
+    while not (metrics.is_file() and metrics.read_text().count('"loss"') > 3) and time.monotonic() < until:
+        time.sleep(0.05)
+    shelf = Shelf(folder)
+    assert shelf.news(out)["running"]
+    training.kill()
+    training.wait(timeout=20)
+    with metrics.open("a") as file:
+        file.write('{"step": 9999, "lo')
+    told = shelf.news(out)
+    assert not told["running"] and told["state"].startswith("interrupted: update") and not told["finished"]
+    assert "welltuned resume" in shelf.page(out) and 9999 not in told["curves"]["updates"]["step"]
 
 
 def test_as_a_process(folder):

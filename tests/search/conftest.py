@@ -19,3 +19,12 @@ def prepared_for(tiny_model_dir, data_file):
         return prepare(load_recipe(None, {**usual, "learning_rate": 1e-2, "eval_fraction": 0.2, **options}))
 
     return prepared
+
+
+@pytest.fixture(scope="session")
+def pairs(write_rows, tmp_path_factory):
+    """A file of preference pairs: the chosen answers name a hat, the rejected ones a cup."""
+    rows = [
+        {"prompt": f"{i} times the hat", "chosen": f"hat {'red ' * (i % 4)}", "rejected": f"cup {i}"} for i in range(40)
+    ]
+    return write_rows(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", rows)

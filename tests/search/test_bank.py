@@ -31,8 +31,14 @@ def arms_of(out, result):
     ]
 
 
-def of_rank(tensors, r):
-    return {name: t[:r] if name.endswith("lora_A") else t[:, :r] for name, t in tensors.items()}
+def like(tensors, others):
+    """Cut to the others' ranks: adapters lie in slots of the largest. What is cut off is 0."""
+    found = {}
+    for name, t in tensors.items():
+        cut = tuple(slice(0, n) for n in others[name].shape)
+        assert float(t.abs().sum()) == pytest.approx(float(t[cut].abs().sum()))
+        found[name] = t[cut]
+    return found
 
 
 def distance(a, b):
@@ -67,30 +73,48 @@ def alone(tiny_model_dir, data_file, tmp_path_factory):
     return alone
 
 
-DIMENSIONS = {
+OPTIMIZER = dict(weight_decay=0.3, adam_beta1=0.8, adam_beta2=0.95, max_grad_norm=0.05, warmup_steps=3,
+                 lr_scheduler_type="cosine", loraplus_lr_ratio=4.0)  # fmt: skip
+ADAPTER = dict(r=4, lora_alpha=4, use_rslora=True, init_lora_weights="gaussian", seed=5, lora_dropout=0.1,
+               target_modules=["q_proj", "down_proj"], layers_to_transform=[1], alpha_pattern={"q_proj": 8},
+               rank_pattern={"down_proj": 2})  # fmt: skip
+ROWS = dict(loss_on="everything", packing=False, max_length=40, token_budget=64, gradient_checkpointing=True)
+CASES = {  # what arms differ in, and the recipe beside it
     "rates": (["learning_rate=1e-3,3e-3,1e-2"], {}),
     "ranks and alphas": (["r=2,8", "lora_alpha=8,32"], {}),
     "dropouts": (["lora_dropout=0,0.3"], {}),
     "epochs, batches": (["num_train_epochs=1,2", "effective_batch_size=8,16"], {"max_steps": 100}),
+    "seeds": (["seed=1,2"], {"lora_dropout": 0.1}),
+    "settings of optimizer and adapter": (["learning_rate=3e-3,1e-2"], {**OPTIMIZER, **ADAPTER}),
+    "how rows are cut": (["learning_rate=3e-3,1e-2"], ROWS),
+    "DoRA": (["learning_rate=3e-3,1e-2"], {"use_dora": True}),
+    "PiSSA": (["learning_rate=1e-3,3e-3"], {"init_lora_weights": "pissa"}),
+    "OLoRA": (["learning_rate=1e-3,3e-3"], {"init_lora_weights": "olora"}),
+    "QLoRA": (["learning_rate=3e-3,1e-2"], {"tune": "qlora"}),
+    "DPO": (["learning_rate=1e-3,1e-2"], {"method": "dpo", "effective_batch_size": 8}),
+    "DPO, IPO's loss, r": (["r=2,8"], {"method": "dpo", "effective_batch_size": 8, "loss_type": "ipo", "beta": 0.3}),
+    "ORPO": (["learning_rate=1e-3,1e-2"], {"method": "orpo", "effective_batch_size": 8, "beta": 0.3}),
+    "DPO in 4 bits": (["learning_rate=1e-3,1e-2"], {"method": "dpo", "tune": "qlora", "effective_batch_size": 8}),
 }
+QUICK = ("rates", "ranks and alphas", "settings of optimizer and adapter", "DPO")
 
 
 @pytest.mark.parametrize(
     ("over", "options"),
-    [
-        pytest.param(*case, id=name, marks=[pytest.mark.slow] if name in ("dropouts", "epochs, batches") else [])
-        for name, case in DIMENSIONS.items()
-    ],
+    [pytest.param(*case, id=name, marks=[] if name in QUICK else [pytest.mark.slow]) for name, case in CASES.items()],
 )
-def test_a_bank_is_separate_runs(banked, alone, over, options):
+def test_a_bank_is_separate_runs(banked, alone, pairs, over, options):
+    if options.get("tune") == "qlora":
+        pytest.importorskip("bitsandbytes")
+    if "method" in options:
+        options = {**options, "data": pairs}
     out, result = banked(over, **options)
     arms = arms_of(out, result)
     assert len(arms) >= 2
     for settings, losses, tensors in arms:
-        known = {key: options[key] for key in options}
-        single, adapter = alone(**{**known, **settings})
+        single, adapter = alone(**{**options, **settings})
         assert losses == pytest.approx(single, rel=CLOSE)
-        assert distance(of_rank(tensors, settings.get("r", 16)), adapter) < CLOSE
+        assert distance(like(tensors, adapter), adapter) < CLOSE
     assert len({losses[-1] for _, losses, _ in arms}) == len(arms)  # they are different runs
 
 

@@ -121,6 +121,22 @@ def test_other_dimensions_are_compared_as_measured():
     assert found.leader == 4 and {0, 1, 2} <= set(found.drop)
 
 
+def test_a_lead_early_on_is_not_believed_until_the_end():
+    """Of two groups that nothing tells apart neither is chosen early."""
+
+    def entries(shares, lead):
+        return [Entry(i, 0.0, f"r={8 * 2**i}", tuple(Look(s, losses(0.0, 0.0, noise=0.0, level=1 + i * lead))
+                      for s in shares)) for i in range(2)]  # fmt: skip
+
+    priors = {"r=8": Prior(0.0, 0.4), "r=16": Prior(0.0, 0.4)}
+    early = decide(entries((0.1, 0.2), 0.0), WEIGHTS, priors, extended=True, rates=False)
+    assert early.stop is None and not early.drop and early.regret > ENOUGH
+    clear = decide(entries((0.1, 0.2), 0.03), WEIGHTS, priors, extended=True, rates=False)
+    assert clear.leader == 0 and clear.regret < ENOUGH
+    last = decide(entries((0.4, 1.0), 0.0), WEIGHTS, priors, extended=True, rates=False)
+    assert last.regret < ENOUGH
+
+
 @pytest.mark.parametrize("updates", [1, 2, 5, 7, 30, 84, 400, 1_000, 20_000])
 def test_rungs_rise_to_the_end(updates):
     found = rungs(updates)

@@ -48,7 +48,8 @@ def test_the_winner_is_a_run(found):
     assert [line["step"] for line in curve] == list(range(1, 13)) and curve[-1]["eval_loss"] == run["held_out"][
         "after"
     ]["loss"]
-    assert welltuned.write_report(out).is_file()
+    text = welltuned.write_report(out).read_text()
+    assert result.found.advice in text
     assert welltuned.load(out).reply("2 times the red hat")
 
 
@@ -121,7 +122,7 @@ def test_a_search_that_was_killed_ends_as_if_it_had_not_been(found, prepared_for
 
 def test_a_search_that_could_not_write_its_result_has_it(found, prepared_for, tmp_path, monkeypatch):
     """All arms are trained, and only the end is made again."""
-    from welltuned.search import sweep as sweep_module
+    from welltuned.search import result as result_module
 
     whole, result, _ = found
     out, told = tmp_path / "out", []
@@ -130,7 +131,7 @@ def test_a_search_that_could_not_write_its_result_has_it(found, prepared_for, tm
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep_module, "verify_and_save", fails)
+        patch.setattr(result_module, "verify_and_save", fails)
         with pytest.raises(Killed):
             sweep(prepared_for(learning_rate=2e-3), question_of(3, []), out)
     again = resume_sweep(out, told.append)
@@ -138,13 +139,9 @@ def test_a_search_that_could_not_write_its_result_has_it(found, prepared_for, tm
     assert same(adapter(out), adapter(whole)) and again.found.advice == result.found.advice
 
 
-def test_pairs_share_their_reference(tiny_model_dir, write_rows, tmp_path):
+def test_pairs_share_their_reference(tiny_model_dir, pairs, tmp_path):
     """DPO: arms of a search against separate runs, and the reference is asked once."""
-    rows = [
-        {"prompt": f"{i} times the hat", "chosen": f"hat {'red ' * (i % 4)}", "rejected": f"cup {i}"} for i in range(40)
-    ]
-    data = write_rows(tmp_path / "pairs.jsonl", rows)
-    options = dict(model=str(tiny_model_dir), data=data, method="dpo", effective_batch_size=8, max_steps=4,
+    options = dict(model=str(tiny_model_dir), data=pairs, method="dpo", effective_batch_size=8, max_steps=4,
                    eval_fraction=0.2)  # fmt: skip
     told = []
     result = welltuned.sweep(out=tmp_path / "s", over=["learning_rate=1e-3,1e-2"], observer=told.append, **options)

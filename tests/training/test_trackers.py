@@ -1,7 +1,11 @@
 """Where a run's numbers go besides: the real packages, without a network; and what happens when one fails."""
 
 import json
+import os
+import sqlite3
+import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 
@@ -57,6 +61,33 @@ def test_wandb_offline(trained, tmp_path, monkeypatch):
     [kept] = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     written = kept.read_bytes()
     assert b"train/loss" in written and b"eval/loss" in written and b"num_train_epochs" in written
+
+
+@pytest.mark.slow
+def test_trackio_offline(tiny_model_dir, data_file, tmp_path):
+    """In a process of its own, since trackio reads where to write when it is imported."""
+    pytest.importorskip("trackio")
+    home = {"TRACKIO_DIR": str(tmp_path / "store"), "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    sets = ("report_to=trackio", "max_steps=4", "eval_steps=2", "learning_rate=1e-2")
+    command = ["train", "--model", str(tiny_model_dir), "--data", data_file, "--out", str(tmp_path / "run")]
+    command += [word for text in sets for word in ("--set", text)]
+    done = subprocess.run(
+        [sys.executable, "-m", "welltuned", *command], env={**os.environ, **home}, capture_output=True, timeout=200
+    )
+    said = done.stderr.decode()
+    assert done.returncode == 0 and "hears no more" not in said, said
+    assert not done.stdout, "stdout is for the JSON document"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    [store] = (tmp_path / "store").glob("*.db")
+    with closing(sqlite3.connect(store)) as database:
+        rows = database.execute("SELECT step, metrics FROM metrics ORDER BY id").fetchall()
+        [config] = database.execute("SELECT config FROM configs").fetchone()
+    kept = [(step, json.loads(metrics)) for step, metrics in rows]
+    losses = [(step, found["train/loss"]) for step, found in kept if "train/loss" in found]
+    assert losses == [(line["step"], pytest.approx(line["loss"])) for line in lines if "loss" in line]
+    held_out = [(step, found["eval/loss"]) for step, found in kept if "eval/loss" in found]
+    assert held_out == [(line["step"], pytest.approx(line["eval_loss"])) for line in lines if "eval_loss" in line]
+    assert json.loads(config)["lora_alpha"]
 
 
 def test_what_is_not_installed_is_refused_before_anything_is_loaded(trained, tmp_path, monkeypatch):

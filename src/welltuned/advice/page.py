@@ -64,7 +64,7 @@ def _entry(entry: Entry) -> Iterator[str]:
         yield ""
         yield f"### {entry.key}: {scope(entry)}"
     yield ""
-    yield f"**Rule.** {_escaped(entry.rule)}"
+    yield f"**Rule.** {escaped(entry.rule)}"
     yield ""
     yield "**For.** " + ", ".join(_link(id) for id in entry.evidence)
     if entry.against:
@@ -74,12 +74,12 @@ def _entry(entry: Entry) -> Iterator[str]:
         for against in entry.against:
             yield f"- {_link(against.row.id)} {_against(entry, against)}"
     yield ""
-    yield f"**To settle it.** {_escaped(entry.settle)}"
+    yield f"**To settle it.** {escaped(entry.settle)}"
 
 
 def _against(entry: Entry, against: Against) -> str:
     compared = converted(entry, against)
-    said = f"says {_escaped(against.row.value)} (*{', '.join(against.because)}*): {_escaped(against.says)}."
+    said = f"says {escaped(against.row.value)} (*{', '.join(against.because)}*): {escaped(against.says)}."
     if compared is None:
         return said
     sentence = compared.sentence()
@@ -108,9 +108,9 @@ def _evidence() -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     for row in rows().values():
         cells = (row.value, row.setting, row.alpha_x_lr, row.source)
-        what = _escaped(about(row))
+        what = escaped(about(row))
         grade = f"{row.grade}, {row.access}"
-        yield f'| <a id="{row.id}"></a>{row.id} | {grade} | {what} | {" | ".join(_escaped(cell) for cell in cells)} |'
+        yield f'| <a id="{row.id}"></a>{row.id} | {grade} | {what} | {" | ".join(escaped(cell) for cell in cells)} |'
 
 
 def about(row: Row) -> str:
@@ -124,7 +124,8 @@ def _link(id: str) -> str:
     return f"[{id}](#{id})"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Text that Markdown shows as it is, also in a table."""
     return text.replace("|", "/").replace("*", "\\*").replace("<", "&lt;")
 
 

@@ -16,8 +16,8 @@ def choose_dtype(tune: Tune, machine: MachineFacts) -> Choice:
     else:
         value = "bfloat16" if machine.native_bf16 else "float32"
         unit = "AMX" if machine.amx_bf16 else "AVX512-BF16"
-        has = f"multiply bfloat16 natively ({unit})" if machine.native_bf16 else "would have to emulate bfloat16"
-        why = f"your {machine.cores} cores {has}"
+        has = f"multiplies bfloat16 natively ({unit})" if machine.native_bf16 else "would have to emulate bfloat16"
+        why = f"your processor {has}"
         if machine.native_bf16 and not machine.amx_bf16:
             why += "; where that was measured it was twice as fast as float32, with the same held-out loss"
     base = ", and the 4-bit weights are expanded to it" if tune is Tune.QLORA else ""

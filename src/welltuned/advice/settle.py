@@ -14,7 +14,7 @@ def settle(recipe: Recipe, name: str, advised: Choice) -> Choice:
         return advised
     value = recipe.hyperparameters[name]
     same = value == advised.value
-    told = "set by you, as the advice would" if same else f"set by you where the advice is {shown(advised.value)}"
+    told = "set by you; the advice is the same" if same else f"set by you where the advice is {shown(advised.value)}"
     return Choice(
         value=value,
         low=advised.low,

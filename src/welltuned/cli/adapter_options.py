@@ -105,5 +105,9 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
         metavar="OPTION",
         help="for --tasks: an option of its own, --harness=-L5",
     )
-    parser.add_argument("--out", metavar="DIR", help="for --tasks: where the harness writes its results")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="where the result and its page are written (default: in the run); with --tasks: where the harness writes",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")

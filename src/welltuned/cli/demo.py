@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         finally:
             progress.close()
     console.print("Asking the tuned model the held-out messages …", style="dim")
+    assert result.engine is not None
     after = _answers(result.engine.model, prepared)
     lines = _scores(prepared, before, after)
     keep_scores(out, f"on {len(after)} held-out messages", lines)

@@ -2,12 +2,14 @@
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
+from welltuned.cli.report import print_report
 from welltuned.cli.safe import json_text, visible
 from welltuned.cli.terminal import console, quiet_libraries
 from welltuned.errors import InputError
@@ -23,9 +25,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("give a run or a model", where="welltuned eval", mend="RUN, or --model M --data D")
     if arguments.model is not None and arguments.data is None and arguments.tasks is None:
         raise InputError("a model by itself has no held-out rows", where="--model", mend="give --data FILE")
-    for option in ("harness", "out"):
-        if getattr(arguments, option) and arguments.tasks is None:
-            raise InputError("belongs to --tasks", where=f"--{option}", mend="add --tasks, or leave it out")
+    if arguments.harness and arguments.tasks is None:
+        raise InputError("belongs to --tasks", where="--harness", mend="add --tasks, or leave it out")
     from welltuned.finished.find import find
 
     quiet_libraries()
@@ -35,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     from welltuned.finished.judge import judge_run, to_json
     from welltuned.training.rundir import finite
 
+    place = finished.path if arguments.out is None and finished.is_run else arguments.out
     found = judge_run(
         finished,
         data=arguments.data,
@@ -44,9 +46,26 @@ def run(arguments: argparse.Namespace) -> int:
         watch=lambda text: console.print(Text(visible(text) + " …", style="dim")),
     )
     print_judgement(found)
+    document = finite(to_json(found))
+    if place is not None:
+        document["kept"] = _keep(Path(place), document)
     if arguments.json:
-        print(json_text(json.dumps(finite(to_json(found)), ensure_ascii=False, allow_nan=False)))
+        print(json_text(json.dumps(document, ensure_ascii=False, allow_nan=False)))
     return 0
+
+
+def _keep(place: Path, document: Mapping[str, Any]) -> str | None:
+    """Write what was found, and the page that shows it; None where it cannot be written, which is said."""
+    from welltuned.finished.kept import keep
+
+    try:
+        path = keep(place, document)
+    except OSError as error:
+        console.print(Text(f"It is not kept: {error.filename} cannot be written ({error.strerror})", style="yellow"))
+        return None
+    console.print(Text(f"Kept in {path}.", style="dim"), soft_wrap=True)
+    print_report(place)
+    return str(path)
 
 
 def _metrics(text: str | None) -> "list[Metric]":

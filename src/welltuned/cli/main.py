@@ -131,14 +131,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _sweep_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="the winner's Run directory, new or empty")
-    parser.add_argument("--arms", type=int, metavar="N", help="how many learning rates are tried (default: 3)")
+    parser.add_argument("--arms", type=int, metavar="N", help="how many are tried at once (default: 3 learning rates)")
     parser.add_argument(
         "--over",
         action="append",
         default=[],
         metavar="NAME=VALUE,VALUE",
-        help="try these values instead of learning rates, such as r=8,32; with --over learning_rate, rates as well",
+        help="try these values instead of learning rates, such as r=8,32, or a range, r=8..64; with --over "
+        "learning_rate, rates as well. From three dimensions or one range on, Optuna chooses",
     )
+    parser.add_argument("--trials", type=int, metavar="N", help="how many arms Optuna may choose (default: 12)")
+    parser.add_argument("--minutes", type=float, metavar="N", help="what the search may take; unset: no limit")
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="spread the arms over a Ray cluster: its address, auto, or local for this machine",
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="with --ray: how many (default: one a GPU or machine)")
     parser.add_argument("--json", action="store_true", help="print the Run's summary as one JSON document")
 
 

@@ -55,6 +55,7 @@ class Judgement:
     differences: tuple[tuple[float, float], ...]
     origins: tuple[str, ...]
     answers: tuple[str, ...]
+    prompts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,7 @@ def judge_run(
         differences=() if base is None else tuple(map(difference, tuned.scores, base.scores)),
         origins=tuple(e.origin for e in rows.examples),
         answers=tuple(answer for _, answer in asked),
+        prompts=tuple(question.messages[-1].content if question.messages else "" for question, _ in asked),
     )
 
 
@@ -143,7 +145,7 @@ def to_json(found: Judgement) -> dict[str, Any]:
     gap, metrics = found.loss_difference, [str(s.metric) for s in found.tuned.scores]
     gaps = {name: _value(*one) for name, one in zip(metrics, found.differences, strict=False)}
     base = [None] * len(found.tuned.replies) if found.base is None else found.base.replies
-    told = zip(found.origins, found.answers, found.tuned.replies, base, strict=False)
+    told = zip(found.origins, found.prompts, found.answers, found.tuned.replies, base, strict=False)
     return {
         "model": found.name,
         "data": found.rows,
@@ -152,8 +154,8 @@ def to_json(found: Judgement) -> dict[str, Any]:
         "base": None if found.base is None else _model(found.base),
         "difference": None if gap is None else {"loss": _value(gap.value, gap.error), **gaps},
         "replies": [
-            {"origin": origin, "answer": answer, "tuned": reply, "base": before}
-            for origin, answer, reply, before in told
+            {"origin": origin, "prompt": prompt, "answer": answer, "tuned": reply, "base": before}
+            for origin, prompt, answer, reply, before in told
         ],
     }
 

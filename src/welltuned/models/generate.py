@@ -1,6 +1,7 @@
 """Replies from a model: transformers' own batched generation."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +122,18 @@ def _arguments(
     }
 
 
+@contextmanager
+def _contiguous_head_input(model: PreTrainedModel) -> Iterator[None]:
+    """Of a prompt only the last position meets the head: a strided batch of vectors, which torch multiplies one by one
+    where the head is frozen, with a copy of it for each (28 prompts and SmolLM2: 1.6 GB)."""
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 @torch.inference_mode()
 def _batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Sequence[int]], decoding: Decoding
@@ -132,7 +145,8 @@ def _batch(
     for row, prompt in enumerate(prompts):  # left padding: every reply starts in the same column
         ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
         mask[row, width - len(prompt) :] = 1
-    generated = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **arguments)
+    with _contiguous_head_input(model):
+        generated = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **arguments)
     ends = set(arguments["eos_token_id"])
     texts = []
     for row in generated[:, width:].tolist():

@@ -5,6 +5,7 @@ with the start one operation each; every module's A_KRI and B_KOR are views of i
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +25,12 @@ from welltuned.models.lora_settings import FROM_WEIGHTS, by_pattern
 from welltuned.models.lora_settings import Bias as Bias
 from welltuned.models.lora_settings import Init as Init
 from welltuned.models.lora_settings import LoraSettings as LoraSettings
-from welltuned.models.lora_start import Loss4Bit, start_each, start_from
+from welltuned.models.lora_start import Loss4Bit, begin, begin_experts, start_each
 from welltuned.models.targets import find_targets as find_targets
 from welltuned.models.targets import linear_modules as linear_modules
+
+# Gradients are columns of one flat buffer by design; of several adapters they are not contiguous.
+warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
 
 MAGNITUDE = "lora_magnitude_vector"  # PEFT's name of DoRA's trained row norms
 
@@ -159,6 +163,7 @@ class AdapterBank:
         self.flat_KP = torch.zeros(len(self.settings), total, dtype=torch.float32, device=device)
         self.grad_KP = torch.zeros_like(self.flat_KP)
         self.modules: dict[str, LoraLinear | LoraExperts] = {}
+        self._first_expert: dict[str, int] = {}  # of each stack: what names its first expert for the start of A
         self._parameters: dict[Slot, nn.Parameter] = {}
         self._original_biases = {name: p.data for name, p in biases.items()}
         self._required_grad = [p for p in model.parameters() if p.requires_grad]
@@ -202,11 +207,7 @@ class AdapterBank:
         a, b = self._pair(name)
         projection = Projection(frozen_weight(base), [s.scale_of(name) for s in self.settings], index)
         for k, settings in enumerate(self.settings):
-            r = settings.rank_of(name)  # a smaller rank's other rows stay 0, for ever
-            if settings.init in FROM_WEIGHTS:
-                a.data[k, :r], b.data[k, :, :r] = start_from(projection.weight, settings, name)
-            else:
-                init_a(a.data[k, :r], settings, index)
+            begin(a.data[k], b.data[k], projection, settings, name)
         if first.init in FROM_WEIGHTS:
             projection.taken = a.detach().clone(), b.detach().clone()
         magnitude = None
@@ -224,8 +225,8 @@ class AdapterBank:
                 module, _, leaf = name.rpartition(".")
                 a, b = adapters.setdefault(module, {})[leaf] = self._pair(name)
                 for k, settings in enumerate(self.settings):
-                    for expert in range(count):
-                        init_a(a.data[k, expert], settings, index + expert)
+                    begin_experts(a.data[k], settings, index)
+                self._first_expert[name] = index
             index += count
         scale_K = [s.expert_scale for s in self.settings]
         for module, pairs in adapters.items():
@@ -310,6 +311,38 @@ class AdapterBank:
             found[slot.name] = whole
         return found
 
+    def renew(self, k: int, settings: LoraSettings) -> None:
+        """Adapter k is another one from here on, at its start; its ranks must have room in the slots.
+
+        Raises:
+            InputError: it differs in what adapters of one bank share.
+        """
+        if _shape(settings) != _shape(self.settings[k]) or any(
+            settings.rank_of(name) > self._pair_of(name)[0].shape[1] for name in self.targets if name not in self.stacks
+        ):
+            raise InputError("adapters of one bank share target_modules, bias, use_dora and the ranks of patterns")
+        self.settings = (*self.settings[:k], settings, *self.settings[k + 1 :])
+        for name in self.targets:
+            a, b = self._pair_of(name)
+            a.data[k], b.data[k] = 0, 0
+            if name in self.stacks:
+                begin_experts(a.data[k], settings, self._first_expert[name])
+                continue
+            module = self.modules[name]
+            assert isinstance(module, LoraLinear)
+            begin(a.data[k], b.data[k], module.projection, settings, name)
+            if module.projection.taken is not None:
+                a0_KRI, b0_KOR = module.projection.taken
+                a0_KRI[k], b0_KOR[k] = a.data[k], b.data[k]
+            if module.magnitude_KO is not None and module.squares_O is not None:
+                module.magnitude_KO.data[k] = module.squares_O.sqrt()
+        self.start_KP[k].copy_(self.flat_KP[k])
+        self._rescale(range(len(self.settings)))
+
+    def _pair_of(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """A and B of what is adapted, all adapters'."""
+        return self._parameters[self._slot(f"{name}.lora_A")], self._parameters[self._slot(f"{name}.lora_B")]
+
     def keep(self, rows: Sequence[int]) -> None:
         """Leave these adapters in the bank, in this order; one that is named twice is copied.
 
@@ -322,12 +355,16 @@ class AdapterBank:
         for slot, parameter in self._parameters.items():
             parameter.grad = None
             parameter.data = self.flat_KP[:, slot.start : slot.start + slot.size].view(len(rows), *slot.shape)
+        self._rescale(rows)
+        self.claim_gradients()
+
+    def _rescale(self, rows: Sequence[int]) -> None:
+        """Tell the modules which adapters are left, and how strong each is."""
         for name, module in self.modules.items():
             if isinstance(module, LoraExperts):
                 module.scale_K = tuple(s.expert_scale for s in self.settings)
             else:
                 module.keep(rows, [s.scale_of(name) for s in self.settings])
-        self.claim_gradients()
 
 
 def attach(
@@ -356,20 +393,6 @@ def start_loftq(bank: AdapterBank, original: PreTrainedModel) -> Loss4Bit:
     lost = start_each(bank.settings[0], adapted, original)
     bank.start_KP.copy_(bank.flat_KP)
     return lost
-
-
-def init_a(a_RI: Tensor, settings: LoraSettings, index: int) -> None:
-    """PEFT's starts: U(-1/sqrt(I), 1/sqrt(I)), which is Kaiming-uniform with a = sqrt(5), or N(0, 1/R^2).
-
-    Drawn row by row from a generator of its own, so that a smaller rank is a prefix of a larger one and adapters of
-    one seed start alike whatever else is adapted.
-    """
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
-    if settings.init is Init.GAUSSIAN:
-        a_RI.copy_(torch.randn(a_RI.shape, generator=generator).div_(len(a_RI)))
-        return
-    bound = 1.0 / math.sqrt(a_RI.shape[1])
-    a_RI.copy_(torch.rand(a_RI.shape, generator=generator).mul_(2 * bound).sub_(bound))
 
 
 def _layout(

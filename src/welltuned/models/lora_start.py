@@ -1,4 +1,4 @@
-"""Starts of A and B that are taken from the weights: PiSSA, OLoRA, and what 4 bits lose (LoftQ).
+"""How A and B begin: drawn, or taken from the weights (PiSSA, OLoRA, and what 4 bits lose, LoftQ).
 
 PiSSA (Meng et al. 2024, arXiv 2404.02948): the r largest singular directions of W. OLoRA (Büyükakyüz 2024, arXiv
 2406.01775): the first r columns of its QR decomposition. Both are taken off the base, which so starts at what it was.
@@ -6,6 +6,7 @@ PEFT changes the base weights for that; here W - s B0 A0 is computed as such, an
 LoftQ (Li et al. 2023, arXiv 2310.08659), one step: s B A is the best approximation of W - Q(W) of rank r.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,9 +14,38 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from welltuned.kernels.lora import Projection
 from welltuned.kernels.nf4 import FrozenWeight
 from welltuned.models.frozen import frozen_weight
-from welltuned.models.lora_settings import Init, LoraSettings
+from welltuned.models.lora_settings import FROM_WEIGHTS, Init, LoraSettings
+
+
+def begin(a_RI: Tensor, b_OR: Tensor, projection: Projection, settings: LoraSettings, name: str) -> None:
+    """Set an adapter's part of a linear layer to its start, where it is 0; a smaller rank's other rows stay 0."""
+    r = settings.rank_of(name)
+    if settings.init in FROM_WEIGHTS:
+        a_RI[:r], b_OR[:, :r] = start_from(projection.weight, settings, name)
+    else:
+        init_a(a_RI[:r], settings, projection.index)
+
+
+def begin_experts(a_ERI: Tensor, settings: LoraSettings, index: int) -> None:
+    for expert in range(len(a_ERI)):
+        init_a(a_ERI[expert], settings, index + expert)
+
+
+def init_a(a_RI: Tensor, settings: LoraSettings, index: int) -> None:
+    """PEFT's starts: U(-1/sqrt(I), 1/sqrt(I)), which is Kaiming-uniform with a = sqrt(5), or N(0, 1/R^2).
+
+    Drawn row by row from a generator of its own, so that a smaller rank is a prefix of a larger one and adapters of
+    one seed start alike whatever else is adapted.
+    """
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
+    if settings.init is Init.GAUSSIAN:
+        a_RI.copy_(torch.randn(a_RI.shape, generator=generator).div_(len(a_RI)))
+        return
+    bound = 1.0 / math.sqrt(a_RI.shape[1])
+    a_RI.copy_(torch.rand(a_RI.shape, generator=generator).mul_(2 * bound).sub_(bound))
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ from welltuned.advice.describe import time_line
 from welltuned.advice.plan import Plan, plan_lines
 from welltuned.choice import SetBy
 from welltuned.errors import InputError
+from welltuned.models.resolve import DEMO_ALIAS
 from welltuned.recipe import Method, Tune, load_recipe
 from welltuned.report.page import asset, rendered
+from welltuned.report.parts import facts
 from welltuned.training.lock import LOCK, at_work
 from welltuned.training.prepare import prepare
 from welltuned.training.rundir import RUN
@@ -37,6 +40,8 @@ ASKED = ("model", "data", "eval_data", "method", "tune")  # what the form has fi
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,80}")
 _TAIL = 4_000  # characters of what a process said
 LONGEST_REPLY = 300  # seconds
+ROWS_IN = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+MOST_NAMED = 200  # models and files that a form offers
 
 
 @dataclass(slots=True)
@@ -72,6 +77,8 @@ class Control:
                 folder=str(self.folder),
                 methods=[str(m) for m in Method],
                 tunes=[str(t) for t in Tune],
+                models=models_known(self.folder),
+                data_files=data_files(Path()),
             )
         )
 
@@ -145,9 +152,13 @@ class Control:
         system = asked.get("system")
         if isinstance(system, str) and system.strip():
             words.append(f"--system={system}")
-        done = subprocess.run(_command(words), capture_output=True, timeout=LONGEST_REPLY, check=False)
+        try:
+            done = subprocess.run(_command(words), capture_output=True, timeout=LONGEST_REPLY, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise InputError(f"there was no reply within {LONGEST_REPLY} s", where=name) from error
         if done.returncode:
-            raise InputError(done.stderr.decode(errors="replace").strip().splitlines()[-1])
+            said = done.stderr.decode(errors="replace").strip().splitlines()
+            raise InputError(said[-1] if said else f"it ended with exit code {done.returncode}", where=name)
         found: dict[str, Any] = json.loads(done.stdout)
         return found
 
@@ -186,14 +197,47 @@ def _recipe_of(asked: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
     changed = asked.get("sets") or {}
     if not isinstance(changed, Mapping):
         raise InputError("changed choices come as names with values", where="sets")
-    return options, [f"{key}={value}" for key, value in changed.items() if str(value).strip()]
+    sets = [_of_line(line) for line in str(asked.get("more") or "").splitlines() if line.strip()]
+    return options, [*sets, *(f"{key}={value}" for key, value in changed.items() if str(value).strip())]
+
+
+def _of_line(line: str) -> str:
+    """`key: value`, as a recipe has it, or `key=value`, as --set takes it."""
+    key, mark, value = line.partition(":" if ":" in line.partition("=")[0] else "=")
+    if not mark or not key.strip() or not value.strip():
+        raise InputError("this is no key with a value", where=line.strip(), mend="one a line, such as max_steps: 100")
+    return f"{key.strip()}={value.strip()}"
+
+
+def models_known(folder: Path) -> list[str]:
+    """Models to choose from: the demo's, and those of the Runs beneath a folder."""
+    found = {DEMO_ALIAS}
+    for plan in sorted(folder.glob("*/recipe.yaml"))[:MOST_NAMED]:
+        with suppress(InputError):
+            found.add(load_recipe(str(plan)).model)
+    return sorted(found)
+
+
+def data_files(place: Path) -> list[str]:
+    """Files to choose from: those with the ending of rows, in a folder and those in it."""
+    found = [p for depth in ("*", "*/*") for p in place.glob(depth) if p.suffix in ROWS_IN and p.is_file()]
+    return sorted(str(p) for p in found if not any(part.startswith(".") for part in p.parts))[:MOST_NAMED]
 
 
 def _shown(plan: Plan) -> dict[str, Any]:
     by_user = {name for name, choice in plan.choices.items() if choice.set_by is SetBy.USER}
     return {
         "choices": [{**line._asdict(), "by_user": line.name in by_user} for line in plan_lines(plan)],
-        "memory": {"total": plan.memory.total_bytes, "limit": plan.memory.limit_bytes, "fits": plan.memory.fits},
-        "time": time_line(plan.time),
+        "memory": {
+            "total": plan.memory.total_bytes,
+            "limit": plan.memory.limit_bytes,
+            "fits": plan.memory.fits,
+            "parts": [
+                {"name": name, "bytes": size}
+                for name, size in sorted(plan.memory.parts.items(), key=lambda item: -item[1])
+                if size
+            ],
+        },
+        "facts": [*facts(plan), ("Time", time_line(plan.time))],
         "warnings": list(plan.warnings),
     }

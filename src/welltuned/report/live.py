@@ -8,12 +8,15 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+import numpy as np
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -21,10 +24,13 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from welltuned.advice.settle import duration_words
 from welltuned.errors import InputError
+from welltuned.recipe import Method
 from welltuned.report.curves import curves
 from welltuned.report.log import Log
 from welltuned.report.page import listing, page
+from welltuned.report.parts import tiles
 from welltuned.report.read import RunRead, read_run_folder
 from welltuned.report.verdict import held_out, verdict
 from welltuned.training.events import Severity
@@ -37,6 +43,7 @@ if TYPE_CHECKING:
 DEEPEST = 4  # folders below the one that is served
 EVERY = 1.0  # seconds between looks at a run that trains
 LOG_SHOWN = 60
+PACE = 20  # updates by which the rest is judged
 COOKIE = "welltuned"
 
 
@@ -45,7 +52,7 @@ class Shelf:
     """The Runs beneath a folder, each with what was read of its metrics so far."""
 
     folder: Path
-    _logs: dict[Path, Log] = field(default_factory=dict)
+    _logs: dict[Path, tuple[Log, Lock]] = field(default_factory=dict)  # however many browsers look, one reads a log
 
     def runs(self) -> dict[str, Path]:
         """By name, which is the path below the folder; the folder itself may be a Run."""
@@ -59,29 +66,49 @@ class Shelf:
                 waiting += [(inner, depth + 1) for inner in _folders(place)]
         return dict(sorted(found.items()))
 
-    def read(self, path: Path) -> RunRead:
-        log = self._logs.setdefault(path, Log(path / METRICS))
-        return read_run_folder(path, log)
+    @contextmanager
+    def reading(self, *paths: Path) -> Iterator[list[RunRead]]:
+        """Runs as they are now; nothing that was read of them changes meanwhile."""
+        kept = {path: self._logs.setdefault(path, (Log(path / METRICS), Lock())) for path in paths}
+        with ExitStack() as held:
+            for path in sorted(kept):  # always in this order, so that two readers cannot wait for each other
+                held.enter_context(kept[path][1])
+            yield [read_run_folder(path, kept[path][0]) for path in paths]
+
+    def page(self, *paths: Path, events: str = "", key: str = "", name: str = "") -> str:
+        with self.reading(*paths) as (first, *others):
+            return page(first, others, events=events, key=key, name=name)
+
+    def news(self, path: Path) -> dict[str, Any]:
+        with self.reading(path) as (run,):
+            return news(run)
 
     def entry(self, name: str, path: Path) -> dict[str, Any]:
         """A Run as a line of the list."""
         try:
-            run = self.read(path)
+            with self.reading(path) as (run,):
+                return self._entry(name, run)
         except InputError as error:
             return {"name": name, "trouble": str(error)}
+
+    def _entry(self, name: str, run: RunRead) -> dict[str, Any]:
         found = held_out(run)
         started = float(run.started.get("time") or 0)
         recipe = run.plan.recipe
+        reward = recipe.method is Method.GRPO  # whose loss is minus the mean reward
+        sign = -1 if reward else 1
         return {
             "name": name,
             "trouble": "",
             "link": f"/run/{quote(name)}",
             "state": state_of(run),
+            "health": "healthy" if at_work(run.path) else verdict(run).health.name.lower(),
+            "reward": reward,
             "method": f"{recipe.method} · {recipe.tune}",
             "model": recipe.model,
-            "before": found[0]["loss"] if found else None,
-            "after": found[1]["loss"] if found else None,
-            "updates": len(run.log.updates),
+            "before": sign * found[0]["loss"] if found else None,
+            "after": sign * found[1]["loss"] if found else None,
+            "updates": made(run),
             "started": started,
             "started_words": time.strftime("%Y-%m-%d %H:%M", time.localtime(started)) if started else "",
         }
@@ -94,26 +121,44 @@ def _folders(place: Path) -> list[Path]:
         return []
 
 
+def made(run: RunRead) -> int:
+    """Updates so far; of a search that is at work those of the arm that has made most."""
+    return run.search.step if run.search is not None and run.summary is None else len(run.log.updates)
+
+
 def state_of(run: RunRead) -> str:
     if run.summary is not None:
         return verdict(run).health
     return "running" if at_work(run.path) else "interrupted"
 
 
+def seconds_left(run: RunRead) -> str | None:
+    """What the updates that are left take at the pace of the latest ones, in words; None where that is not known."""
+    table = run.log.updates
+    tokens, speed = (table.column(name)[-PACE:] for name in ("tokens", "tokens_per_second"))
+    known = np.isfinite(tokens) & (speed > 0)
+    if not known.any() or run.search is not None:
+        return None
+    return duration_words(float((tokens[known] / speed[known]).mean()) * max(0, run.plan.updates - len(table)))
+
+
 def news(run: RunRead) -> dict[str, Any]:
     """What a served page is told of a Run."""
-    said, done, total = verdict(run), len(run.log.updates), run.plan.updates
+    said, done, total = verdict(run), made(run), run.plan.updates
     findings = [f"{f.severity}: {f.sentence}" for f in run.log.findings]
     skipped = [f"update {line.get('step')} was left out: {line.get('what')}" for line in run.log.skipped]
     told = [*run.log.notes, *skipped, *findings][-LOG_SHOWN:]
+    running = at_work(run.path)
     lost = any(f.severity is Severity.ERROR for f in run.log.findings)
+    left = seconds_left(run) if running else None
     return {
         "finished": run.summary is not None,
-        "health": [said.health.name.lower(), "running" if at_work(run.path) and not lost else str(said.health)],
+        "health": ["healthy", "running"] if running and not lost else [said.health.name.lower(), str(said.health)],
         "sentence": said.sentence,
-        "running": at_work(run.path),
+        "running": running,
         "done": done / total if total else 0.0,
-        "state": f"{state_of(run)}: update {done:,} of {total:,}",
+        "state": f"{state_of(run)}: update {done:,} of {total:,}" + ("" if left is None else f", about {left} left"),
+        "tiles": tiles(run),
         "curves": curves(run),
         "log": told[::-1],
     }
@@ -143,15 +188,14 @@ def app(folder: Path, hosts: frozenset[str], token: str | None, control: "Contro
         if path is None:
             return _missing()
         name = request.path_params["name"]
-        return HTMLResponse(page(shelf.read(path), events=f"/events/{quote(name)}", key=key, name=name))
+        return HTMLResponse(shelf.page(path, events=f"/events/{quote(name)}", key=key, name=name))
 
     def compare(request: Request) -> Response:
         found = [named(name) for name in request.query_params.getlist("run")]
         paths = [path for path in found if path is not None]
         if not paths or len(paths) < len(found):
             return _missing()
-        first, *others = [shelf.read(path) for path in paths]
-        return HTMLResponse(page(first, others))
+        return HTMLResponse(shelf.page(*paths))
 
     async def events(request: Request) -> Response:
         path = named(request.path_params["name"])
@@ -180,7 +224,7 @@ async def _events(shelf: Shelf, path: Path) -> AsyncIterator[str]:
     before: Mapping[str, Any] | None = None
     while True:
         try:
-            now = await asyncio.to_thread(lambda: news(shelf.read(path)))
+            now = await asyncio.to_thread(shelf.news, path)
         except InputError as error:
             yield f": {' '.join(str(error).split())}\n\n"
             return

@@ -19,6 +19,7 @@ class Log:
     Attributes:
         updates: the lines with a `loss`, one for each update that was made.
         evaluations: those with an `eval_loss`, that before the first update included.
+        arm_updates: those of a search's arms, by number; `arm_events` the other lines that tell of arms.
         damaged: lines that are no JSON object; a last one that is still being written is not read yet.
     """
 
@@ -28,6 +29,8 @@ class Log:
     findings: list[Finding] = field(default_factory=list)
     skipped: list[Line] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    arm_updates: dict[int, Table] = field(default_factory=dict)
+    arm_events: list[Line] = field(default_factory=list)
     damaged: int = 0
     _read: int = 0
     _last: bytes = b""  # the line before that place: another there means that the file was cut and has grown again
@@ -51,7 +54,7 @@ class Log:
 
     def _forget(self) -> None:
         self.updates, self.evaluations, self.damaged, self._read, self._last = Table(), Table(), 0, 0, b""
-        for told in (self.findings, self.skipped, self.notes):
+        for told in (self.findings, self.skipped, self.notes, self.arm_updates, self.arm_events):
             told.clear()
 
     def _take(self, raw: bytes) -> None:
@@ -73,6 +76,18 @@ class Log:
                 self.skipped.append(line)
             case "note":
                 self.notes.append(str(line.get("text", "")))
+            case "arm_update":
+                self._take_arm(line)
+            case "arm" | "arm_judged" | "arm_ended":
+                self.arm_events.append(line)
+
+    def _take_arm(self, line: Line) -> None:
+        number = line.get("arm")
+        if not isinstance(number, int):
+            self.damaged += 1
+            return
+        kept = {name: line.get(name) for name in ("step", "learning_rate", "tokens")}
+        self.arm_updates.setdefault(number, Table()).add({**kept, "loss": line.get("arm_loss")})
 
     def _take_finding(self, line: Line) -> None:
         try:

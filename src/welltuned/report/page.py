@@ -10,33 +10,35 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-from welltuned.advice import evidence
-from welltuned.advice.describe import data_line, machine_line, model_line
-from welltuned.advice.plan import Plan, plan_lines
-from welltuned.advice.settle import bytes_words, duration_words
-from welltuned.choice import SetBy
+from welltuned.advice.settle import bytes_words
 from welltuned.errors import InputError
+from welltuned.report import arms, parts
+from welltuned.report.arms import SearchRead
 from welltuned.report.curves import curves
+from welltuned.report.evaluations import read_evaluations
 from welltuned.report.next import next_steps
 from welltuned.report.read import RunRead, read_run_folder
-from welltuned.report.verdict import held_out, verdict
+from welltuned.report.table import MOST_POINTS
+from welltuned.report.verdict import verdict
 from welltuned.training import durable
+from welltuned.training.rundir import EVALUATIONS, PLAN
 
 REPORT = "report.html"
-SAMPLES_SHOWN = 6
 
 
 def write_report(run: Path, others: Sequence[Path] = (), out: Path | None = None) -> Path:
-    """Write the page of a Run, with the curves of others laid over its own; where it lies.
+    """Write the page of a Run, with the curves of others laid over its own, or of a folder of evaluations; where it is.
 
     Raises:
         InputError: one of the folders is no Run, or the page cannot be written.
     """
     target = run / REPORT if out is None else out
-    text = page(read_run_folder(run), [read_run_folder(other) for other in others])
+    if (run / EVALUATIONS).is_dir() and not (run / PLAN).is_file() and not others:
+        text = evaluations_page(run)
+    else:
+        text = page(read_run_folder(run), [read_run_folder(other) for other in others])
     try:
         durable.replace_file(target, text)
     except OSError as error:
@@ -53,48 +55,61 @@ def page(run: RunRead, others: Sequence[RunRead] = (), *, events: str = "", key:
         key: what its requests carry, where it may stop a run, go on with it and ask it; else empty.
         name: the run's on the server.
     """
-    drawn = [curves(one) for one in (run, *others)]
+    runs = (run, *others)
+    audit = (run.summary or {}).get("audit") or {}
     return rendered(
         "page.html",
         run=run,
+        others=others,
+        compared=parts.compared(runs) if others else None,
         verdict=verdict(run),
-        held_out=held_out(run),
-        summary=run.summary or {},
-        tiles=tiles(run),
-        facts=_facts(run.plan),
-        choices=_choices(run.plan),
-        memory=_memory(run),
-        audit=(run.summary or {}).get("audit") or {},
-        defects=defects((run.summary or {}).get("audit") or {}),
+        tiles=parts.tiles(run),
+        facts=parts.facts(run.plan),
+        choices=parts.choices_of(run.plan),
+        memory=parts.memory_of(run),
+        audit=audit,
+        defects=parts.defects(audit),
         shown=run.shown,
-        samples=list(run.samples)[-SAMPLES_SHOWN:],
+        samples=parts.sampled(run),
+        measurements=parts.measurements(run),
+        search=None if run.search is None else _search(run.search),
+        evaluations=run.evaluations,
         next_steps=next_steps(run),
-        provenance=provenance(run),
+        provenance=parts.provenance(run),
         events=events,
         key=key,
         name=name,
-        data=embedded(drawn),
+        data=embedded([curves(one, MOST_POINTS // len(runs)) for one in runs]),
         lengths=embedded((run.shown["lengths"] or {}).get("histogram", [])),
-        style=asset("page.css") + asset("uPlot.min.css"),
         charts=asset("uPlot.iife.min.js"),
-        script=asset("page.js"),
+        style=asset("uPlot.min.css") + asset("page.css"),
+        script="".join(map(asset, ("charts.js", "arms.js", "page.js", *(("live.js",) if events else ())))),
         licence=asset("uPlot.LICENSE"),
     )
 
 
-def embedded(value: Any) -> str:
-    """JSON that can stand inside a script element: nothing in it can end the element or begin a comment.
+def _search(search: SearchRead) -> dict[str, Any]:
+    """A search as the template takes it."""
+    trained = arms.tokens(search)
+    most = max((count for _, count, _ in trained), default=1)
+    return {
+        "read": search,
+        "rows": arms.rows(search),
+        "tokens": [{"name": name, "count": n, "share": n / most, "said": said} for name, n, said in trained],
+        "rungs": arms.rungs(search),
+    }
 
-    >>> embedded("</script>")
-    '"\\\\u003c/script>"'
+
+def evaluations_page(folder: Path) -> str:
+    """The page of evaluations that belong to no Run.
+
+    Raises:
+        InputError: there is none, or one is damaged.
     """
-    return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
-
-
-def _environment() -> Environment:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["bytes"] = bytes_words
-    return environment
+    found = read_evaluations(folder)
+    if not found:
+        raise InputError("there is no evaluation", where=str(folder / EVALUATIONS), mend="give the folder of a run")
+    return rendered("evaluated.html", folder=folder.resolve().name, evaluations=found, style=asset("page.css"))
 
 
 def listing(runs: Sequence[Mapping[str, Any]], folder: Path, *, start: bool = False) -> str:
@@ -103,110 +118,36 @@ def listing(runs: Sequence[Mapping[str, Any]], folder: Path, *, start: bool = Fa
     Args:
         start: whether runs may be started from it.
     """
-    return rendered(
-        "list.html", runs=runs, folder=str(folder), start=start, style=asset("page.css"), script=asset("list.js")
-    )
+    values = {"runs": runs, "folder": str(folder), "start": start}
+    return rendered("list.html", **values, style=asset("page.css"), script=asset("list.js"))
+
+
+def embedded(value: Any) -> str:
+    """JSON that can stand inside a script element: nothing in it can end the element or begin a comment.
+
+    >>> embedded("</script>")
+    '"\\\\u003c/script>"'
+    """
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def rendered(template: str, /, **values: Any) -> str:
     """One of our templates, everything in it escaped."""
-    return _environment().from_string(asset(template)).render(**values)
+    return _environment().get_template(template).render(theme=asset("theme.js"), **values)
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(asset),
+    )
+    environment.filters["bytes"] = bytes_words
+    environment.filters["rewards"] = parts.rewards_of
+    return environment
 
 
 def asset(name: str) -> str:
     return files("welltuned.report").joinpath("assets", name).read_text(encoding="utf-8")
-
-
-def tiles(run: RunRead) -> list[tuple[str, str, str]]:
-    """The figures at the top: name, value, what is said beneath."""
-    found, summary, plan = [], run.summary or {}, run.plan
-    tokens, supervised = (int(np.nansum(run.log.updates.column(name))) for name in ("tokens", "supervised_tokens"))
-    found.append(("updates", f"{len(run.log.updates):,}", f"of {plan.updates:,} planned"))
-    found.append(("tokens", f"{tokens:,}", f"{supervised:,} of them trained"))
-    if (seconds := summary.get("seconds")) is not None:
-        found.append(("time", duration_words(seconds), f"{summary['tokens_per_second']:,.0f} tokens/s"))
-    peak = summary.get("peak_memory_bytes")
-    if peak is not None:
-        found.append(("peak memory", bytes_words(peak), f"forecast {bytes_words(plan.memory.total_bytes)}"))
-    checks = summary.get("trained_tensors") or []
-    if checks:
-        found.append(("verified", f"{len(checks):,} tensors", "moved, finite, and on disk as trained"))
-    return found
-
-
-def _facts(plan: Plan) -> list[tuple[str, str]]:
-    facts = plan.facts
-    return [
-        ("Model", model_line(facts.model)),
-        ("Data", data_line(facts.dataset)),
-        ("Machine", machine_line(facts.machine)),
-    ]
-
-
-def _choices(plan: Plan) -> list[dict[str, Any]]:
-    known = evidence.rows()
-    return [
-        {
-            "name": line.name,
-            "value": line.value,
-            "span": line.span,
-            "reason": line.reason,
-            "by_user": plan.choices[line.name].set_by is SetBy.USER,
-            "evidence": [known[i] for i in plan.choices[line.name].evidence if i in known],
-        }
-        for line in plan_lines(plan)
-    ]
-
-
-def _memory(run: RunRead) -> dict[str, Any]:
-    """Forecast by part, largest first, and what was measured; shares are of the larger of the two."""
-    memory, peak = run.plan.memory, (run.summary or {}).get("peak_memory_bytes")
-    whole = max(memory.total_bytes, peak or 0, 1)
-    parts = sorted(memory.parts.items(), key=lambda item: -item[1])
-    return {
-        "total": memory.total_bytes,
-        "limit": memory.limit_bytes,
-        "peak": peak,
-        "peak_share": (peak or 0) / whole,
-        "parts": [{"name": name, "bytes": size, "share": size / whole} for name, size in parts if size],
-    }
-
-
-def defects(audit: Mapping[str, Any]) -> list[str]:
-    """The kinds of defect that the data had, in a sentence each, and how many kinds were looked for in vain."""
-    found = audit.get("found") or {}
-    told = []
-    for name, one in found.items():
-        if one["rows"]:
-            left = f", {one['dropped']:,} left out" if one["dropped"] else ""
-            names = [name if isinstance(name, str) else " and ".join(name) for name in one["origins"][:5]]
-            where = f" ({', '.join(names)})" if names else ""
-            told.append(
-                f"{name.replace('_', ' ')}: {one['rows']:,} of {one['of']:,} rows, policy {one['policy']}{left}{where}"
-            )
-    clean = sum(not one["rows"] for one in found.values())
-    return (
-        [*told, f"{clean} other kinds of defect were looked for and not found"]
-        if told
-        else ([f"All {clean} kinds of defect were looked for, and none was found"] if clean else [])
-    )
-
-
-def provenance(run: RunRead) -> list[tuple[str, Mapping[str, Any]]]:
-    """What makes the run repeatable: groups of names and values."""
-    started, summary = run.started, run.summary or {}
-    groups: list[tuple[str, Mapping[str, Any]]] = [
-        ("run", {"id": started.get("run", ""), "folder": str(run.path), "seed": run.plan.value("seed")}),
-        ("versions", started.get("versions") or {}),
-    ]
-    hashed = {k: v for k, v in (started.get("identity") or {}).items() if k not in ("recipe", "plan")}
-    identity = {name: _plain(value) for name, value in hashed.items()}
-    groups.append(("hashes", identity))
-    base = summary.get("base_weights") or {}
-    if base:
-        groups.append(("base weights", {name: _plain(value) for name, value in base.items()}))
-    return [(name, values) for name, values in groups if values]
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -8,8 +8,10 @@ from typing import Any
 
 from welltuned.advice.plan import Plan, plan_from_yaml
 from welltuned.errors import InputError
+from welltuned.report.arms import SearchRead, read_search
+from welltuned.report.evaluations import Evaluated, read_evaluations
 from welltuned.report.log import Line, Log
-from welltuned.training.rundir import METRICS, PLAN, RECIPE, RUN, SAMPLES, SHOWN, STARTED
+from welltuned.training.rundir import METRICS, PLAN, RECIPE, RUN, SAMPLES, SHOWN, STARTED, SWEEP
 
 _NOTHING_SHOWN: Line = {"rows": [], "replies": [], "scores": None, "lengths": None}
 
@@ -24,6 +26,8 @@ class RunRead:
         shown: training rows as they were trained, and replies (training/shown.py); empty where there are none.
         samples: completions of a run that learns from rewards.
         started: started.json.
+        search: what a search compared, where this is the Run of one.
+        evaluations: what `welltuned eval` found of it, the newest first.
     """
 
     path: Path
@@ -34,6 +38,8 @@ class RunRead:
     samples: Sequence[Line]
     started: Mapping[str, Any]
     recipe: str
+    search: SearchRead | None
+    evaluations: Sequence[Evaluated]
 
     @property
     def name(self) -> str:
@@ -54,16 +60,29 @@ def read_run_folder(path: Path, log: Log | None = None) -> RunRead:
         raise InputError(f"there is no {PLAN}", where=str(path), mend="give the folder of a run")
     log = log or Log(path / METRICS)
     log.follow()
+    plan = plan_from_yaml(_text(plan_file), str(plan_file))
     return RunRead(
         path=path,
-        plan=plan_from_yaml(_text(plan_file), str(plan_file)),
+        plan=plan,
         summary=_json(path / RUN),
         log=log,
         shown={**_NOTHING_SHOWN, **(_json(path / SHOWN) or {})},
         samples=_samples(path / SAMPLES),
         started=_json(path / STARTED) or {},
         recipe=_text(path / RECIPE),
+        search=_search(path / SWEEP, log, plan.updates),
+        evaluations=read_evaluations(path),
     )
+
+
+def _search(path: Path, log: Log, updates: int) -> SearchRead | None:
+    kept = _json(path)
+    if kept is None:
+        return None
+    try:
+        return read_search(kept, log, updates)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"it is no search that can be read ({error!r})", where=str(path)) from error
 
 
 def _samples(path: Path) -> list[Line]:

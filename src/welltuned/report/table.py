@@ -72,7 +72,7 @@ def thinned(values: Floats, most: int = MOST_POINTS) -> NDArray[np.intp]:
 
 
 def smoothed(values: Floats, share: float = 0.05) -> Floats:
-    """The average of what came before, weighted less the longer ago: over about `share` of the series.
+    """The average of what came before, weighted less the longer ago: over about `share` of the series, at least 4.
 
     The first values are averages of few, so that the curve does not start at zero (the correction of Adam's averages).
     Of a long series stretches are averaged first.
@@ -85,7 +85,7 @@ def smoothed(values: Floats, share: float = 0.05) -> Floats:
     known = np.isfinite(values)
     sums = np.add.reduceat(np.where(known, values, 0.0), edges[:-1])
     counts = np.add.reduceat(known.astype(float), edges[:-1])
-    keep = 1 - 1 / max(1.0, share * stretches)
+    keep = 1 - 1 / max(4.0, share * stretches)
     out, total, weight = np.full(stretches, np.nan), 0.0, 0.0
     for at, (one, number) in enumerate(zip(sums.tolist(), counts.tolist(), strict=True)):
         if number:

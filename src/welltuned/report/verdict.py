@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
+
 from welltuned.recipe import Method
+from welltuned.report.arms import sentence
 from welltuned.report.read import RunRead
 from welltuned.training.events import Severity
 
@@ -28,7 +31,20 @@ class Verdict:
 
 
 def verdict(run: RunRead) -> Verdict:
-    return Verdict(_health(run), *_what_changed(run))
+    if run.search is not None and run.summary is None:
+        return Verdict(_health(run), sentence(run.search), None)
+    said, sure = _what_changed(run)
+    chosen = ""
+    if run.search is not None and run.search.winner is not None:
+        chosen = f"Of {len(run.search.arms)} arms {run.search.winner.name} was chosen. "
+    return Verdict(_health(run), f"{chosen}{said}{_wins(run)}", sure)
+
+
+def _wins(run: RunRead) -> str:
+    """In how many held-out pairs the chosen answer is the likelier one, for a run on pairs."""
+    shares = run.log.evaluations.column("eval_rewards/accuracies")
+    shares = shares[np.isfinite(shares)]
+    return f" The chosen answer wins in {shares[-1]:.0%} of the held-out pairs; chance is 50%." if len(shares) else ""
 
 
 def _health(run: RunRead) -> Health:
@@ -72,7 +88,7 @@ def _what_changed(run: RunRead) -> tuple[str, bool | None]:
     sign, what = (-1, "reward") if reward else (1, "loss")
     first, last = sign * before["loss"], sign * after["loss"]
     error = after.get("standard_error")
-    near = f" ± {error:.3f}" if error is not None else ""
+    near = f"\u00a0±\u00a0{error:.3f}" if error is not None else ""
     better = last > first if reward else last < first
     errors = [value["standard_error"] for value in (before, after) if value.get("standard_error") is not None]
     sure = None

@@ -15,16 +15,30 @@ from welltuned.advice.rate import rate_setting
 from welltuned.advice.settle import shown
 from welltuned.choice import Choice
 from welltuned.errors import InputError
-from welltuned.recipe import Method, Tune, load_recipe, recipe_to_dict
+from welltuned.recipe import load_recipe, recipe_to_dict
 from welltuned.recipe.check import checked
 from welltuned.recipe.read import YamlLoader
+from welltuned.search.applied import RATE, require_searchable
 from welltuned.search.curve import Prior
 
-RATE = "learning_rate"
 SEARCHED = (RATE, "r", "lora_alpha", "lora_dropout", "num_train_epochs", "effective_batch_size", "seed")
-METHODS = (Method.SFT, Method.DPO, Method.ORPO)
 MOST_ARMS = 64
 """Arms that one bank is asked to hold."""
+TRIALS, AT_ONCE = 12, 4  # of a sampler's arms
+MANY = 3  # open dimensions from which on a sampler chooses
+_SHARED = (  # what arms in one bank have in common, whatever they differ in
+    *("max_length", "dtype", "target_modules", "packing", "max_grad_norm", "weight_decay", "adam_beta1", "adam_beta2"),
+    *("loraplus_lr_ratio", "gradient_checkpointing"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A dimension of which every value between two is open."""
+
+    name: str
+    low: float
+    high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +46,32 @@ class Question:
     """What is searched.
 
     Attributes:
-        arms: how many rates are tried at the start, where the rate is searched.
-        over: the dimensions: names and their values; no values means rates around the advice.
+        arms: how many rates are tried at the start, where the rate is searched; of a sampler's arms, how many at once.
+        over: the dimensions with their values; no values means rates around the advice.
+        ranges: dimensions that a sampler chooses from. trials: how many arms it may propose.
+        minutes: what the search may take; None for no limit.
     """
 
     arms: int = 3
     over: tuple[tuple[str, tuple[Any, ...]], ...] = ((RATE, ()),)
+    ranges: tuple[Range, ...] = ()
+    trials: int = TRIALS
+    minutes: float | None = None
 
     @property
     def searches_rate(self) -> bool:
         return any(name == RATE for name, _ in self.over)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all open dimensions."""
+        return (*(name for name, _ in self.over), *(span.name for span in self.ranges))
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether there are more arms than can all be tried: ranges, or three dimensions with many values."""
+        whole = math.prod(len(values) or self.arms for _, values in self.over)
+        return bool(self.ranges) or (len(self.over) >= MANY and whole > self.trials)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,31 +98,63 @@ class Arm:
         return ", ".join(part for part in (shown(float(self.plan.value(RATE))), self.group) if part)
 
 
-def question_of(arms: int | None, over: Sequence[str]) -> Question:
-    """The question of `--arms N --over NAME=VALUE,VALUE --over NAME`.
+def question_of(
+    arms: int | None, over: Sequence[str], trials: int | None = None, minutes: float | None = None
+) -> Question:
+    """The question of `--arms N --over NAME=VALUE,VALUE --over NAME=LOW..HIGH --over NAME`.
 
     Raises:
-        InputError: an unknown dimension, too few arms, a value twice.
+        InputError: an unknown dimension, too few arms, a value twice, a limit that makes no sense.
     """
     if arms is not None and not 2 <= arms <= MOST_ARMS:
         raise InputError(f"a search compares 2 to {MOST_ARMS} arms, not {arms}", where="--arms")
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise InputError(f"{minutes:g} minutes are no time", where="--minutes", mend="give a number above 0")
     found: dict[str, tuple[Any, ...]] = {}
+    ranges: dict[str, Range] = {}
     for text in over:
         name, _, values = text.partition("=")
         name = name.strip()
         if name not in SEARCHED:
             raise InputError(f"{name!r} is nothing that arms can differ in", where="--over", mend=_known())
-        if name in found:
+        if name in found or name in ranges:
             raise InputError(f"{name} is given twice", where="--over", mend="give all of its values at once")
-        read = (yaml.load(v, Loader=YamlLoader) for v in values.split(",") if v.strip())
-        found[name] = tuple(checked(name, v, f"--over {name}") for v in read)
-        if not found[name] and name != RATE:
-            raise InputError(f"{name} has no values", where="--over", mend=f"such as --over {name}=8,32")
-        if len(set(found[name])) < len(found[name]):
-            raise InputError(f"{name} names a value twice", where="--over")
-    if not found:
+        if ".." in values:
+            ranges[name] = _range(name, values)
+        else:
+            found[name] = _values(name, values)
+    if not found and not ranges:
         found = {RATE: ()}
-    return Question(arms or 3, tuple(found.items()))
+    question = Question(arms or 3, tuple(found.items()), tuple(ranges.values()), trials or TRIALS, minutes)
+    if question.is_sampled:
+        question = replace(question, arms=arms or AT_ONCE)
+        if not question.arms <= question.trials <= MOST_ARMS:
+            what = f"{question.arms} arms at once do not go into {question.trials} trials"
+            raise InputError(what, where="--trials", mend=f"give {question.arms} to {MOST_ARMS} trials")
+    elif trials is not None:
+        what = "all values are tried, and nothing is left to be chosen from"
+        raise InputError(what, where="--trials", mend="remove it, or open a range such as --over r=8..64")
+    return question
+
+
+def _values(name: str, text: str) -> tuple[Any, ...]:
+    read = (yaml.load(v, Loader=YamlLoader) for v in text.split(",") if v.strip())
+    values = tuple(checked(name, v, f"--over {name}") for v in read)
+    if not values and name != RATE:
+        raise InputError(f"{name} has no values", where="--over", mend=f"such as --over {name}=8,32")
+    if len(set(values)) < len(values):
+        raise InputError(f"{name} names a value twice", where="--over")
+    return values
+
+
+def _range(name: str, text: str) -> Range:
+    ends = [part.strip() for part in text.split("..")]
+    low, high = (_values(name, end) for end in ends) if len(ends) == 2 else ((), ())
+    if len(low) != 1 or len(high) != 1 or not low[0] < high[0]:
+        raise InputError(f"{text} is no range", where=f"--over {name}", mend=f"such as --over {name}=8..64")
+    if name == "seed":
+        raise InputError("of seeds every one is as good as another", where="--over seed", mend="list them: seed=1,2,3")
+    return Range(name, low[0], high[0])
 
 
 def _known() -> str:
@@ -118,7 +180,7 @@ def first_arms(base: Plan, question: Question) -> tuple[Arm, ...]:
     Raises:
         InputError: settings that a run would refuse, or more arms than one bank takes.
     """
-    _require_searchable(base)
+    require_searchable(base)
     others = [(name, values) for name, values in question.over if name != RATE]
     made: list[dict[str, Any]] = []
     for values in product(*(v for _, v in others)):
@@ -147,7 +209,7 @@ def arm_of(base: Plan, number: int, settings: Mapping[str, Any]) -> Arm:
     recipe = replace(load_recipe(None, wanted), tune_given=True, policies=base.recipe.policies)
     facts = base.facts
     plan = make_plan(recipe, facts.model, facts.dataset, facts.machine, None, facts.adapter)
-    for name in ("max_length", "dtype", "target_modules", "packing"):
+    for name in _SHARED:
         if name in base.choices and plan.value(name) != base.value(name):
             what = f"with {_words(settings)} the plan has another {name} ({shown(plan.value(name))})"
             raise InputError(what, where="--over", mend=f"set {name} yourself, so that arms can be compared")
@@ -157,32 +219,6 @@ def arm_of(base: Plan, number: int, settings: Mapping[str, Any]) -> Arm:
 
 def _words(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {shown(value)}" for name, value in settings.items())
-
-
-def _require_searchable(base: Plan) -> None:
-    recipe = base.recipe
-    if recipe.method not in METHODS:
-        known = ", ".join(map(str, METHODS))
-        raise InputError(f"{recipe.method} cannot be searched", where="method", mend=f"these can: {known}")
-    if recipe.tune is Tune.FULL:
-        what = "a full model for each arm would not share a base"
-        raise InputError(what, where="tune", mend="use lora or qlora")
-    if recipe.adapter is not None:
-        raise InputError("a search begins with new adapters", where="adapter", mend="remove it")
-    if base.value("bias") != "none":
-        raise InputError("biases belong to the base that all arms share", where="bias", mend="use bias: none")
-    if "ema_decay" in base.recipe.hyperparameters:
-        what = "a search keeps averages of its own, to compare arms by"
-        raise InputError(what, where="ema_decay", mend="remove it; train with it once the search has chosen")
-    for name in ("modules_to_save", "embedding_learning_rate"):
-        if name in base.choices:
-            what = "what is trained whole belongs to the base that all arms share"
-            raise InputError(what, where=name, mend="remove it")
-    if str(base.value("init_lora_weights")).lower() == "loftq":
-        raise InputError("a bank of arms does not start at what 4 bits lose", where="init_lora_weights")
-    if not base.facts.dataset.heldout_rows:
-        what = "no rows are held out, so that arms cannot be compared"
-        raise InputError(what, where="eval_fraction", mend="give a share such as 0.1, or --eval-data")
 
 
 def _alpha(plan: Plan) -> float:

@@ -3,20 +3,23 @@
 A round is one update of every arm that takes part, each on its own rows, with its own rate, clipping and health.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from welltuned.errors import RunError
-from welltuned.models.lora import AdapterBank
+from welltuned.models.lora import AdapterBank, LoraSettings
 from welltuned.search.items import Items, Share, gradients
 from welltuned.training.checkpoint import Checkpoint, Position, Snapshot, named
 from welltuned.training.optimizer import AdamWSettings, FlatAdamW, Span, clip_
 from welltuned.training.snapshot import Origin
 from welltuned.training.step import Engine, Gradient
 
+LAYOUT = "grad and param do not obey the gradient layout contract"  # a hint of torch: rows of a buffer have gaps
 MEMORY = 0.1  # share of an arm's updates so far that its running average forgets over
 
 
@@ -48,7 +51,9 @@ class Bank:
     def gradients(self, engine: Engine, items: Items, shares: Sequence[Share]) -> list[Gradient]:
         """Each share's own gradient in its row of the buffer, from a cleared one."""
         self.optimizer.zero_grad()
-        return gradients(engine, items, shares)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=LAYOUT)
+            return gradients(engine, items, shares)
 
     def clip(self, limit: float) -> list[float]:
         """Every row's gradient scaled down to the limit by itself; the norms before that."""
@@ -80,28 +85,24 @@ class Bank:
 
     # ── which arms ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def keep(self, rows: Sequence[int], fresh: Sequence[int] = ()) -> None:
+    def keep(self, rows: Sequence[int], fresh: Mapping[int, LoraSettings] = MappingProxyType({})) -> None:
         """Leave these rows, in this order, with their moments and averages; the others' memory is given back.
 
         Args:
-            fresh: places in the new order that begin anew, from their own A and with nothing remembered.
+            fresh: places in the new order at which another adapter begins, with nothing remembered.
         """
         at = list(rows)
         steps_KG = self.optimizer.steps_G.view(self.size, -1)[at]
         moments = self.optimizer.exp_avg_KP[at], self.optimizer.exp_avg_sq_KP[at], steps_KG
         self.average_KP = self.average_KP[at]
         self.adapters.keep(rows)
-        for k in fresh:
-            self.adapters.flat_KP[k].copy_(self.adapters.start_KP[k])
-            self.average_KP[k].copy_(self.adapters.start_KP[k])
+        for k, settings in fresh.items():
+            self.adapters.renew(k, settings)
+            self.average_KP[k].copy_(self.adapters.flat_KP[k])
             for moment in moments:
                 moment[k] = 0
         self._take_buffers()
         self.optimizer.restore(moments[0], moments[1], steps_KG.flatten())
-
-    def start_over(self) -> None:
-        """Every row as it was before its first update."""
-        self.keep(range(self.size), fresh=range(self.size))
 
     # ── saving ───────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -54,6 +54,8 @@ class Curve:
         x, x_error: of the lowest point at the end of the run: ln(alpha · rate).
         curve: relative loss per square of ln(rate).
         lowest: draws of the lowest point. curves: the curvature of each draw.
+        parabolas: draws of a, b and c [draws, 3]; z is 0 at `origin`, and y is relative to `level`.
+        share: of the run that the losses were measured after.
     """
 
     x: float
@@ -61,6 +63,16 @@ class Curve:
     curve: float
     lowest: Array
     curves: Array
+    parabolas: Array
+    origin: float
+    level: float
+    share: float
+
+    def losses(self, x_P: Array) -> Array:
+        """The held-out loss at these places: the 16th, 50th and 84th percentile of the draws [3, P]."""
+        z_P = x_P - self.origin
+        drawn_DP = self.parabolas @ np.stack([np.ones_like(z_P), z_P, z_P**2 / 2])
+        return self.level * (1 + np.quantile(drawn_DP, (0.16, 0.5, 0.84), axis=0))
 
     def regret(self, x: float) -> float:
         """The expected loss of choosing x beyond the lowest point's, relative to the loss."""
@@ -99,7 +111,8 @@ def fit(points: Sequence[Point], weights: Sequence[float], prior: Prior, share: 
     moved = SHIFT * math.sqrt(math.log(1 / share)) * draw.standard_normal(DRAWS) if share < 1 else 0.0
     lowest = np.clip(-drawn_D3[:, 1] / curves, z_K.min() - EDGE, z_K.max() + EDGE) + moved + prior.x
     middle, low, high = (float(v) for v in np.quantile(lowest, (0.5, 0.16, 0.84)))
-    return Curve(middle, (high - low) / 2, float(np.median(curves)), lowest, curves)
+    error, typical = (high - low) / 2, float(np.median(curves))
+    return Curve(middle, error, typical, lowest, curves, drawn_D3, prior.x, level, share)
 
 
 def covariance(loss_KI: Array, weight_I: Array) -> Array:

@@ -97,7 +97,7 @@ def line_of(event: SearchEvent) -> dict[str, Any]:
             names = ("arm", "step", "learning_rate", "grad_norm", "tokens", "supervised_tokens")
             return {"event": "arm_update", "arm_loss": event.loss, **{name: getattr(event, name) for name in names}}
         case ArmJudged():
-            gap = {name: getattr(event, name) for name in ("arm", "step", "above_best", "above_best_se")}
+            gap = {name: getattr(event, name) for name in ("arm", "step", "share", "above_best", "above_best_se")}
             return {"event": "arm_judged", "arm_eval_loss": event.eval_loss, **gap}
         case ArmEnded():
             return {

@@ -19,6 +19,9 @@ from welltuned.training.monitor.robust import Difference, difference
 ENOUGH = 0.002  # expected regret, relative to the loss, at which there is nothing left to find out
 ERRORS = 2.0  # paired standard errors
 CHANCE = 0.05  # that the best rate moves so far until the end that the arm would be the better one
+# Assumed: relative deviation of what a group comes to at the end from what its lead now says, times
+# sqrt(ln(1 / share)); half of what the same for rates (curve.SHIFT) makes of two that are a factor of two apart.
+DRIFT = 0.005
 APART = math.log(1.15)  # arms nearer to each other than this are one
 STEP = math.log(2.0)
 BOOTSTRAPS = 1_000
@@ -154,9 +157,9 @@ def _curve(group: Sequence[Entry], weights: Sequence[int], prior: Prior, share: 
 
 
 def _between(alive: Sequence[Entry], weights: Sequence[int]) -> dict[int, float]:
-    """How much worse each arm is expected to be than the best of all of them, relative to the loss: by resampled rows.
+    """How much worse each arm is expected to be than the best of all of them, relative to the loss.
 
-    Only between groups, on what was measured: within a group the curve knows more.
+    Only between groups: within a group the curve knows more. By resampled rows, and by what may change until the end.
     """
     of_group: dict[str, list[Entry]] = {}
     for e in alive:
@@ -168,7 +171,10 @@ def _between(alive: Sequence[Entry], weights: Sequence[int]) -> dict[int, float]
     draw = np.random.default_rng(0)
     times_BI = draw.multinomial(len(weight_I), np.full(len(weight_I), 1 / len(weight_I)), size=BOOTSTRAPS) * weight_I
     mean_BG = times_BI @ loss_GI.T / times_BI.sum(1, keepdims=True)
-    over_G = (mean_BG - mean_BG.min(1, keepdims=True)).mean(0) / mean_BG.min()
+    share = min(e.looks[-1].share for e in best)
+    if share < 1:
+        mean_BG *= 1 + DRIFT * math.sqrt(math.log(1 / share)) * draw.standard_normal(mean_BG.shape)
+    over_G = ((mean_BG - mean_BG.min(1, keepdims=True)) / mean_BG.min(1, keepdims=True)).mean(0)
     return {e.arm: float(over) for group, over in zip(of_group.values(), over_G, strict=True) for e in group}
 
 

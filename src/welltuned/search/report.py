@@ -4,19 +4,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from welltuned.advice.codec import to_plain
-from welltuned.advice.plan import Plan
+from welltuned.advice.learning_rate import two_digits
 from welltuned.advice.settle import shown
-from welltuned.search.arms import RATE, Arm
+from welltuned.search.applied import RATE
+from welltuned.search.arms import Arm
+from welltuned.search.board import Board
+from welltuned.search.curve import Curve
 from welltuned.search.halving import ENOUGH, mean, paired
 from welltuned.search.state import RungRecord
 
-if TYPE_CHECKING:
-    from welltuned.search.loop import Search
-
 GRID = 7  # rates that a grid would try, each to its end
+POINTS, BEYOND = 41, 0.2  # of the curve, which is drawn so far in ln(rate) beyond the outer arms
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 360, 70, 20, 30, 52
 _SHARES = ("#c9d6ea", "#8fb0d9", "#4f83c2", "#1f5fbf")
 
@@ -49,6 +52,16 @@ class ArmRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """The parabola at one rate: the median of the held-out loss there, and one standard deviation to either side."""
+
+    rate: float
+    low: float
+    loss: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
     """All of it.
 
@@ -57,6 +70,7 @@ class Found:
             (one standard deviation); None where the rate was not searched.
         regret: what the winner is expected to cost beyond the lowest point, relative to the loss.
         tokens: trained on by all arms. run_tokens: by the winner alone. evaluated: held-out tokens that were judged.
+        fitted: the parabola through the winner's group; `fitted_share` is after how much of the run it was measured.
     """
 
     rows: tuple[ArmRow, ...]
@@ -72,6 +86,8 @@ class Found:
     evaluated: int
     rungs: tuple[RungRecord, ...]
     advice: str
+    fitted: tuple[Fitted, ...] = ()
+    fitted_share: float | None = None
 
     @property
     def runs_worth(self) -> float:
@@ -84,18 +100,18 @@ class Found:
         return self.runs_worth / GRID
 
 
-def found_of(search: "Search", winner: Arm, plan: Plan) -> Found:
+def found_of(board: Board, winner: Arm) -> Found:
     """What a search that ended found."""
-    advised = search.setting.advised.get(winner.group, winner.plan.value(RATE))
-    decision = search.last_decision
+    advised = board.rules.advised.get(winner.group, winner.plan.value(RATE))
+    decision = board.last_decision
     curve = None if decision is None else decision.curve
     best = None if curve is None else winner.plan.value(RATE) * math.exp(curve.x - winner.x)
     at_advice = winner.x + math.log(advised / winner.plan.value(RATE))
-    state = next(a for a in search.state.arms if a.number == winner.number)
+    state = board.of(winner.number)
     regret = math.nan if decision is None else decision.regret
     advised_regret = None if curve is None else curve.regret(at_advice)
-    found = Found(
-        rows=tuple(_row(search, number) for number in search.arms),
+    return Found(
+        rows=tuple(_row(board, number) for number in board.arms),
         winner=winner.number,
         advised_rate=advised,
         best_rate=best,
@@ -103,18 +119,27 @@ def found_of(search: "Search", winner: Arm, plan: Plan) -> Found:
         regret=regret,
         advised_regret=advised_regret,
         curve=None if curve is None else curve.curve,
-        tokens=sum(arm.tokens for arm in search.state.arms),
+        tokens=sum(arm.tokens for arm in board.state.arms),
         run_tokens=state.tokens,
-        evaluated=search.state.evaluated,
-        rungs=search.state.rungs,
-        advice=_changes(search, winner, advised, best, curve.x_error if curve is not None else None, advised_regret),
+        evaluated=board.state.evaluated,
+        rungs=board.state.rungs,
+        advice=_changes(winner, advised, best, curve.x_error if curve is not None else None, advised_regret),
+        fitted=() if curve is None else _fitted(board, winner, curve),
+        fitted_share=None if curve is None else curve.share,
     )
-    return found
 
 
-def _row(search: "Search", number: int) -> ArmRow:
-    arm = search.arms[number]
-    state = next(a for a in search.state.arms if a.number == number)
+def _fitted(board: Board, winner: Arm, curve: Curve) -> tuple[Fitted, ...]:
+    """The curve over the rates of the winner's group, and a little beyond."""
+    xs = [arm.x for arm in board.arms.values() if arm.group == winner.group]
+    x_P = np.linspace(min(xs) - BEYOND, max(xs) + BEYOND, POINTS)
+    rates = winner.plan.value(RATE) * np.exp(x_P - winner.x)
+    points = zip(rates.tolist(), *curve.losses(x_P).tolist(), strict=True)
+    return tuple(Fitted(rate=rate, low=low, loss=loss, high=high) for rate, low, loss, high in points)
+
+
+def _row(board: Board, number: int) -> ArmRow:
+    arm, state = board.arms[number], board.of(number)
     return ArmRow(
         number=number,
         name=arm.name,
@@ -126,13 +151,13 @@ def _row(search: "Search", number: int) -> ArmRow:
         updates=state.step,
         total_updates=arm.plan.updates,
         tokens=state.tokens,
-        looks=tuple(_judged(search, number)),
+        looks=tuple(_judged(board, number)),
     )
 
 
-def _judged(search: "Search", number: int) -> list[Judged]:
+def _judged(board: Board, number: int) -> list[Judged]:
     """Every look of an arm beside the best arm of that look."""
-    everyone, weights, found = search.entries(), search.weights, []
+    everyone, weights, found = board.entries(), board.weights, []
     own = next((e for e in everyone if e.arm == number), None)
     for i in range(len(own.looks) if own is not None else 0):
         assert own is not None
@@ -144,15 +169,14 @@ def _judged(search: "Search", number: int) -> list[Judged]:
     return found
 
 
-def _changes(
-    search: "Search", winner: Arm, advised: float, best: float | None, error: float | None, regret: float | None
-) -> str:
+def _changes(winner: Arm, advised: float, best: float | None, error: float | None, regret: float | None) -> str:
     """What this changes about the advice, in a sentence or two."""
     chosen = winner.plan.value(RATE)
     if best is None or error is None or regret is None:
-        return f"Of what was compared, {winner.name} did best on your held-out rows; the advice's rates were kept."
+        kept = "" if RATE in winner.settings else "; the advice's rates were kept"
+        return f"Of what was compared, {winner.name} did best on your held-out rows{kept}."
     off = abs(math.log(best / advised))
-    where = f"The advice was {shown(float(advised))}; your rows put the best rate at {shown(float(best))} "
+    where = f"The advice was {shown(float(advised))}; your rows put the best rate at {shown(two_digits(best))} "
     where += f"(×/÷ {math.exp(error):.2f})"
     if regret < ENOUGH:
         return f"{where}: nothing changes. Staying with the advice is expected to cost {regret:.2%} of the loss."
@@ -202,7 +226,7 @@ def plot(found: Found) -> str:
     points = [(row, look) for row in found.rows for look in row.looks if math.isfinite(look.loss)]
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" '
-        f'font-size="12">',
+        f'font-size="12" role="img" aria-label="held-out loss over the learning rate">',
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
     ]
     if not points:

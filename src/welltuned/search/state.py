@@ -26,7 +26,6 @@ class ArmState:
     """One arm.
 
     Attributes:
-        like: the arm of the start whose adapter has the same rank, seed and dropout.
         step: updates made or left out. skipped, in_a_row: those that were not finite.
         loss: the smoothed training loss.
         looks: its comparisons so far, on running averages until the last.
@@ -37,7 +36,6 @@ class ArmState:
 
     number: int
     settings: Mapping[str, Any]
-    like: int
     status: Status = Status.ALIVE
     step: int = 0
     skipped: int = 0
@@ -79,15 +77,17 @@ class State:
         extended: whether the bracket was extended at an edge.
         winner: the arm that the rest of the work is for; None while several are alive.
         evaluated: tokens that evaluations passed through the model.
+        refused: proposals of a sampler that were no arms.
     """
 
     arms: tuple[ArmState, ...]
-    bank: tuple[int, ...]
+    bank: tuple[int, ...] = ()
     target: int = 0
     extended: bool = False
     winner: int | None = None
     ended: bool = False
     evaluated: int = 0
+    refused: int = 0
     rungs: tuple[RungRecord, ...] = ()
 
     def with_arm(self, arm: ArmState) -> "State":
@@ -103,6 +103,7 @@ class State:
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> "State":
-        found = from_plain(cls, plain)
+        arms = [{key: value for key, value in arm.items() if key != "like"} for arm in plain["arms"]]  # earlier form
+        found = from_plain(cls, {**plain, "arms": arms})
         assert isinstance(found, State)
         return found

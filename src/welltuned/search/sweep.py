@@ -1,28 +1,30 @@
-"""A search from question to Run: the winner's adapter, verified as any run's, with the evidence beside it."""
+"""A search from question to Run in this process, and on after it was ended."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import chdir, closing, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
-from welltuned.advice.codec import from_plain, to_plain
-from welltuned.advice.plan import Plan, plan_to_yaml, require_memory
-from welltuned.choice import SetBy
+from welltuned.advice.plan import Plan, require_memory
+from welltuned.data.render import Example
 from welltuned.errors import InputError
 from welltuned.facts.machine import require_one_process
 from welltuned.models.lora import AdapterBank
 from welltuned.models.packed import packed_model
-from welltuned.recipe import Method, Recipe, load_recipe, recipe_to_dict, recipe_to_yaml
-from welltuned.search.arms import RATE, Arm, Question, arm_of, first_arms
-from welltuned.search.events import SearchObserver, curve_of, evaluated, unheard
+from welltuned.recipe import Method
+from welltuned.search.applied import RATE, told
+from welltuned.search.arms import Arm, Question, arm_of
+from welltuned.search.asked import Asked, is_sweep, read_asked, write_asked
+from welltuned.search.board import Rules, shares_of
+from welltuned.search.events import SearchObserver, unheard
+from welltuned.search.forecast import forecast, require_time
 from welltuned.search.items import Items, PairItems, SupervisedItems
 from welltuned.search.loop import Search, Setting
-from welltuned.search.report import Found, found_of, plot, to_json
-from welltuned.search.state import State
+from welltuned.search.result import SweepResult, course_of, verified, write_result
+from welltuned.search.sampler import OptunaSampler, largest_rank, starting
 from welltuned.training import durable
-from welltuned.training.checkpoint import CHECKPOINTS, Checkpoint, Position, newest
+from welltuned.training.checkpoint import CHECKPOINTS, Checkpoint, newest
 from welltuned.training.events import Note
 from welltuned.training.identity import differences, identity_of, versions
 from welltuned.training.interrupt import interruptible
@@ -30,60 +32,56 @@ from welltuned.training.keeper import Keeper, require_disk
 from welltuned.training.preference import preference_objective, rows_used
 from welltuned.training.preference_step import Pairwise
 from welltuned.training.prepare import Prepared, prepare
-from welltuned.training.process import memory_used, return_freed_memory
-from welltuned.training.result import RunResult, disk_errors, summary_of, verify_and_save
+from welltuned.training.process import return_freed_memory
+from welltuned.training.result import disk_errors
 from welltuned.training.resume import place_of, require_device
 from welltuned.training.run import Ready, begin, make_ready, on_this_machine
-from welltuned.training.rundir import (
-    ADAPTER,
-    METRICS,
-    PLAN,
-    RECIPE,
-    RUN,
-    STARTED,
-    SWEEP,
-    RunDir,
-    is_finished,
-    read_started,
-    require_free,
-)
+from welltuned.training.rundir import ADAPTER, STARTED, RunDir, is_finished, read_started, require_free
 from welltuned.training.snapshot import Origin
+from welltuned.training.trackers import require_trackers
 
-PLOT = "sweep.svg"
-FORMAT = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """sweep.json as it is at the start: what is searched, and the plan that its arms depart from."""
-
-    question: Question
-    recipe: Recipe
-    plan: Plan
-    grid: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "question": to_plain(self.question),
-            "recipe": to_plain(recipe_to_dict(self.recipe)),
-            "plan": to_plain(self.plan),
-            "grid": self.grid,
-        }
+__all__ = ["SweepResult", "is_sweep", "resume_sweep", "sweep"]
+EXTENSION = 1  # arms that a search over rates usually adds to those of the start
 
 
-def is_sweep(path: Path) -> bool:
-    """Whether a directory holds a search, finished or not."""
-    return (path / SWEEP).is_file()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """A search before its first update: its arms, who proposes more, and what is to be said first."""
+
+    asked: Asked
+    prepared: Prepared
+    arms: tuple[Arm, ...]
+    sampler: OptunaSampler | None
+    said: tuple[str, ...]
+
+    @property
+    def rules(self) -> Rules:
+        question = self.asked.question
+        return Rules(
+            advised=advised_rates(self.prepared.plan, self.arms),
+            rates=question.searches_rate and self.sampler is None,
+            grid=self.asked.grid,
+            seconds=None if question.minutes is None else question.minutes * 60,
+            sampler=self.sampler,
+        )
+
+    @property
+    def most_arms(self) -> int:
+        return len(self.arms) if self.sampler is None else self.sampler.trials
 
 
-@dataclass(frozen=True, slots=True)
-class SweepResult:
-    """What a finished search found, and the Run of its winner; `weights` are those of the held-out rows."""
+def begun(asked: Asked, prepared: Prepared) -> Begun:
+    """The arms of a question, and what the search does otherwise than a run.
 
-    run: RunResult
-    found: Found
-    state: State
-    weights: tuple[int, ...]
+    Raises:
+        InputError: what is asked cannot be searched.
+    """
+    question = asked.question
+    arms, sampler = starting(prepared.plan, question)
+    values = {name for name, given in question.over if given or name != RATE} | {r.name for r in question.ranges}
+    centred = question.searches_rate and RATE not in values and sampler is None
+    said = told(prepared.plan, sorted(values), centred)
+    return Begun(asked=asked, prepared=prepared, arms=arms, sampler=sampler, said=said)
 
 
 def sweep(
@@ -93,50 +91,44 @@ def sweep(
     observer: SearchObserver = unheard,
     *,
     grid: bool = False,
+    ray: str | None = None,
+    workers: int | None = None,
 ) -> SweepResult:
     """Train many adapters at once, end those that cannot win, and write the winner's Run to `out`.
 
     Args:
         grid: train every arm to its end, as a measurement of what the search would have found.
+        ray: spread the arms over a cluster: its address, or `local`; None for this process alone.
+        workers: of the cluster; None for one a GPU, or one a machine.
 
     Raises:
-        InputError: what is asked cannot be searched, or does not fit into memory or onto the disk.
+        InputError: what is asked cannot be searched, or does not fit into memory, onto the disk, into the time given.
         RunError: every arm diverged, or the result could not be written. Interrupted: a signal ended it, after a save.
     """
     require_one_process("a sweep")
     require_free(out)
-    asked = Asked(question, prepared.recipe, prepared.plan, grid)
-    arms = first_arms(prepared.plan, question)
-    require_memory(prepared.plan)
-    require_room(prepared.plan, len(arms))
-    with on_this_machine(prepared.plan):
-        ready = make_ready(prepared.plan, [arm.plan for arm in arms])
-        with closing(RunDir(out)) as directory:
-            write_asked(directory, asked)
+    search = begun(Asked(question, prepared.recipe, prepared.plan, grid, ray, workers), prepared)
+    plan, rules = prepared.plan, search.rules
+    require_memory(plan)
+    require_trackers(prepared.recipe)
+    extra = 0 if grid or not rules.rates else EXTENSION
+    trials = None if search.sampler is None else search.sampler.trials
+    shares = shares_of(arm.plan.updates for arm in search.arms)
+    time = forecast(plan, search.arms, shares, more=extra, trials=trials)
+    require_time(time, rules.seconds, plan)
+    for text in (time.sentence(), *search.said):
+        observer(Note(text))
+    if ray is not None:
+        from welltuned.search.cluster import sweep_on_cluster
+
+        return sweep_on_cluster(search, out, observer)
+    require_room(plan, search.most_arms)
+    with on_this_machine(plan):
+        ready = ready_for(search)
+        with closing(RunDir(out)) as directory, disk_errors(out):
+            write_asked(directory, search.asked)
             begin(directory, prepared, identity_of(prepared))
-            return _course(asked, prepared, arms, ready, directory, observer, None, ())
-
-
-def write_asked(directory: RunDir, asked: Asked) -> None:
-    """The first file of a search: with it the rest can be made again."""
-    with disk_errors(directory.path):
-        directory.write_json(SWEEP, {"format": FORMAT, "asked": asked.to_json()})
-
-
-def read_asked(path: Path) -> Asked:
-    """What a search was asked.
-
-    Raises:
-        InputError: sweep.json is damaged.
-    """
-    try:
-        plain = json.loads((path / SWEEP).read_text(encoding="utf-8"))["asked"]
-        question = from_plain(Question, {**plain["question"], "over": []})
-        over = tuple((name, tuple(values)) for name, values in plain["question"]["over"])
-        plan = from_plain(Plan, plain["plan"])
-        return Asked(replace(question, over=over), load_recipe(None, plain["recipe"]), plan, plain["grid"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{SWEEP} is damaged ({error})", where=str(path)) from error
+            return _course(search, ready, directory, observer, None, ())
 
 
 def resume_sweep(path: Path, observer: SearchObserver = unheard, *, accept_changes: bool = False) -> SweepResult:
@@ -167,13 +159,17 @@ def resume_sweep(path: Path, observer: SearchObserver = unheard, *, accept_chang
                 raise InputError("; ".join(changed), where=str(path), mend=mend)
             if changed or started is None:
                 begin(directory, prepared, now, started)
+            search = begun(asked, prepared)
+            if asked.ray is not None:
+                from welltuned.search.cluster import go_on
+
+                return go_on(search, directory, observer, tuple(changed))
             require_device(prepared.plan, path)
-            arms = first_arms(prepared.plan, asked.question)
             with on_this_machine(prepared.plan):
-                ready = make_ready(prepared.plan, [arm.plan for arm in arms])
+                ready = ready_for(search)
                 went = "the search starts over: there is no checkpoint"
                 went = went if found is None else f"goes on after round {found.position.step}"
-                return _course(asked, prepared, arms, ready, directory, observer, found, (*notes, went, *changed))
+                return _course(search, ready, directory, observer, found, (*notes, went, *changed))
 
 
 def require_room(plan: Plan, arms: int) -> None:
@@ -186,10 +182,39 @@ def require_room(plan: Plan, arms: int) -> None:
         raise InputError(what, where="--arms", mend="search fewer arms, a lower r, or --tune qlora")
 
 
+def ready_for(search: Begun) -> Ready:
+    """The loaded model with a row for every arm, in slots that have room for any that may come."""
+    widest = largest_rank(search.prepared.plan, search.asked.question, search.arms)
+    plans = [arm.plan for arm in search.arms]
+    return make_ready(search.prepared.plan, plans if widest is None else [*plans, widest])
+
+
+def setting_of(
+    search: Begun, ready: Ready, directory: RunDir, observer: SearchObserver
+) -> tuple[Ready, Setting, str | None]:
+    """What the rounds work on, and what is to be said of the disk. A preference method's reference is asked here."""
+    plan = search.prepared.plan
+    started = read_started(directory.path)
+    ready, items = _objective(ready, search.prepared, search.arms, observer, more=search.sampler is not None)
+    bank = ready.engine.trained
+    assert isinstance(bank, AdapterBank)
+    disk = require_disk(directory.path, 4 * bank.flat_KP.nbytes, bank.flat_KP[0].nbytes, plan.value("save_total_limit"))
+    setting = Setting(
+        engine=ready.engine,
+        items=items,
+        objective=ready.objective,
+        prepared=search.prepared,
+        arms=search.arms,
+        rules=search.rules,
+        directory=directory,
+        keeper=Keeper(directory.path, plan.value("save_total_limit"), directory.sync_metrics),
+        origin=Origin(started.run, started.identity, versions()),
+    )
+    return ready, setting, disk
+
+
 def _course(
-    asked: Asked,
-    prepared: Prepared,
-    arms: tuple[Arm, ...],
+    search: Begun,
     ready: Ready,
     directory: RunDir,
     observer: SearchObserver,
@@ -197,61 +222,53 @@ def _course(
     notes: tuple[str, ...],
 ) -> SweepResult:
     """One process's part of a search: from the start, or from a checkpoint, to the verified adapter."""
-    plan = prepared.plan
-    started = read_started(directory.path)
-    ready, items = _objective(ready, prepared, arms, observer)
-    bank = ready.engine.trained
-    assert isinstance(bank, AdapterBank)
-    disk = require_disk(directory.path, 4 * bank.flat_KP.nbytes, bank.flat_KP[0].nbytes, plan.value("save_total_limit"))
-    keeper = Keeper(directory.path, plan.value("save_total_limit"), directory.sync_metrics)
-    setting = Setting(
-        engine=ready.engine,
-        items=items,
-        objective=ready.objective,
-        prepared=prepared,
-        arms=arms,
-        advised=advised_rates(plan, arms),
-        directory=directory,
-        keeper=keeper,
-        origin=Origin(started.run, started.identity, versions()),
-        rates=asked.question.searches_rate,
-        grid=asked.grid,
-    )
+    plan, prepared = search.prepared.plan, search.prepared
+    ready, setting, disk = setting_of(search, ready, directory, observer)
     with interruptible() as signals, disk_errors(directory.path):
-        search = Search(setting, observer, signals)
+        rounds = Search(setting, observer, signals)
         if found is None:
             directory.cut_metrics(0)
+            for text in search.said:  # the observer has heard it
+                directory.record(Note(text))
             for text in (*prepared.notes, *(text for text in ready.notes if text not in plan.warnings)):
-                search.tell(Note(text))
+                rounds.tell(Note(text))
         else:
-            search.restore(found)
+            rounds.restore(found)
         for text in (*notes, *((disk,) if disk is not None else ())):
-            search.tell(Note(text))
+            rounds.tell(Note(text))
         return_freed_memory()
         try:
             with packed_model(ready.model):
-                winner = search.run()
-                return _finished(asked, search, winner, ready)
+                winner = rounds.run()
+                course = course_of(rounds, search.said)
+                made = verified(rounds, winner, ready, course)
+                rounds.board.state = rounds.state
+                return write_result(search.asked, rounds.board, prepared, directory, made, course, setting.origin.run)
         except BaseException:
             with suppress(Exception):  # what ended the search is what is told
-                keeper.join()
+                setting.keeper.join()
             raise
 
 
 def _objective(
-    ready: Ready, prepared: Prepared, arms: tuple[Arm, ...], observer: SearchObserver
+    ready: Ready, prepared: Prepared, arms: tuple[Arm, ...], observer: SearchObserver, *, more: bool
 ) -> tuple[Ready, Items]:
-    """The method's objective, and what a bank computes of it. The reference is asked once, for all arms."""
+    """The method's objective, and what a bank computes of it. The reference is asked once, for all arms.
+
+    Args:
+        more: arms may come that no one knows yet, so that it is asked for every row.
+    """
     if prepared.recipe.method is Method.SFT:
         return ready, SupervisedItems()
     notes: list[str] = []
-    also = (
+    also: Iterable[Example] = (
         row
         for arm in arms
         for row in rows_used(
             arm.plan, replace(prepared.mixture, seed=arm.plan.value("seed")), prepared.train, prepared.held_out
         )
     )
+    also = chain(also, prepared.train) if more else also
     objective = preference_objective(
         ready.engine,
         prepared.plan,
@@ -274,74 +291,3 @@ def advised_rates(plan: Plan, arms: tuple[Arm, ...]) -> Mapping[str, float]:
             others = {name: value for name, value in arm.settings.items() if name != RATE}
             found[arm.group] = arm_of(plan, 0, others).plan.value(RATE) if others else plan.value(RATE)
     return found
-
-
-def _finished(asked: Asked, search: Search, winner: Arm, ready: Ready) -> SweepResult:
-    """Verify and save the winner's adapter and what was found; run.json comes last."""
-    setting, directory = search.setting, search.setting.directory
-    state = next(a for a in search.state.arms if a.number == winner.number)
-    search.bank.keep([search.state.bank.index(winner.number)])
-    plan = _reasoned(winner.plan, winner, search)
-    prepared = replace(
-        setting.prepared,
-        recipe=winner.plan.recipe,
-        plan=plan,
-        mixture=replace(setting.prepared.mixture, seed=winner.plan.value("seed")),
-    )
-    engine = replace(ready.engine, token_budget=search.engine.token_budget)
-    after = ready.objective.evaluate(engine, prepared.held_out)
-    at = Position(step=state.step, skipped=state.skipped, token_budget=engine.token_budget)
-    checks = verify_and_save(engine, prepared, directory, {}, at)
-    tokens = sum(arm.tokens for arm in search.state.arms)
-    result = RunResult(
-        path=directory.path,
-        engine=engine,
-        updates=state.step,
-        before=search.before,
-        after=after,
-        checks=checks,
-        seconds=search.elapsed,
-        tokens_per_second=tokens / search.seconds if search.seconds else 0.0,
-        peak_memory=memory_used(plan.facts.machine.device).peak,
-    )
-    found = found_of(search, winner, plan)
-    _record_curve(search, winner, result)
-    directory.write(RECIPE, recipe_to_yaml(prepared.recipe))
-    directory.write(PLAN, plan_to_yaml(plan))
-    directory.write(PLOT, plot(found))
-    directory.write_json(SWEEP, {"format": FORMAT, "asked": asked.to_json(), **to_json(found)})
-    watched = {
-        "stop_reason": None,
-        "best_step": None,
-        "findings": [f.to_json() for f in search.watch(winner.number).findings],
-        "healed": {"updates_left_out": state.skipped, "token_budget": engine.token_budget},
-        "saving": asdict(setting.keeper.cost),
-    }
-    summary = summary_of(prepared, ready.fused, ready.notes, result)
-    directory.write_json(RUN, {**summary, **watched, "sweep": to_json(found)})
-    return SweepResult(result, found, search.state, tuple(search.weights))
-
-
-def _record_curve(search: Search, winner: Arm, result: RunResult) -> None:
-    """The winner's updates and evaluations as lines of a run, for whoever reads metrics.jsonl as one."""
-    directory, total = search.setting.directory, winner.plan.updates
-    lines = [json.loads(line) for line in (directory.path / METRICS).read_text(encoding="utf-8").splitlines()]
-    batch = winner.plan.value("effective_batch_size")
-    per_epoch = search.setting.prepared.mixture.steps_per_epoch(batch)
-    if result.before is not None:
-        directory.record(evaluated(0, result.before))
-    for event in curve_of(lines, winner.number, total, per_epoch, result.tokens_per_second):
-        directory.record(event)
-    if result.after is not None:
-        directory.record(evaluated(total, result.after))
-
-
-def _reasoned(plan: Plan, winner: Arm, search: Search) -> Plan:
-    """The winner's plan with what speaks for its values now."""
-    compared = len(search.state.arms)
-    choices = dict(plan.choices)
-    for name in winner.settings:
-        choice = choices[name]
-        reason = f"the best of {compared} arms that a search compared on your held-out rows (sweep.json)"
-        choices[name] = replace(choice, reason=reason, set_by=SetBy.USER)
-    return replace(plan, choices=choices)

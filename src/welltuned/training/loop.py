@@ -11,11 +11,7 @@ import torch
 from welltuned.errors import RunError
 from welltuned.models.oom import is_out_of_memory, release_memory
 from welltuned.training.average import Average
-from welltuned.training.checkpoint import (
-    Checkpoint,
-    Position,
-    Snapshot,
-)
+from welltuned.training.checkpoint import Checkpoint, Position, Snapshot
 from welltuned.training.events import Evaluated, Event, Note, Observer, Skipped, Updated
 from welltuned.training.going_back import back_or_stop
 from welltuned.training.healing import (

@@ -20,6 +20,7 @@ ADAPTER, MODEL, RUN, PLAN, RECIPE, METRICS = "adapter", "model", "run.json", "pl
 SWEEP = "sweep.json"  # what a search was asked, and found
 AVERAGE = "ema"  # the average of the weights, where the run keeps one
 STARTED, SAMPLES = "started.json", "samples.jsonl"  # samples: some completions of every evaluation (grpo)
+EVALUATIONS = "evaluations"  # what `welltuned eval` found, a numbered file each
 SHOWN = "shown.json"  # rows as they are trained, and replies (shown.py)
 _FOR_WATCHERS = frozenset(
     ("total_steps", "seconds_left", "evaluation_follows", "measures", "samples", "origins")

@@ -5,8 +5,9 @@ want of a chart.
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -50,7 +51,8 @@ def tracked(observer: Observer, plan: Plan, run: Path, run_id: str) -> Iterator[
 
     def attempt(name: Tracker, what: Callable[[], Any]) -> Any:
         try:
-            return what()
+            with redirect_stdout(sys.stderr):  # ours is for the JSON document, and some of them print
+                return what()
         except Exception as error:
             sinks.pop(name, None)
             observer(Note(f"{name} hears no more of this run ({in_short(error)}); training goes on"))

@@ -13,10 +13,15 @@
       head.setAttribute("aria-sort", up ? "ascending" : "descending");
       const rows = [...body.rows].sort((a, b) => {
         const [x, y] = [value(a, column), value(b, column)];
-        const numbers = x !== "" && y !== "" && Number.isFinite(Number(x)) && Number.isFinite(Number(y));
+        if ((x === "") !== (y === "")) return x === "" ? 1 : -1; // what has none comes last
+        const numbers = x !== "" && Number.isFinite(Number(x)) && Number.isFinite(Number(y));
         return (up ? 1 : -1) * (numbers ? Number(x) - Number(y) : x.localeCompare(y));
       });
       body.replaceChildren(...rows);
     });
   });
+  const compare = document.getElementById("compare");
+  const enough = () => { compare.disabled = table.querySelectorAll("input:checked").length < 2; };
+  table.addEventListener("change", enough);
+  addEventListener("pageshow", enough);
 })();

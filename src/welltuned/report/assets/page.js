@@ -1,231 +1,169 @@
 "use strict";
-(() => {
+// The curves of a run, or of several laid over each other.
+const run = (() => {
+  const { plots, css, colours, short, axis, stepAxis, valueAxis, aligned, legend, box, bars, lines, logScale } = charts;
   const runs = JSON.parse(document.getElementById("runs").textContent);
   const histogram = JSON.parse(document.getElementById("histogram").textContent);
   const place = document.getElementById("charts");
-  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const colours = ["--c1", "--c2", "--c3", "--c4", "--c5"];
-  const plots = [];
+  const more = document.getElementById("more");
   let zoom = null; // [first, last] update that is looked at
-  const losses = runs.flatMap((run) => [...run.updates.smooth, ...run.evaluations.eval_loss]).filter((value) => value !== null);
-  let logarithmic = Math.min(...losses) > 0 && Math.max(...losses) > 20 * Math.min(...losses); // else the end is a flat line
+  const grpo = runs.every((one) => one.method === "grpo");
 
-  const short = (value) => {
-    if (value === null || value === undefined) return "–";
-    const size = Math.abs(value);
-    if (size >= 1e9) return (value / 1e9).toPrecision(3) + " G";
-    if (size >= 1e6) return (value / 1e6).toPrecision(3) + " M";
-    if (size >= 1e4) return Math.round(value).toLocaleString("en");
-    if (size !== 0 && size < 1e-3) return value.toExponential(1);
-    return String(Number(value.toPrecision(4)));
+  // Title, columns and their names; `wide` ones come first, `noisy` ones are smoothed, `bars` have the held-out error.
+  const LAYOUT = [
+    ...(grpo ? [{ title: "reward", of: ["reward"], wide: true, noisy: true, bars: true, findings: true }] : []),
+    { title: "loss", of: ["loss"], wide: !grpo, noisy: true, bars: !grpo, findings: !grpo, scale: true },
+    { title: "accuracy: chosen is likelier, share", of: ["rewards/accuracies"], noisy: true },
+    { title: "margin, chosen less rejected", of: ["rewards/margins"], noisy: true },
+    { title: "implicit reward of both", of: ["rewards/chosen", "rewards/rejected"], names: ["chosen", "rejected"] },
+    { title: "log-probability of both", of: ["logps/chosen", "logps/rejected"], names: ["chosen", "rejected"] },
+    { title: "each reward", like: /^rewards\/(.+)\/mean$/ },
+    { title: "length of answers, tokens", of: ["completions/mean_length"] },
+    { title: "share of answers cut off", of: ["completions/clipped_ratio"] },
+    { title: "KL divergence from the start", of: ["kl"] },
+    { title: "entropy, nats a token", of: ["entropy"] },
+    { title: "spread of rewards within a group", of: ["reward_std"] },
+    { title: "share of groups without signal", of: ["frac_reward_zero_std"] },
+    { title: "learning rate", of: ["learning_rate"] },
+    { title: "gradient norm", of: ["grad_norm"] },
+    { title: "tokens a second", of: ["tokens_per_second"] },
+    { title: "memory, GB", of: ["memory_bytes"], unit: 1e9 },
+    { title: "weights changed by, relative", of: ["weight_change"] },
+    { title: "seconds of an update", of: ["seconds/generation", "seconds/reward", "seconds/update"], names: ["sampling", "rewards", "update"], more: true },
+    { title: "share of tokens clipped", of: ["clip_ratio"], more: true },
+    { title: "rewards that failed", of: ["reward_faults"], more: true },
+  ];
+
+  // The layout for what these runs have; a column that it does not know has a chart of its own below.
+  const laid = () => {
+    const held = new Set(runs.flatMap((one) => Object.keys(one.evaluations)).map((name) => name.replace("eval_", "")));
+    const known = new Set([...runs.flatMap((one) => Object.keys(one.updates)), ...held]);
+    ["step", "loss_se"].forEach((name) => known.delete(name));
+    const found = [];
+    for (const one of LAYOUT) {
+      const columns = one.like ? [...known].filter((name) => one.like.test(name)) : one.of.filter((name) => known.has(name));
+      columns.forEach((name) => known.delete(name));
+      const names = one.like ? columns.map((name) => name.match(one.like)[1]) : (one.names ?? columns.map(() => ""));
+      if (columns.length) found.push({ ...one, columns, names });
+    }
+    return [...found, ...[...known].map((name) => ({ title: name.replaceAll("_", " "), columns: [name], names: [""], more: true }))];
   };
 
-  // Columns of several series with steps of their own, on one axis of all steps.
-  const aligned = (series) => {
-    const steps = [...new Set(series.flatMap((one) => one.x))].sort((a, b) => a - b);
-    const at = new Map(steps.map((step, index) => [step, index]));
-    const columns = series.map((one) => {
-      const column = new Array(steps.length).fill(undefined);
-      one.x.forEach((step, index) => { column[at.get(step)] = one.y[index]; });
-      return column;
-    });
-    return [steps, ...columns];
+  const several = runs.length > 1;
+  // Series of a chart: what was trained, smoothed where it is noisy, and what was held out, for each run and column.
+  const seriesOf = (chart) => {
+    const series = [], errors = [];
+    const unit = chart.unit ?? 1;
+    const scaled = (column) => (unit === 1 ? column : column.map((value) => (value === null ? null : value / unit)));
+    runs.forEach((one, index) => chart.columns.forEach((name, at) => {
+      const shade = several ? colours[index % colours.length] : colours[at % colours.length];
+      const said = [several ? one.name : "", chart.names[at]].filter(Boolean).join(", ");
+      const label = (what) => [said, what].filter(Boolean).join(": ");
+      const { updates, evaluations, smooth } = one;
+      const dash = several && at > 0 ? [6, 4] : undefined;
+      if (updates[name]) {
+        const noisy = chart.noisy && smooth[name];
+        if (!several || !noisy) series.push({ name: label(noisy ? "each update" : said ? "" : "value"), x: updates.step, y: scaled(updates[name]), colour: noisy ? "--faint" : shade, width: noisy ? 1 : 1.6, dash });
+        if (noisy) series.push({ name: label("training, smoothed"), x: updates.step, y: smooth[name], colour: shade, width: 2, dash });
+      }
+      const judged = evaluations[`eval_${name}`] ?? (chart.bars && name === "reward" ? evaluations.eval_loss?.map((value) => (value === null ? null : -value)) : undefined);
+      if (!judged?.some((value) => value !== null)) return;
+      const colour = several ? shade : chart.columns.length > 1 ? shade : "--c2";
+      const held = { name: label("held out"), x: evaluations.step, y: scaled(judged), colour, width: 1.6, points: true, dash: [2, 3] };
+      series.push(held);
+      if (chart.bars && evaluations.eval_loss_se) errors.push({ ...held, errors: evaluations.eval_loss_se });
+    }));
+    return { series, errors };
   };
 
-  // A line at every finding, with its name.
-  const marks = (plot) => {
-    const { ctx, bbox } = plot;
-    ctx.save();
-    ctx.lineWidth = devicePixelRatio;
-    ctx.font = `${11 * devicePixelRatio}px system-ui`;
-    runs[0].findings.forEach((finding, index) => {
-      const x = plot.valToPos(finding.step, "x", true);
-      if (x < bbox.left || x > bbox.left + bbox.width) return;
-      ctx.strokeStyle = ctx.fillStyle = css(finding.severity === "error" ? "--bad" : "--warn");
-      ctx.setLineDash([4 * devicePixelRatio, 4 * devicePixelRatio]);
-      ctx.beginPath(); ctx.moveTo(x, bbox.top); ctx.lineTo(x, bbox.top + bbox.height); ctx.stroke();
-      const right = x > bbox.left + bbox.width * 0.7;
-      ctx.textAlign = right ? "right" : "left";
-      ctx.fillText(finding.id.replaceAll("_", " "), x + (right ? -4 : 4), bbox.top + (14 + 14 * (index % 4)) * devicePixelRatio);
-    });
-    ctx.restore();
-  };
+  const findings = () => runs[0].findings.map((one) => ({ x: one.step, name: one.id.replaceAll("_", " "), colour: one.severity === "error" ? "--bad" : "--warn" }));
 
-  // Held-out points with a bar of one standard error to each side.
-  const bars = (errors) => (plot) => {
-    const { ctx } = plot;
-    ctx.save();
-    errors.forEach((one) => {
-      ctx.strokeStyle = css(one.colour); ctx.lineWidth = 1.5 * devicePixelRatio;
-      one.x.forEach((step, index) => {
-        const error = one.errors[index];
-        if (error === null || one.y[index] === null) return;
-        const x = plot.valToPos(step, "x", true);
-        const low = plot.valToPos(Math.max(one.y[index] - error, 1e-9), "y", true);
-        const high = plot.valToPos(one.y[index] + error, "y", true);
-        if (![x, low, high].every(Number.isFinite)) return;
-        ctx.beginPath(); ctx.moveTo(x, low); ctx.lineTo(x, high); ctx.stroke();
-      });
-    });
-    ctx.restore();
-  };
-
-  const axis = () => ({ stroke: css("--dim"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line"), width: 1 }, font: "12px system-ui" });
-
-  let fresh = true;
-  const draw = (title, series, { wide = false, scale = false, errors = [] } = {}) => {
-    if (!series.length) return;
-    const known = fresh ? null : plots.find((one) => one.title === title);
-    if (known && known.names === series.map((one) => one.name).join()) { // the same curves, longer
+  const draw = (chart, fresh, logarithmic) => {
+    const { series, errors } = seriesOf(chart);
+    if (!series.some((one) => one.x.length)) return;
+    const names = series.map((one) => one.name).join("|");
+    const known = fresh ? null : plots.find((one) => one.title === chart.title);
+    if (known && known.names === names) { // the same curves, longer
       known.errors = errors;
       known.plot.setData(aligned(series), zoom === null);
       if (zoom) known.plot.redraw();
       return;
     }
-    const box = document.createElement("div");
-    box.className = wide ? "chart wide" : "chart";
-    box.setAttribute("role", "img");
-    const last = series[0].y.filter((value) => value !== null && value !== undefined).at(-1);
-    box.setAttribute("aria-label", `${title} over updates; the last value is ${short(last)}`);
-    const head = document.createElement("h3");
-    head.textContent = title;
-    box.append(head);
-    place.append(box);
-    const log = scale && logarithmic && series.every((one) => one.y.every((value) => value === null || value === undefined || value > 0));
+    if (known) { known.plot.destroy(); known.made.remove(); plots.splice(plots.indexOf(known), 1); }
+    const last = series[0].y.findLast((value) => value !== null && value !== undefined);
+    const made = box(chart.more ? more : place, chart.title, `${chart.title} over updates; the last value is ${short(last)}`, chart.wide);
+    const log = chart.scale && logarithmic && series.every((one) => one.y.every((value) => value === null || value === undefined || value > 0));
+    const entry = { made, title: chart.title, names, errors };
     const options = {
-      width: Math.max(box.clientWidth - 16, 240), height: wide ? 320 : 200,
+      width: Math.max(made.clientWidth - 16, 240), height: chart.wide ? 320 : 170,
       cursor: { sync: { key: "welltuned" }, drag: { x: true, y: false } },
-      scales: { x: { time: false }, y: log ? { distr: 3 } : {} },
-      axes: [axis(), { ...axis(), size: 64, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : short(tick))) }],
-      series: [{ label: "update" }, ...series.map((one) => ({
-        label: one.name, stroke: css(one.colour), width: one.width ?? 2, spanGaps: true,
-        points: { show: one.points ?? false, size: 7 }, value: (_, value) => short(value),
+      scales: { x: { time: false }, y: log ? logScale : {} },
+      axes: [stepAxis(), valueAxis()],
+      series: [{ label: "update", value: (plot, value, _, at) => short(at === null ? plot.data[0].at(-1) : value) }, ...series.map((one) => ({
+        label: one.name, stroke: css(one.colour), width: one.width, spanGaps: true, dash: one.dash,
+        points: { show: one.points ?? one.x.length < 3, size: 7, fill: css(one.colour) }, value: legend,
       }))],
       hooks: {
-        draw: scale ? [marks, (plot) => bars(entry.errors)(plot)] : [],
+        draw: [...(chart.findings ? [(plot) => lines(plot, findings())] : []), ...(chart.bars ? [(plot) => bars(plot, entry.errors)] : [])],
         setSelect: [(plot) => {
           if (plot.select.width > 0) zoom = [plot.posToVal(plot.select.left, "x"), plot.posToVal(plot.select.left + plot.select.width, "x")];
         }],
       },
     };
-    const entry = { box, title, names: series.map((one) => one.name).join(), log, errors };
-    entry.plot = new uPlot(options, aligned(series), box);
-    entry.plot.over.addEventListener("dblclick", () => { zoom = null; });
-    if (zoom) entry.plot.setScale("x", { min: zoom[0], max: zoom[1] });
+    const plot = entry.plot = new uPlot(options, aligned(series), made);
+    plot.over.addEventListener("dblclick", () => { zoom = null; });
+    if (zoom) plot.setScale("x", { min: zoom[0], max: zoom[1] });
     plots.push(entry);
   };
 
-  const label = (run, what) => (runs.length > 1 ? `${run.name}: ${what}` : what);
-  const colour = (index, offset = 0) => colours[(runs.length > 1 ? index : offset) % colours.length];
+  const lengths = () => {
+    const at = document.getElementById("lengths");
+    if (!at || !histogram.length) return;
+    at.replaceChildren();
+    at.setAttribute("role", "img");
+    at.setAttribute("aria-label", `Rows by length: ${histogram.map((bin) => `${bin.rows} of ${bin.from} to ${bin.to} tokens`).join(", ")}`);
+    const head = document.createElement("h3");
+    head.textContent = "rows by their length in tokens";
+    at.append(head);
+    const options = {
+      width: Math.max(at.clientWidth - 16, 240), height: 160, legend: { show: false }, cursor: { show: false },
+      scales: { x: { time: false, range: [-0.6, histogram.length - 0.4] }, y: { range: (_, low, high) => [0, Math.max(high, 1)] } },
+      axes: [{ ...axis(), splits: () => histogram.map((_, index) => index), values: () => histogram.map((bin) => short(bin.from)) }, valueAxis()],
+      series: [{}, { label: "rows", stroke: css("--c1"), fill: css("--faint"), paths: uPlot.paths.bars({ size: [0.9, 100] }), points: { show: false } }],
+    };
+    const plot = new uPlot(options, [histogram.map((_, index) => index), histogram.map((bin) => bin.rows)], at);
+    plots.push({ made: { remove() { at.replaceChildren(); } }, plot, title: "lengths" });
+  };
 
-  const all = (again = true) => {
-    fresh = again === true || again instanceof Event;
-    if (fresh) plots.splice(0).forEach(({ plot, box }) => { plot.destroy(); box.remove(); });
-    const loss = [], errors = [];
-    runs.forEach((run, index) => {
-      const { updates, evaluations } = run;
-      if (runs.length === 1) loss.push({ name: "training loss", x: updates.step, y: updates.loss, colour: "--faint", width: 1 });
-      loss.push({ name: label(run, "training, smoothed"), x: updates.step, y: updates.smooth, colour: colour(index), width: runs.length > 1 ? 1 : 2 });
-      if (evaluations.step.length) {
-        const shade = runs.length > 1 ? colour(index) : "--c2";
-        loss.push({ name: label(run, "held out"), x: evaluations.step, y: evaluations.eval_loss, colour: shade, points: true });
-        errors.push({ x: evaluations.step, y: evaluations.eval_loss, errors: evaluations.eval_loss_se, colour: shade });
-      }
-    });
-    draw("loss", loss, { wide: true, scale: true, errors });
-    const names = new Map([["learning_rate", "learning rate"], ["grad_norm", "gradient norm"], ["tokens_per_second", "tokens a second"], ["memory_bytes", "memory, bytes"], ["weight_change", "weights changed by, relative"]]);
-    const columns = new Set(runs.flatMap((run) => Object.keys(run.updates)).filter((name) => !["step", "loss", "smooth"].includes(name)));
-    const judged = new Set(runs.flatMap((run) => Object.keys(run.evaluations)).filter((name) => !["step", "eval_loss", "eval_loss_se"].includes(name)));
-    for (const name of [...columns, ...[...judged].filter((one) => !columns.has(one))]) {
-      const series = runs.flatMap((run, index) => {
-        const found = [];
-        if (run.updates[name]) found.push({ name: label(run, names.get(name) ?? name), x: run.updates.step, y: run.updates[name], colour: colour(index), width: 1.5 });
-        if (run.evaluations[name]) found.push({ name: label(run, name), x: run.evaluations.step, y: run.evaluations[name], colour: colour(index, 1), points: true });
-        return found;
-      });
-      draw(names.get(name) ?? name, series, { scale: false });
+  const scale = document.getElementById("scale");
+  const losses = runs.flatMap((one) => [...(one.smooth.loss ?? []), ...one.evaluations.eval_loss]).filter((value) => value !== null);
+  scale.checked = losses.length > 0 && Math.min(...losses) > 0 && Math.max(...losses) > 20 * Math.min(...losses); // else the end is a flat line
+
+  // All charts, anew or with what is new in them.
+  const all = (fresh = true) => {
+    if (fresh) charts.clear();
+    const found = laid();
+    document.getElementById("nothing").hidden = runs.some((one) => one.updates.step.length || one.evaluations.step.length);
+    more.parentElement.hidden = !found.some((chart) => chart.more);
+    found.filter((chart) => !chart.more || more.parentElement.open).forEach((chart) => draw(chart, fresh, scale.checked));
+    if (runs[0].search && document.getElementById("rates")) {
+      if (!fresh) plots.filter((one) => one.made.parentElement?.id === "rates" || one.made.parentElement?.id === "courses").forEach((one) => { one.plot.destroy(); one.made.remove(); plots.splice(plots.indexOf(one), 1); });
+      arms(runs[0].search, scale.checked);
     }
     if (fresh) lengths();
   };
 
-  const lengths = () => {
-    const box = document.getElementById("lengths");
-    if (!box || !histogram.length) return;
-    box.replaceChildren();
-    box.setAttribute("role", "img");
-    box.setAttribute("aria-label", `Rows by length: ${histogram.map((bin) => `${bin.rows} of ${bin.from} to ${bin.to} tokens`).join(", ")}`);
-    const head = document.createElement("h3");
-    head.textContent = "tokens of a row";
-    box.append(head);
-    const options = {
-      width: Math.max(box.clientWidth - 16, 240), height: 160, legend: { show: false }, cursor: { show: false },
-      scales: { x: { time: false, range: [-0.6, histogram.length - 0.4] }, y: { range: (_, low, high) => [0, Math.max(high, 1)] } },
-      axes: [{ ...axis(), splits: () => histogram.map((_, index) => index), values: () => histogram.map((bin) => String(bin.from)) }, { ...axis(), size: 56 }],
-      series: [{}, { label: "rows", stroke: css("--c1"), fill: css("--faint"), paths: uPlot.paths.bars({ size: [0.9, 100] }), points: { show: false } }],
-    };
-    const plot = new uPlot(options, [histogram.map((_, index) => index), histogram.map((bin) => bin.rows)], box);
-    plots.push({ box: { remove() { box.replaceChildren(); } }, plot, title: "tokens of a row" });
-  };
-
-  document.getElementById("scale").checked = logarithmic;
-  document.getElementById("scale").addEventListener("change", (event) => { logarithmic = event.target.checked; all(); });
-  document.getElementById("theme").addEventListener("click", () => {
-    const root = document.documentElement;
-    const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-    root.dataset.theme = dark ? "light" : "dark";
-    all();
+  scale.addEventListener("change", () => all());
+  more.parentElement.addEventListener("toggle", () => all(false));
+  addEventListener("theme", () => all());
+  let waiting, width = innerWidth;
+  addEventListener("resize", () => { // the height alone changes where a telephone hides its bars
+    if (innerWidth === width) return;
+    width = innerWidth;
+    clearTimeout(waiting);
+    waiting = setTimeout(all, 150);
   });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", all);
-  let waiting;
-  addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(all, 150); });
+  addEventListener("beforeprint", () => all());
   all();
-
-  // A page that is served hears of what is new. Everything is text: nothing that a run says becomes an element.
-  const { events } = document.body.dataset;
-  if (!events) return;
-  const put = (id, text) => { document.getElementById(id).textContent = text; };
-  let running = false;
-  const { key, name } = document.body.dataset;
-  const act = async (what, body) => {
-    const answer = await fetch(`/api/${what}`, { method: "POST", headers: { "content-type": "application/json", "x-welltuned-key": key }, body: JSON.stringify({ name, ...body }) });
-    return answer.json();
-  };
-  if (key) {
-    for (const what of ["stop", "resume"]) {
-      document.getElementById(what).addEventListener("click", async () => {
-        put("answer", "…");
-        const found = await act(what, {});
-        put("answer", found.error ?? (what === "stop" ? "it saves, then ends" : "it goes on"));
-        if (what === "resume" && !found.error) setTimeout(() => location.reload(), 4000);
-      });
-    }
-    document.getElementById("ask")?.addEventListener("submit", async (event) => {
-      event.preventDefault();
-      const said = new FormData(event.target);
-      put("base", "…"); put("tuned", "…");
-      const found = await act("chat", { prompt: said.get("prompt"), system: said.get("system") });
-      put("base", found.error ?? found.base ?? ""); put("tuned", found.error ?? found.reply ?? "");
-    });
-  }
-  const source = new EventSource(events);
-  source.onmessage = (message) => {
-    const now = JSON.parse(message.data);
-    if (now.finished && running) { location.reload(); return; }
-    running = !now.finished;
-    runs[0] = now.curves;
-    all(false);
-    put("sentence", now.sentence);
-    put("health", now.health[1]);
-    document.getElementById("health").className = `health ${now.health[0]}`;
-    document.getElementById("progress").value = now.done;
-    put("state", now.state);
-    if (key) {
-      document.getElementById("stop").hidden = !now.running;
-      document.getElementById("resume").hidden = now.running || now.finished;
-    }
-    const log = document.getElementById("log");
-    log.replaceChildren(...now.log.map((text) => { const item = document.createElement("li"); item.textContent = text; return item; }));
-    if (now.finished) source.close();
-  };
-  source.onerror = () => put("state", "not connected: trying again");
+  return { update(now) { runs[0] = now; all(false); } };
 })();

@@ -1,5 +1,9 @@
 """Divergence: the loss leaves what was learned and does not come back."""
 
+import math
+from itertools import pairwise
+from statistics import stdev
+
 from welltuned.advice.plan import Plan
 from welltuned.advice.settle import shown
 from welltuned.recipe import Method
@@ -30,13 +34,23 @@ def _broken(history: History) -> str | None:
 def _risen(history: History) -> str | None:
     count = share_of_run("divergence_updates", history.total)
     latest = history.updates[-count:]
-    margin = max(limit("divergence_rise"), limit("divergence_spread") * history.least_spread)
+    margin = max(limit("divergence_rise"), limit("divergence_spread") * _spread(history))
     if len(latest) < count or any(u.smooth <= history.least + margin for u in latest):
         return None
     return (
         f"the smoothed training loss rose from {history.least:.3f} (update {history.least_step}) to "
         f"{latest[-1].smooth:.3f} and has been that high for {count} updates"
     )
+
+
+def _spread(history: History) -> float:
+    """How much the loss of an update varies by its rows alone: as it was at the least, or, where that was among the
+    first updates and is little more than one batch's luck, from each update to the next."""
+    if history.least_step > limit("smooth_updates"):
+        return history.least_spread
+    losses = [u.loss for u in history.updates]
+    steps = [now - before for before, now in pairwise(losses)]
+    return max(history.least_spread, stdev(steps) / math.sqrt(2)) if len(steps) > 1 else history.least_spread
 
 
 def _worse_than_untrained(history: History) -> str | None:

@@ -34,9 +34,10 @@ def untrained_preference(history: History, plan: Plan) -> Finding | None:
     what = f"the loss is {loss:.4f}, next to ln 2 = 0.6931, and the chosen answer wins in {accuracy:.0%} of the pairs"
     what += f", by {margin:.1e} on average" if undecided else ""
     rate, beta = plan.value("learning_rate"), plan.value("beta")
+    per = " per token" if plan.value("loss_type") == "sigmoid_norm" else ""
     cause = (
         f"The model is still its own reference: a rate of {shown(rate)} over {plan.updates:,} updates hardly moves it "
-        f"(at beta {shown(beta)} the log-probabilities must move by about {2 / beta:,.0f})"
+        f"(at beta {shown(beta)} the log-probabilities must move by about {2 / beta:.2g}{per})"
     )
     found = r.present(r.higher_rate(plan, limit("preference_rate")), r.more_epochs(plan), r.smaller_batch(plan))
     return Finding("untrained_preference", Severity.WARNING, history.step, what, cause, found)
