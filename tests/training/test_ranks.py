@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 
 import welltuned
 from welltuned.errors import InputError
-from welltuned.recipe import Method
+from welltuned.recipe import Method, load_recipe
 from welltuned.training import loop as loop_module
 from welltuned.training import step as step_module
 from welltuned.training.checkpoint import newest
-from welltuned.training.prepare_together import require_shareable
+from welltuned.training.prepare import prepare
+from welltuned.training.prepare_together import require_shareable, sharing_notes
 from welltuned.training.ranks import ALONE, Ranks, fingerprint
 from welltuned.training.reduce import TAIL, GradientSum
 
@@ -175,6 +176,19 @@ def test_a_fingerprint_sees_one_bit_and_an_exchange():
     names = {fingerprint([tensor]) for tensor in (whole, other, turned, whole.view(1, -1))}
     assert len(names) == 4 and fingerprint([whole.clone()]) in names
     assert fingerprint([whole, other]) != fingerprint([other, whole])
+
+
+def test_a_batch_that_is_not_multiplied_is_said(options):
+    class Two(Ranks):
+        size = here = 2
+
+    def said(**more):
+        asked = {**options, "effective_batch_size": None, **more}
+        return " · ".join(sharing_notes(prepare(load_recipe(None, asked)), Two()))
+
+    assert "for all 2 processes together, not for each" not in said()
+    text = said(per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    assert "effective_batch_size is 8 (4 × 2) for all 2 processes together, not for each" in text
 
 
 def test_what_several_processes_cannot_do_is_refused(monkeypatch, capsys):

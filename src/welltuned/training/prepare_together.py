@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 
+import torch
+
 from welltuned.advice.plan import plan_from_yaml, plan_to_yaml
 from welltuned.choice import SetBy
 from welltuned.errors import InputError
+from welltuned.facts.machine import Device
 from welltuned.recipe import Method
 from welltuned.training.identity import differences, identity_of
 from welltuned.training.prepare import Prepared, prepare
@@ -69,5 +72,11 @@ def sharing_notes(prepared: Prepared, ranks: Ranks) -> tuple[str, ...]:
         notes.append(
             f"effective_batch_size is {size} ({product}) for all {ranks.size} processes together, not for each; "
             "set it to say otherwise"
+        )
+    machine, threads = prepared.plan.facts.machine, torch.get_num_threads()
+    if machine.device is Device.CPU and 2 * threads * ranks.here <= machine.cores:  # torchrun sets it to 1
+        notes.append(
+            f"each process uses {threads} of this machine's {machine.cores} cores; "
+            f"OMP_NUM_THREADS={machine.cores // ranks.here} would use all"
         )
     return tuple(notes)
