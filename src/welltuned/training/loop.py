@@ -38,7 +38,7 @@ from welltuned.training.watcher import MakeWatch
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Setting:
     """What the loop works on."""
 

@@ -36,12 +36,13 @@ class RunResult:
     """What a finished run found.
 
     Attributes:
+        engine: None where it was trained in another process.
         before, after: None where no row was held out.
         diverged: why training ended early, where it diverged; the result is the best weights before that.
     """
 
     path: Path
-    engine: Engine
+    engine: Engine | None
     updates: int
     before: Evaluation | None
     after: Evaluation | None
@@ -126,9 +127,9 @@ def reloaded(plan: Plan) -> Iterator[dict[str, torch.Tensor]]:
         gc.collect()
 
 
-def _base_weights(engine: Engine) -> dict[str, str]:
+def _base_weights(engine: Engine | None) -> dict[str, str]:
     """What the adapter stands on, so that it is not put on another base later."""
-    if not isinstance(engine.trained, AdapterBank):
+    if engine is None or not isinstance(engine.trained, AdapterBank):
         return {}
     return fingerprint(engine.model, [slot.name for slot in engine.trained.slots])
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def train(
         Interrupted: a signal ended the run, after a save.
     """
     require_memory(prepared.plan)
-    ranks.first(lambda: (require_trackers(prepared.recipe), require_free(out)))
+    ranks.first(lambda: _require_place(prepared, out))
     with on_this_machine(prepared.plan):
         ready = loaded(prepared, ranks, observer)  # what is wrong with the model shows before anything is written
         disk = ranks.first(lambda: _require_disk(prepared.plan, ready, out))
@@ -135,6 +136,11 @@ def train(
             notes = (*disk, *sharing_notes(prepared, ranks))
             course = Course(prepared, ready, directory, observer, make_watch, notes=notes)
             return course.run(before_training)
+
+
+def _require_place(prepared: Prepared, out: Path) -> None:
+    require_trackers(prepared.recipe)
+    require_free(out)
 
 
 def loaded(prepared: Prepared, ranks: Ranks, observer: Observer) -> Ready:
@@ -223,13 +229,13 @@ class Course:
 
     def _setting(self) -> tuple[Setting, AbstractContextManager[Observer]]:
         """What the loop works on, and who hears of it: on ranks beside the first no files and nobody."""
-        prepared, ready, directory, plan = self.prepared, self.ready, self.directory, self.prepared.plan
-        common = {"engine": ready.engine, "objective": ready.objective, "prepared": prepared, "directory": directory}
+        ready, directory, plan = self.ready, self.directory, self.prepared.plan
+        made = partial(Setting, ready.engine, ready.objective, self.prepared, directory)
         if not ready.engine.ranks.is_first:
-            return Setting(**common, keeper=NoKeeper(), origin=Origin("", {}, {})), nullcontext(silent)
+            return made(NoKeeper(), Origin("", {}, {})), nullcontext(silent)
         started = read_started(directory.path)
         keeper = Keeper(directory.path, plan.value("save_total_limit"), directory.sync_metrics)
-        setting = Setting(**common, keeper=keeper, origin=Origin(started.run, started.identity, versions()))
+        setting = made(keeper, Origin(started.run, started.identity, versions()))
         return setting, tracked(self.observer, plan, directory.path, started.run)
 
     def _open(self, loop: Loop, before_training: Callable[[Ready], None] | None) -> None:
