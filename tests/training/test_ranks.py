@@ -18,7 +18,7 @@ from welltuned.training import step as step_module
 from welltuned.training.checkpoint import newest
 from welltuned.training.prepare import prepare
 from welltuned.training.prepare_together import require_shareable, sharing_notes
-from welltuned.training.ranks import ALONE, Ranks, fingerprint
+from welltuned.training.ranks import ALONE, Group, Ranks, fingerprint
 from welltuned.training.reduce import TAIL, GradientSum
 
 UPDATES = 7  # of 14 rows: 72 training rows make five updates and one of 2, in which two of four ranks have nothing
@@ -67,6 +67,19 @@ def test_the_run_of_one_process(options, straight, tmp_path, world):
     assert all(e.value == ([], evaluated) for e in ended[1:])  # the first speaks for all; all know the same
     assert f"{world} processes share every update of 14 rows" in notes(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == world
+
+
+def test_one_sum_an_update_and_nothing_else(options, tmp_path, monkeypatch):
+    """Between updates without an evaluation or a save nothing but one sum passes between the ranks."""
+    said = []
+    for name in ("sum_", "exchange", "spread_"):
+        real = getattr(Group, name)
+        monkeypatch.setattr(Group, name, lambda self, it, name=name, real=real: said.append(name) or real(self, it))
+    train = trained(tmp_path / "run", **{**options, "max_steps": 5, "eval_steps": 4, "save_steps": 4})
+    ended = finished(in_ranks(lambda rank: (train(rank), said)[1], 2, tmp_path / "said"))
+    for e in ended:
+        sums = [i for i, name in enumerate(e.value) if name == "sum_"]
+        assert len(sums) == 5 and sums[:4] == list(range(sums[0], sums[0] + 4)) and sums[4] > sums[3] + 1
 
 
 def test_a_share_that_is_forgotten_would_show(options, straight, tmp_path, monkeypatch):

@@ -51,7 +51,8 @@ def print_plan(plan: Plan, out: Console = console, *, whole: bool = False, comma
     if rest:
         _field(out, "The rest", " · ".join(rest))
     out.print()
-    _field(out, "Time", time_line(plan.time))
+    one_of = f"; on one of {facts.machine.gpus} GPUs" if facts.machine.gpus > facts.machine.processes else ""
+    _field(out, "Time", time_line(plan.time) + (one_of if facts.machine.gpus > 1 else ""))
     _field(out, "Memory", _memory(plan, whole))
     for warning in plan.warnings:
         out.print(Text("! " + visible(warning if whole else _without_folders(plan, warning)), style="yellow"))
