@@ -33,7 +33,8 @@ from welltuned.training.events import Note
 from welltuned.training.identity import identity_of
 from welltuned.training.interrupt import Asked as Signals
 from welltuned.training.interrupt import Interrupted, interruptible
-from welltuned.training.run import RunResult, begin, disk_errors
+from welltuned.training.result import RunResult, disk_errors
+from welltuned.training.run import begin
 from welltuned.training.rundir import ADAPTER, RunDir, read_started
 from welltuned.training.step import Evaluation
 
