@@ -194,9 +194,9 @@ def test_what_cannot_be_searched_is_refused(prepared_for):
 def test_processes_of_torchrun_are_refused(prepared_for, tmp_path, monkeypatch):
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match="a search runs in one process"):
+    with pytest.raises(InputError, match="a sweep runs in one process"):
         sweep(prepared_for(), question_of(None, []), tmp_path / "out")
-    with pytest.raises(InputError, match="a search runs in one process"):
+    with pytest.raises(InputError, match="a sweep runs in one process"):
         resume_sweep(tmp_path / "out")
 
 
