@@ -271,6 +271,24 @@ def test_figures_of_the_readme_are_those_of_the_results():
     assert f"{faults['tried']} SIGKILLs" in text
 
 
+def test_figures_of_the_sweeps_guide_are_those_of_the_results():
+    text = " ".join(page("docs/guides/sweep.md").split())
+    shared = json.loads((RESULTS / "regret.json").read_text())["shared"]
+    means = [f"{shared[rate]['mean']:.2g} %" for rate in ("ours", "2e-4", "1e-4")]
+    assert (
+        f"ends {shared['ours']['mean']:.2f} % above the best" in text
+        and f"a fixed 2e-4 ends {means[1]} above it" in text
+    )
+    assert f"and 1e-4 {means[2]} " in text and f"the {shared['ours']['cells']} cells" in text
+    swept = json.loads((RESULTS / "sweep_gsm8k.json").read_text())
+    best = f"{swept['grid_best']['learning_rate']:.1e}".replace("e-0", "e-")
+    assert f"a grid of {len(swept['grid'])} rates on GSM8K (SmolLM2-135M, {swept['updates']} updates)" in text
+    assert (
+        f"the best was {best}; the advice, 3.2e-3, ends {swept['regret_of_the_advice']:.2%}"[:-1] + " % above it"
+        in text
+    )
+
+
 def test_every_figure_of_a_result_is_looked_at():
     """No paragraph that cites a result without one of the figures above."""
     cited = set(re.findall(r"benchmarks/results/(\w+\.json)", page("docs/how_it_works.md")))
