@@ -38,7 +38,7 @@ const run = (() => {
   const laid = () => {
     const held = new Set(runs.flatMap((one) => Object.keys(one.evaluations)).map((name) => name.replace("eval_", "")));
     const known = new Set([...runs.flatMap((one) => Object.keys(one.updates)), ...held]);
-    ["step", "loss_se"].forEach((name) => known.delete(name));
+    ["step", "loss_se", "reward_se"].forEach((name) => known.delete(name));
     const found = [];
     for (const one of LAYOUT) {
       const columns = one.like ? [...known].filter((name) => one.like.test(name)) : one.of.filter((name) => known.has(name));
@@ -70,11 +70,25 @@ const run = (() => {
       const judged = minus ? undefined : evaluations[`eval_${name}`] ?? (chart.bars && name === "reward" ? evaluations.eval_loss?.map((value) => (value === null ? null : -value)) : undefined);
       if (!judged?.some((value) => value !== null)) return;
       const colour = several ? shade : chart.columns.length > 1 ? shade : "--c2";
-      const held = { name: label("held out"), x: evaluations.step, y: scaled(judged), colour, width: 1.6, points: true, dash: [2, 3] };
+      const held = { name: label(grpo ? "held out, greedy" : "held out"), x: evaluations.step, y: scaled(judged), colour, width: 1.6, points: true, dash: [2, 3] };
       series.push(held);
       if (chart.bars && evaluations.eval_loss_se) errors.push({ ...held, errors: evaluations.eval_loss_se });
     }));
     return { series, errors };
+  };
+
+  // The range of values with their bars, as far as they are looked at.
+  const withBars = (plot, errors, low, high) => {
+    if (low === null || high === null) return [low, high];
+    const { min, max } = plot.scales.x;
+    for (const one of errors) {
+      one.x.forEach((step, index) => {
+        const [value, error] = [one.y[index], one.errors[index]];
+        if (step < min || step > max || value === null || !error) return;
+        [low, high] = [Math.min(low, value - error), Math.max(high, value + error)];
+      });
+    }
+    return uPlot.rangeNum(low, high, 0.1, true);
   };
 
   const findings = () => runs[0].findings.map((one) => ({ x: one.step, name: one.id.replaceAll("_", " "), colour: one.severity === "error" ? "--bad" : "--warn" }));
@@ -98,7 +112,7 @@ const run = (() => {
     const options = {
       width: Math.max(made.clientWidth - 16, 240), height: chart.wide ? 320 : 170,
       cursor: { sync: { key: "welltuned" }, drag: { x: true, y: false } },
-      scales: { x: { time: false }, y: log ? logScale : chart.share ? { range: [-0.03, 1.03] } : {} },
+      scales: { x: { time: false }, y: log ? logScale : chart.share ? { range: [-0.03, 1.03] } : { range: (plot, low, high) => withBars(plot, entry.errors, low, high) } },
       axes: [stepAxis(), valueAxis()],
       series: [{ label: "update", value: (plot, value, _, at) => short(at === null ? plot.data[0].at(-1) : value) }, ...series.map((one) => ({
         label: one.name, stroke: css(one.colour), width: one.width, spanGaps: true, dash: one.dash,
