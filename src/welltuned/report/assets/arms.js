@@ -1,7 +1,7 @@
 "use strict";
 // A search: held-out loss over the learning rate with the curve that chose, and every arm as it trained.
 const arms = (() => {
-  const { plots, css, colours, short, axis, stepAxis, valueAxis, aligned, legend, box, bars, lines, logScale } = charts;
+  const { plots, css, colours, short, axis, stepAxis, valueAxis, aligned, legend, box, bars, withBars, lines, logScale } = charts;
   const MOST_GROUPS = 6;
   const percent = (share) => `${Math.round(100 * share)} %`;
 
@@ -56,7 +56,7 @@ const arms = (() => {
     const options = {
       width: Math.max(made.clientWidth - 16, 240), height: 340,
       cursor: { drag: { x: false, y: false } },
-      scales: { x: { time: false, distr: 3, range: (_, low, high) => [low / 1.25, high * 1.25] }, y: {} },
+      scales: { x: { time: false, distr: 3, range: (_, low, high) => [low / 1.25, high * 1.25] }, y: { range: (plot, low, high) => withBars(plot, errors, low, high) } },
       axes: [{ ...axis(), splits: () => ticks, filter: (_, all) => all, values: (_, all) => all.map(short) }, valueAxis()],
       series: [{ label: "rate", value: (_, value) => short(value) }, ...series.map((one) => ({
         label: one.name, stroke: one.width || one.points ? css(one.colour) : undefined, width: one.width, spanGaps: true, show: one.show ?? true,

@@ -1,7 +1,7 @@
 "use strict";
 // The curves of a run, or of several laid over each other.
 const run = (() => {
-  const { plots, css, colours, short, axis, stepAxis, valueAxis, aligned, legend, box, bars, lines, logScale } = charts;
+  const { plots, css, colours, short, axis, stepAxis, valueAxis, aligned, legend, box, bars, withBars, lines, logScale } = charts;
   const runs = JSON.parse(document.getElementById("runs").textContent);
   const histogram = JSON.parse(document.getElementById("histogram").textContent);
   const place = document.getElementById("charts");
@@ -75,20 +75,6 @@ const run = (() => {
       if (chart.bars && evaluations.eval_loss_se) errors.push({ ...held, errors: evaluations.eval_loss_se });
     }));
     return { series, errors };
-  };
-
-  // The range of values with their bars, as far as they are looked at.
-  const withBars = (plot, errors, low, high) => {
-    if (low === null || high === null) return [low, high];
-    const { min, max } = plot.scales.x;
-    for (const one of errors) {
-      one.x.forEach((step, index) => {
-        const [value, error] = [one.y[index], one.errors[index]];
-        if (step < min || step > max || value === null || !error) return;
-        [low, high] = [Math.min(low, value - error), Math.max(high, value + error)];
-      });
-    }
-    return uPlot.rangeNum(low, high, 0.1, true);
   };
 
   const findings = () => runs[0].findings.map((one) => ({ x: one.step, name: one.id.replaceAll("_", " "), colour: one.severity === "error" ? "--bad" : "--warn" }));
