@@ -12,6 +12,19 @@ const arms = (() => {
     return beyond ? ` Its lowest point lies beyond the arms, at about ${where}.` : ` Shaded: where its lowest point lies, ${where}.`;
   };
 
+  // What is to be said where the parabola, which has what the advice knew in it, misses the points.
+  const misfit = ({ fitted, fitted_share: share }, judged) => {
+    const points = judged.flatMap((arm) => arm.looks.filter((look) => look.share === share).map((look) => ({ rate: arm.rate, ...look })));
+    const off = points.filter((point) => {
+      const after = fitted.findIndex((one) => one.rate >= point.rate);
+      if (after < 1) return false;
+      const [a, b] = [fitted[after - 1], fitted[after]];
+      const part = Math.log(point.rate / a.rate) / Math.log(b.rate / a.rate);
+      return Math.abs(point.loss - a.loss - part * (b.loss - a.loss)) > 2 * Math.hypot(point.error ?? 0, (a.high - a.low) / 2);
+    });
+    return off.length ? ` ${off.length} of ${points.length} points lie off it by more than two errors: the points are what was measured.` : "";
+  };
+
   // Held-out loss over the rate. What was compared last is shown; the other looks can be: they are on another scale.
   const rates = (search, place) => {
     const judged = search.arms.filter((arm) => arm.rate !== null && arm.looks.length);
@@ -69,7 +82,7 @@ const arms = (() => {
     series.forEach((one, index) => { if (one.hidden) made.querySelectorAll(".u-legend .u-series")[index + 1].hidden = true; });
     const note = document.createElement("p");
     note.className = "note";
-    note.textContent = `Bars: one standard error of the distance to the best arm, paired row by row.${search.fitted.length ? " Band: one standard deviation of the fitted parabola." : ""}${lowest(search, judged)}`;
+    note.textContent = `Bars: one standard error of the distance to the best arm, paired row by row.${search.fitted.length ? " Band: one standard deviation of the fitted parabola." : ""}${lowest(search, judged)}${misfit(search, judged)}`;
     made.append(note);
     plots.push({ made, plot, title });
   };

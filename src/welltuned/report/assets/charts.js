@@ -75,7 +75,7 @@ const charts = (() => {
   // The range of values with their bars, as far as they are looked at.
   const withBars = (plot, errors, low, high) => {
     if (low === null || high === null) return [low, high];
-    const { min, max } = plot.scales.x;
+    const [min, max] = [plot.scales.x.min ?? -Infinity, plot.scales.x.max ?? Infinity];
     for (const one of errors.filter(({ shown }) => !shown || shown(plot))) {
       one.x.forEach((place, index) => {
         const [value, error] = [one.y[index], one.errors[index]];
