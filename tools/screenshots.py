@@ -34,12 +34,12 @@ TEXTS = ("plan.yaml", "recipe.yaml", "run.json", "shown.json", "started.json", "
 
 
 def copied(run: Path, name: str) -> Path:
-    """A copy in the present folder, with the names of data files as in a clone."""
+    """A copy in the present folder, where files and models go by their last name alone."""
     to = Path(name)
     shutil.copytree(run, to, ignore=shutil.ignore_patterns("checkpoints", "adapter", "report.html", LOCK))
     for path in (to / text for text in TEXTS):
         if path.is_file():
-            path.write_text(re.sub(r"/[^\s\"':,]*/(?=[^/\s\"':,]+\.jsonl?\b)", "", path.read_text()))
+            path.write_text(re.sub(r"(?<![\w.~])/(?:[^\s\"':,/]+/)+(?=[^\s\"':,/])", "", path.read_text()))
     return to
 
 

@@ -30,7 +30,7 @@ BEYOND = """
 
 
 @pytest.fixture(scope="module")
-def browser():
+def driver():
     options = webdriver.ChromeOptions()
     for argument in (
         "--headless=new",
@@ -46,6 +46,16 @@ def browser():
     driver.set_page_load_timeout(60)
     yield driver
     driver.quit()
+
+
+@pytest.fixture
+def browser(driver):
+    """An empty page that complained of nothing yet."""
+    driver.get("about:blank")
+    driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    driver.set_window_size(1200, 900)
+    driver.get_log("browser")
+    return driver
 
 
 @pytest.fixture
@@ -183,13 +193,13 @@ def test_a_run_is_followed_while_it_trains(browser, served, tiny_model_dir, data
     (tmp_path / "runs").mkdir()
     address = served(tmp_path / "runs")
     command = ["train", "--model", tiny_model_dir, "--data", data_file, "--out", tmp_path / "runs" / "one"]
-    sets = ("learning_rate=1e-2", "num_train_epochs=60", "eval_steps=20", "early_stopping_patience=0")
+    sets = ("learning_rate=1e-2", "num_train_epochs=30", "eval_steps=20", "early_stopping_patience=0")
     options = [word for text in sets for word in ("--set", text)]
     training = subprocess.Popen(
         [sys.executable, "-m", "welltuned", *map(str, command), *options], stderr=subprocess.DEVNULL
     )
     try:
-        wait = WebDriverWait(browser, 120, poll_frequency=0.2)
+        wait = WebDriverWait(browser, 300, poll_frequency=0.2)
         while training.poll() is None and not (tmp_path / "runs" / "one" / "plan.yaml").is_file():
             time.sleep(0.1)
         browser.get(address)

@@ -1,7 +1,7 @@
 "use strict";
 // The curves of a run, or of several laid over each other.
 const run = (() => {
-  const { plots, css, colours, short, axis, stepAxis, valueAxis, aligned, legend, box, bars, lines, logScale } = charts;
+  const { plots, css, colours, short, axis, stepAxis, valueAxis, aligned, legend, box, bars, withBars, lines, logScale } = charts;
   const runs = JSON.parse(document.getElementById("runs").textContent);
   const histogram = JSON.parse(document.getElementById("histogram").textContent);
   const place = document.getElementById("charts");
@@ -38,7 +38,7 @@ const run = (() => {
   const laid = () => {
     const held = new Set(runs.flatMap((one) => Object.keys(one.evaluations)).map((name) => name.replace("eval_", "")));
     const known = new Set([...runs.flatMap((one) => Object.keys(one.updates)), ...held]);
-    ["step", "loss_se"].forEach((name) => known.delete(name));
+    ["step", "loss_se", "reward_se"].forEach((name) => known.delete(name));
     const found = [];
     for (const one of LAYOUT) {
       const columns = one.like ? [...known].filter((name) => one.like.test(name)) : one.of.filter((name) => known.has(name));
@@ -70,7 +70,7 @@ const run = (() => {
       const judged = minus ? undefined : evaluations[`eval_${name}`] ?? (chart.bars && name === "reward" ? evaluations.eval_loss?.map((value) => (value === null ? null : -value)) : undefined);
       if (!judged?.some((value) => value !== null)) return;
       const colour = several ? shade : chart.columns.length > 1 ? shade : "--c2";
-      const held = { name: label("held out"), x: evaluations.step, y: scaled(judged), colour, width: 1.6, points: true, dash: [2, 3] };
+      const held = { name: label(grpo ? "held out, greedy" : "held out"), x: evaluations.step, y: scaled(judged), colour, width: 1.6, points: true, dash: [2, 3] };
       series.push(held);
       if (chart.bars && evaluations.eval_loss_se) errors.push({ ...held, errors: evaluations.eval_loss_se });
     }));
@@ -98,7 +98,7 @@ const run = (() => {
     const options = {
       width: Math.max(made.clientWidth - 16, 240), height: chart.wide ? 320 : 170,
       cursor: { sync: { key: "welltuned" }, drag: { x: true, y: false } },
-      scales: { x: { time: false }, y: log ? logScale : chart.share ? { range: [-0.03, 1.03] } : {} },
+      scales: { x: { time: false }, y: log ? logScale : chart.share ? { range: [-0.03, 1.03] } : { range: (plot, low, high) => withBars(plot, entry.errors, low, high) } },
       axes: [stepAxis(), valueAxis()],
       series: [{ label: "update", value: (plot, value, _, at) => short(at === null ? plot.data[0].at(-1) : value) }, ...series.map((one) => ({
         label: one.name, stroke: css(one.colour), width: one.width, spanGaps: true, dash: one.dash,
