@@ -57,6 +57,7 @@ bench: setup ## measure speed and memory; results go to benchmarks/results
 docs: setup ## make the pages that come from the code again, and build the documentation: build/site, links checked
 	@$(BIN)/python -m welltuned.advice.page docs/evidence.md
 	@$(BIN)/python -m welltuned.advice.reference docs/hyperparameters.md
+	@$(BIN)/python -m welltuned.advice.contexts docs/guides/fit_in_memory.md
 	@$(BIN)/python -m welltuned.advice.lint.page > docs/checks.md
 	@$(BIN)/python -m welltuned.cli.page > docs/commands.md
 	@$(BIN)/python -m welltuned.training.monitor.page > docs/when_it_goes_wrong.md

@@ -4,12 +4,13 @@
     PYTHONPATH=src python benchmarks/gpu.py --toy       the same code at toy size on the CPU, in seconds
 
 Needs CUDA, torch 2.11, transformers 5.17 and peft or newer (bitsandbytes for QLoRA), and no network: the model has the
-shape of Llama-3.1-8B and random weights. Three parts, one after the other:
+shape of Llama-3.1-8B and random weights. Four parts, one after the other:
 
 1. parts    packed attention beside SDPA for each example, errors and times; the head's loss beside its floor;
 2. parity   loss and adapter gradients of a small model in bf16: the engine's error beside PEFT's own;
 3. speed    tokens/s and peak memory in turns (A B C A B C), medians, as a share of the floor: the FLOPs that the
-            update needs at the rate of a large matrix product measured in the same minutes.
+            update needs at the rate of a large matrix product measured in the same minutes;
+4. large    a base of Llama-3.1-70B's shape in 4 bits: its peak beside its forecast, below 48 GB.
 
 Tokens are real tokens: padding, which only PEFT needs, is not counted. Running out of memory is a result. What is
 known is written after every group of cells, so that a machine that goes away takes little with it.
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, describe_machine, write_result
+from gpu_large import check_large
 from gpu_parity import attention_is_right, check_attention, check_parity, fastest_kernel, time_head
 from gpu_scale import CPU, GPU, RANK, Scale, free_memory
 from gpu_speed import FAILED, Cell, losses_agree, measure_speed
@@ -36,7 +38,7 @@ GOAL = 18_000  # tokens/s for the first group of cells on an H200, where its flo
 
 
 def run(scale: Scale, minutes: float, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """All three parts; `save` is called with all that is known so far."""
+    """All parts; `save` is called with all that is known so far."""
     deadline = time.perf_counter() + 60 * minutes
     tunes = tunes_here()
     result: dict[str, Any] = {"benchmark": "gpu", "toy": not scale.cuda, "machine": describe_machine()}
@@ -58,6 +60,11 @@ def run(scale: Scale, minutes: float, save: Callable[[dict[str, Any]], None]) ->
         print_cells(cells, scale)
         result["cells"] += [cell.to_json() for cell in cells]
         result["ok"] &= losses_agree(cells) and not any((c.problem or "").startswith(FAILED) for c in cells)
+        save(result)
+    if "qlora" in tunes:
+        result["large"] = check_large(scale)
+        print_large(result["large"])
+        result["ok"] &= result["large"]["passed"]
         save(result)
     return result
 
@@ -84,6 +91,18 @@ def print_parity(found: dict[str, Any]) -> None:
     print(f"\nparity, {found['tune']}: {verdict}   (errors of loss and gradient against fp32; cosine)")
     for name, e in found["errors"].items():
         print(f"  {name:30} {e['loss']:.1e}  {e['gradient']:.1e}  {e['cosine']:.6f}", flush=True)
+
+
+def print_large(found: dict[str, Any]) -> None:
+    layers, goal = found["shape"]["num_hidden_layers"], found["goal_bytes"] / 1e9
+    print(f"\nlarge: {layers} layers of {found['shape']['hidden_size']}, QLoRA r {RANK}, goal below {goal:.0f} GB")
+    for r in found["runs"]:
+        where = f"{r['host_bytes'] / 1e9:.1f} GB on the host" if r["offload"] else "nothing on the host"
+        peak, forecast = r["peak_bytes"] / 1e9, r["forecast_bytes"] / 1e9
+        told = f"peak {peak:.1f} GB, forecast {forecast:.1f} GB, {r['seconds']:.2f} s"
+        print(f"  {r['tokens']:,} tokens, {where}: {told}")
+    if "problem" in found:
+        print(f"  FAILED {found['problem']}")
 
 
 def print_cells(cells: list[Cell], scale: Scale) -> None:

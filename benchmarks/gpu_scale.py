@@ -67,7 +67,12 @@ CPU = Scale(
 
 def long_rows(scale: Scale) -> list[Example]:
     """Two rows of the full length, every token trained on."""
-    return [_row(scale, 0, scale.long, seed) for seed in range(2)]
+    return [row_of(scale, 0, scale.long, seed) for seed in range(2)]
+
+
+def short_rows(scale: Scale) -> list[Example]:
+    """As many tokens in rows of an eighth of the length."""
+    return [row_of(scale, 0, scale.long // 8, seed) for seed in range(16)]
 
 
 def ragged_rows(scale: Scale) -> list[Example]:
@@ -79,10 +84,11 @@ def ragged_rows(scale: Scale) -> list[Example]:
     normal_NP = np.random.default_rng(0).multivariate_normal([0, 0], [[1, 0.51], [0.51, 1]], scale.ragged_rows)
     prompts = np.exp(4.47 + 0.23 * normal_NP[:, 0]) / scale.shrink
     answers = np.exp(4.74 + 0.42 * normal_NP[:, 1]) / scale.shrink
-    return [_row(scale, int(p) + 1, int(a) + 2, seed) for seed, (p, a) in enumerate(zip(prompts, answers, strict=True))]
+    pairs = enumerate(zip(prompts, answers, strict=True))
+    return [row_of(scale, int(p) + 1, int(a) + 2, seed) for seed, (p, a) in pairs]
 
 
-def _row(scale: Scale, prompt: int, answer: int, seed: int) -> Example:
+def row_of(scale: Scale, prompt: int, answer: int, seed: int) -> Example:
     vocabulary = min(scale.shape["vocab_size"], scale.parity_shape["vocab_size"])
     ids = np.random.default_rng(seed).integers(0, vocabulary, prompt + answer, dtype=np.int32)
     mask = np.arange(prompt + answer) >= max(prompt, 1)

@@ -18,6 +18,7 @@ from gpu_scale import (
     matrix_ceiling,
     ragged_rows,
     sentence,
+    short_rows,
     time_once,
 )
 from gpu_systems import Running, build_model, engine, peft_sdpa
@@ -90,9 +91,16 @@ class Clock:
         return max(0.0, left / (self.visits + 1))
 
 
-def systems(kernel: SDPBackend | None) -> dict[str, System]:
+def systems(kernel: SDPBackend | None, tune: str, checkpointing: bool) -> dict[str, System]:
+    """What takes turns: the engine, its other way to make room, and PEFT."""
+    other: dict[str, System] = {}
+    if checkpointing:
+        other["welltuned, inputs on the host"] = partial(engine, offload=True)
+    elif tune == "qlora":
+        other["welltuned, dense base"] = partial(engine, dense_base=True)
     return {
         "welltuned": engine,
+        **other,
         "PEFT, adapters bf16": partial(peft_sdpa, adapters=torch.bfloat16, backend=kernel),
         "PEFT, adapters fp32": partial(peft_sdpa, adapters=torch.float32, backend=kernel),
     }
@@ -100,12 +108,14 @@ def systems(kernel: SDPBackend | None) -> dict[str, System]:
 
 def measure_speed(scale: Scale, tunes: list[str], kernel: SDPBackend | None, deadline: float) -> Iterator[list[Cell]]:
     """Groups of cells that are compared with each other, each as soon as it is measured; the main one comes first."""
-    rows = {f"S = {scale.long}": long_rows(scale), "ragged": ragged_rows(scale)}
-    names = systems(kernel)
-    clock = Clock(deadline, len(tunes) * 2 * len(rows) * len(names) * ROUNDS)
+    short = scale.long // 8
+    rows = {f"S = {scale.long}": long_rows(scale), "ragged": ragged_rows(scale), f"S = {short}": short_rows(scale)}
+    visits = sum(len(systems(kernel, t, c)) for t in tunes for c in (False, True)) * len(rows) * ROUNDS
+    clock = Clock(deadline, visits)
     for tune in tunes:
         model = build_model(scale.shape, scale.dtype, scale.device, nf4=tune == "qlora")
         for checkpointing in (False, True):
+            names = systems(kernel, tune, checkpointing)
             for kind, examples in rows.items():
                 given: dict[str, Any] = dict(
                     tune=tune, rows=kind, checkpointing=checkpointing, tokens=sum(len(e.ids) for e in examples),

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from welltuned.data.render import Example
 from welltuned.kernels.nf4 import NF4Weight
+from welltuned.models.four_bit import forget_dense, make_room
 from welltuned.models.frozen import NF4Linear
-from welltuned.models.fuse import checkpoint_layers, find_head, fuse
+from welltuned.models.fuse import find_head, fuse
 from welltuned.models.lora import LoraSettings, attach
 from welltuned.models.packed import packed_model
+from welltuned.models.recompute import HostCheckpoints, checkpoint_layers
 from welltuned.training.optimizer import AdamWSettings, FlatAdamW, clip_
 from welltuned.training.step import Engine, accumulate_gradient
 
@@ -37,6 +40,7 @@ class Running:
 
     Attributes:
         gradient: from zero, the gradient of the mean loss over all supervised tokens; gives that loss.
+        gradient_of: the same of other examples.
         step: clip the gradient and let AdamW make one update.
         adapter, grads: the adapter's tensors and gradients by name ("model.layers.0.mlp.up_proj.lora_A").
     """
@@ -45,6 +49,7 @@ class Running:
     step: Callable[[], None]
     adapter: dict[str, Tensor]
     grads: Callable[[], dict[str, Tensor]]
+    gradient_of: Callable[[Sequence[Example]], float]
 
     def update(self) -> float:
         loss = self.gradient()
@@ -97,10 +102,23 @@ def dense_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 @contextmanager
 def engine(
-    model: PreTrainedModel, examples: Sequence[Example], *, checkpointing: bool = False, budget: int
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    *,
+    checkpointing: bool = False,
+    budget: int,
+    rate: float = LEARNING_RATE,
+    offload: bool = False,
+    dense_base: bool = False,
 ) -> Iterator[Running]:
-    """welltuned: packed rows, fused projections, gated MLPs and norms, loss on labelled rows only, flat AdamW."""
+    """welltuned: packed rows, fused projections, gated MLPs and norms, loss on labelled rows only, flat AdamW.
+
+    Args:
+        offload: what goes into checkpointed layers waits on the host. dense_base: 4-bit weights are expanded once.
+    """
     with ExitStack() as undo:
+        undo.callback(forget_dense, model)
+        make_room(model, dense=dense_base)
         bank = attach(model, LoraSettings(r=RANK, lora_alpha=ALPHA))
         undo.callback(bank.detach)
         fused = fuse(model, bank)
@@ -109,23 +127,23 @@ def engine(
         if head is None or fused.plain:
             raise RuntimeError(f"parts of a plain Llama were not fused: {fused.sentences()}, head {head}")
         if checkpointing:
-            checkpoint_layers(model, fused)
+            checkpoint_layers(model, fused, host=HostCheckpoints(model.device) if offload else None)
         optimizer = FlatAdamW(bank.flat_KP, bank.grad_KP, bank.decayed, AdamWSettings())
         ready = Engine(model=model, trained=bank, head=head, token_budget=budget)
 
-        def gradient() -> float:
+        def gradient_of(rows: Sequence[Example]) -> float:
             optimizer.zero_grad()
-            return accumulate_gradient(ready, examples, range(len(examples))).loss
+            return accumulate_gradient(ready, rows, range(len(rows))).loss
 
         def step() -> None:
             clip_(bank.grad_KP, MAX_NORM)
-            optimizer.step([LEARNING_RATE])
+            optimizer.step([rate])
 
         def grads() -> dict[str, Tensor]:
             return {s.name: bank.grad_KP[0, s.start : s.start + s.size].view(s.shape) for s in bank.slots}
 
         undo.enter_context(packed_model(model))
-        yield Running(gradient, step, bank.tensors(), grads)
+        yield Running(partial(gradient_of, examples), step, bank.tensors(), grads, gradient_of)
 
 
 @contextmanager
@@ -137,6 +155,7 @@ def peft_sdpa(
     checkpointing: bool = False,
     budget: int,
     backend: SDPBackend | None = None,
+    rate: float = LEARNING_RATE,
 ) -> Iterator[Running]:
     """Plain transformers + PEFT at its best: bf16 base, no autocast, flash attention without a mask, fused AdamW.
 
@@ -148,22 +167,28 @@ def peft_sdpa(
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         try:
-            yield _peft_running(twin, adapters, [_padded(rows, model.device) for rows in batches_of(examples, budget)])
+            yield _peft_running(twin, adapters, examples, budget, rate)
         finally:
             twin.unload()
             model.gradient_checkpointing_disable()
             model.eval()
 
 
-def _peft_running(twin: peft.PeftModel, adapters: torch.dtype, batches: list[tuple[Tensor, Tensor]]) -> Running:
+def _peft_running(
+    twin: peft.PeftModel, adapters: torch.dtype, examples: Sequence[Example], budget: int, rate: float
+) -> Running:
     trained = {_our_name(name): p for name, p in twin.named_parameters() if p.requires_grad}
     for p in trained.values():
         p.data = p.data.to(adapters)
     twin.train()  # transformers checkpoints in training mode only; nothing here has dropout
-    optimizer = torch.optim.AdamW(trained.values(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-    labels = sum(int((wanted[:, 1:] != -100).sum()) for _, wanted in batches)
+    optimizer = torch.optim.AdamW(trained.values(), lr=rate, weight_decay=0.0, fused=True)
+    laid_out = _laid_out(examples, budget, twin.device)
 
-    def gradient() -> float:
+    def gradient_of(rows: Sequence[Example]) -> float:
+        return gradient(_laid_out(rows, budget, twin.device))
+
+    def gradient(batches: list[tuple[Tensor, Tensor]]) -> float:
+        labels = sum(int((wanted[:, 1:] != -100).sum()) for _, wanted in batches)
         optimizer.zero_grad(set_to_none=True)
         losses = []
         for ids, wanted in batches:
@@ -177,7 +202,8 @@ def _peft_running(twin: peft.PeftModel, adapters: torch.dtype, batches: list[tup
         optimizer.step()
 
     adapter = {name: p.data for name, p in trained.items()}
-    return Running(gradient, step, adapter, lambda: {name: p.grad for name, p in trained.items()})
+    grads = lambda: {name: p.grad for name, p in trained.items()}  # noqa: E731
+    return Running(partial(gradient, laid_out), step, adapter, grads, gradient_of)
 
 
 def _our_name(name: str) -> str:
@@ -234,6 +260,10 @@ def batches_of(examples: Sequence[Example], budget: int) -> list[list[Example]]:
         else:
             batches.append([example])
     return batches
+
+
+def _laid_out(examples: Sequence[Example], budget: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    return [_padded(rows, device) for rows in batches_of(examples, budget)]
 
 
 def _padded(rows: list[Example], device: torch.device) -> tuple[Tensor, Tensor]:

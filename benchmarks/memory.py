@@ -237,9 +237,10 @@ def made_ready(case: Case) -> tuple[Any, Any]:
     from welltuned.models.experts import quantize_experts
     from welltuned.models.frozen import quantize_linears
     from welltuned.models.full import FullParameters
-    from welltuned.models.fuse import checkpoint_layers, find_head, fuse
+    from welltuned.models.fuse import find_head, fuse
     from welltuned.models.lora import AdapterBank, LoraSettings, attach
     from welltuned.models.packed import packed_model
+    from welltuned.models.recompute import checkpoint_layers
     from welltuned.training.optimizer import AdamWSettings, FlatAdamW, clip_
     from welltuned.training.step import Engine, accumulate_gradient
 

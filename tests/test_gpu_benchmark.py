@@ -49,13 +49,19 @@ def test_parity_passes_in_bf16_and_holds_in_fp32(result):
 
 def test_every_cell_has_its_numbers(result):
     cells = result["cells"]
-    assert len(cells) == len(TUNES) * 2 * 2 * len(SYSTEMS)
+    ours = {("qlora", False): "welltuned, dense base", **{(t, True): "welltuned, inputs on the host" for t in TUNES}}
+    for tune in TUNES:
+        for checkpointing in (False, True):
+            named = [c["system"] for c in cells if (c["tune"], c["checkpointing"]) == (tune, checkpointing)]
+            more = [ours[tune, checkpointing]] if (tune, checkpointing) in ours else []
+            assert sorted(named) == sorted(3 * (SYSTEMS + more))
     for cell in cells:
         assert cell["problem"] is None
         assert len(cell["seconds"]) >= 2 and len(cell["ceilings"]) == 2
         assert cell["tokens_per_second"] > 0 and cell["share_of_floor"] > 0 and cell["peak_bytes"] > 0
         assert cell["loss"] == pytest.approx(cells[0]["loss"], rel=0.2)  # random weights: about ln V
-    assert {(c["rows"], c["checkpointing"]) for c in cells} == {(r, b) for r in ("S = 64", "ragged") for b in (0, 1)}
+    kinds = {(rows, again) for rows in ("S = 64", "ragged", "S = 8") for again in (False, True)}
+    assert {(c["rows"], c["checkpointing"]) for c in cells} == kinds
 
 
 def test_parts_have_their_numbers(result):
@@ -63,6 +69,14 @@ def test_parts_have_their_numbers(result):
     assert all(a["seconds"] > 0 for a in result["attention"]) and result["head"]["seconds"] > 0
     packed = [a["errors"] for a in result["attention"] if a["rows"] == "ragged" and a["way"].startswith("packed")]
     assert len(packed) == 2 and max(e for errors in packed for e in errors.values()) < 1e-5
+
+
+@pytest.mark.skipif("qlora" not in TUNES, reason="4-bit weights need bitsandbytes")
+def test_the_large_base_is_measured_beside_its_forecast(result):
+    runs = result["large"]["runs"]
+    assert result["large"]["passed"] and [r["offload"] for r in runs] == [False, True]
+    assert runs[0]["loss"] == runs[1]["loss"] and runs[0]["host_bytes"] == 0 < runs[1]["host_bytes"]
+    assert all(r["peak_bytes"] > 0 and r["forecast_bytes"] > 0 and r["seconds"] > 0 for r in runs)
 
 
 def test_a_toy_run_writes_nothing_unless_told_to(parts, monkeypatch):
@@ -112,7 +126,7 @@ def _system(speed, fails_above):
     def system(budget):
         if budget > fails_above:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        yield speed.Running(lambda: 1.0, lambda: None, {}, dict)
+        yield speed.Running(lambda: 1.0, lambda: None, {}, dict, lambda rows: 1.0)
 
     return system
 
@@ -134,3 +148,42 @@ def test_a_failing_system_does_not_stop_the_others(parts, capsys):
     speed.visit(scale, cell, lambda budget: 1 / 0, 1.0)
     assert cell.problem == "failed: ZeroDivisionError: division by zero"
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+# ── quality ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_quality_agrees_with_peft_at_toy_size(parts, tmp_path):
+    assert parts("gpu_quality").main(["--toy", "--seeds", "1", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "gpu-quality-toy.json").read_text(encoding="utf-8"))
+    assert {r["tune"] for r in result["runs"]} == set(TUNES) and result["toy"] is True
+    assert all(result["entropy"] < r["after"] < r["before"] for r in result["runs"])
+    assert all(c["agrees"] and abs(c["difference"]) < 0.01 for c in result["compared"])
+    if "qlora" in TUNES:
+        assert result["dense_base"]["cached"] == result["dense_base"]["rebuilt"]
+
+
+def test_learning_less_than_peft_is_seen(parts):
+    quality = parts("gpu_quality")
+
+    def runs(after):
+        return [
+            quality.Learned("lora", system, seed, 3.0, end + 0.001 * seed)
+            for system, end in ((quality.OURS, after), (quality.THEIRS, 1.5))
+            for seed in range(3)
+        ]
+
+    assert quality.compare(runs(1.5), "lora")["agrees"] and quality.all_learned(runs(1.5), 1.0)
+    assert not quality.compare(runs(1.6), "lora")["agrees"]
+    assert not quality.all_learned(runs(2.9), 1.0)
+
+
+def test_the_walk_has_the_entropy_that_it_claims(parts):
+    quality = parts("gpu_quality")
+    first = quality.walk(0)
+    second = first.changed(1)
+    changed = (first.next_TS != second.next_TS).any(1).sum()
+    assert changed == quality.TOKENS // 2 and second.entropy == pytest.approx(1.0627, abs=1e-3)
+    row = second.row(2000, 5)
+    assert all(b in second.next_TS[a] for a, b in zip(row.ids[:-1], row.ids[1:], strict=True))
+    assert (row.ids == second.row(2000, 5).ids).all() and not (row.ids == second.row(2000, 6).ids).all()

@@ -85,6 +85,7 @@ def test_every_choice_has_value_reason_and_evidence(plan_for, method, tune):
     """And a range, where one can be had, and this run's numbers in its reason."""
     plan = plan_for(method=str(method), tune=str(tune))
     names = set(NAMES) - (LORA if tune is Tune.FULL else set()) | OBJECTIVE.get(method, set())
+    names |= {"dense_base"} if tune is Tune.QLORA else set()
     assert set(plan.choices) == (names if method is Method.SFT else names - {"assistant_only_loss"})
     for name, choice in plan.choices.items():
         assert choice.value is not None and choice.set_by is SetBy.ADVICE, name

@@ -12,9 +12,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from welltuned.data.render import Example
-from welltuned.models.fuse import checkpoint_layers, find_head, fuse
+from welltuned.models.fuse import find_head, fuse
 from welltuned.models.lora import LoraSettings, attach
 from welltuned.models.packed import packed_model, packs
+from welltuned.models.recompute import checkpoint_layers
 from welltuned.objectives.supervised import collate, loss
 
 VOCABULARY = 97

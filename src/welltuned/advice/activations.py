@@ -28,6 +28,9 @@ class MemorySetting:
         targets: what carries adapters; None for every linear layer.
         more: numbers that are trained beyond r for every target, or fewer: variants of LoRA.
         average: whether an average of the weights is kept beside them.
+        layers: how many layers are recomputed with `checkpointing`, the first ones; None for all.
+        offload: whether what goes into a recomputed layer waits on the host.
+        dense_base: whether 4-bit weights are expanded once and for all.
         lengths: lengths of the rows, as many as tell short rows from long ones; () for one row of micro_tokens.
     """
 
@@ -40,12 +43,19 @@ class MemorySetting:
     targets: tuple[str, ...] | None = None
     more: int = 0
     average: bool = False
+    layers: int | None = None
+    offload: bool = False
+    dense_base: bool = False
     lengths: tuple[int, ...] = ()
 
     @property
     def word(self) -> float:
         """Bytes of a number of the model; full fine-tuning trains float32 weights, whatever the dtype."""
         return number("bytes_float32" if self.tune is Tune.FULL else f"bytes_{self.dtype}")
+
+    def recomputed(self, layers: int) -> int:
+        """How many of the model's layers run again in the backward pass."""
+        return 0 if not self.checkpointing else layers if self.layers is None else min(self.layers, layers)
 
     @property
     def half(self) -> bool:

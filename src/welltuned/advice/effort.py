@@ -2,7 +2,7 @@
 
 Operations per token, N trunk parameters in linear layers, f labelled share, V·h head, P trained LoRA parameters, L
 layers, S length, d attention width: LoRA 4N + 4f·V·h + 7·L·S·d + 6P (the frozen base needs no weight gradients),
-full 6N + 6f·V·h + 7·L·S·d; checkpointing repeats the forward pass: 2N + 2·L·S·d + 2P more.
+full 6N + 6f·V·h + 7·L·S·d; recomputing repeats the forward pass of its share of the layers: of 2N + 2·L·S·d + 2P.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ def forecast_time(
     *,
     dtype: str,
     trained: int,
-    checkpointing: bool,
+    recomputed: float,
     updates: int,
     batch: int,
     max_length: int,
@@ -61,7 +61,7 @@ def forecast_time(
     lengths = [min(length, max_length) for length in epoch.lengths]
     tokens = passes * epoch.tokens * (sum(lengths) / sum(epoch.lengths))
     attended = _attended(lengths)
-    flops = flops_per_token(model, tune, trained, attended, epoch.supervised_share, checkpointing)
+    flops = flops_per_token(model, tune, trained, attended, epoch.supervised_share, recomputed)
     flops += rule("extra_passes").value.get(str(method), 0) * _forward(model, attended, epoch.supervised_share)
     speed_from = SpeedFrom.ARITHMETIC if flops_per_second is None else SpeedFrom.MEASURED
     if flops_per_second is None and method is not Method.GRPO:
@@ -98,15 +98,16 @@ def _attended(lengths: list[int]) -> float:
 
 
 def flops_per_token(
-    model: ModelFacts, tune: Tune, trained: int, length: float, labelled_share: float, checkpointing: bool
+    model: ModelFacts, tune: Tune, trained: int, length: float, labelled_share: float, recomputed: float
 ) -> float:
+    """Operations of an update for one token, where this share of the layers is recomputed."""
     trunk, head = model.active_trunk_linear_parameters, labelled_share * model.head_parameters
     attention = model.layers * length * model.attention_width
     if tune is Tune.FULL:
         flops, adapters = 6 * trunk + 6 * head + 7 * attention, 0
     else:
         flops, adapters = 4 * trunk + 4 * head + 7 * attention + 6 * trained, trained
-    return flops + (2 * trunk + 2 * attention + 2 * adapters if checkpointing else 0)
+    return flops + recomputed * (2 * trunk + 2 * attention + 2 * adapters)
 
 
 def _forward(model: ModelFacts, length: float, labelled_share: float) -> float:

@@ -30,11 +30,25 @@ class MemoryForecast:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fitted:
-    """The largest micro-batch, without recomputation if possible, whose forecast leaves a tenth of the limit free."""
+    """The largest micro-batch, without recomputation if possible, whose forecast leaves a tenth of the limit free.
+
+    Attributes:
+        layers: how many layers are recomputed. share: of all layers.
+        offload: whether what goes into them waits on the host, and `host_bytes` what that takes there.
+        dense_base: whether 4-bit weights stay expanded.
+    """
 
     token_budget: int
-    checkpointing: bool
+    layers: int
+    share: float
+    offload: bool
+    dense_base: bool
+    host_bytes: int
     forecast: MemoryForecast
+
+    @property
+    def checkpointing(self) -> bool:
+        return self.layers > 0
 
 
 def forecast_memory(model: ModelFacts, setting: MemorySetting, limit: int | None = None) -> MemoryForecast:
@@ -58,6 +72,8 @@ def _state(model: ModelFacts, s: MemorySetting) -> Iterator[tuple[str, float]]:
     if s.tune is Tune.QLORA:  # embeddings, head and norms stay as they are
         quantised = sum(shape.parameters for shape in model.lora_shapes)
         yield "quantisation_state", quantised * number("memory_nf4_state_bytes")
+        if s.dense_base:
+            yield "dense_base", quantised * s.word
     yield "weights", quantised * number("memory_nf4_bytes") + (model.parameters - quantised) * s.word
     if s.tune is not Tune.FULL:
         starts = 1 if s.device is Device.CPU else 0  # how they began, for the check at the end; a GPU's lie on the host
@@ -72,9 +88,11 @@ def _work(model: ModelFacts, s: MemorySetting) -> Iterator[tuple[str, float]]:
     """What an update makes and gives back, at its peak."""
     layer, stream = layer_of(model, s), model.hidden_size * s.word * s.micro_tokens
     one = layer.kept * s.word * s.micro_tokens
-    activations = model.layers * (stream if s.checkpointing else one)
+    again_layers = s.recomputed(model.layers)
+    here = min(again_layers, number("memory_offload_streams")) if s.offload else again_layers
+    activations = (model.layers - again_layers) * one + here * stream
     head_gradient = model.head_parameters * number("bytes_float32") if s.tune is Tune.FULL else 0.0
-    again = one - stream if s.checkpointing else 0.0
+    again = one - stream if again_layers == model.layers else 0.0  # else it finds the room that a kept layer left
     until = {
         "head": activations + _head(model, s) + head_gradient * _copies(s),
         "layer": activations + again + _layer_work(model, s, layer.work) + head_gradient * model.tied_head,
@@ -113,7 +131,7 @@ def _layer_work(model: ModelFacts, s: MemorySetting, elements: float) -> float:
     if s.tune is Tune.FULL:  # a weight's gradient, before it is added, beside the gradient of one MLP width
         return max(work, work - model.intermediate_size * s.word * s.micro_tokens + largest * wide)
     work += trained_parameters(model, s) / model.layers * wide
-    if s.tune is Tune.QLORA:
+    if s.tune is Tune.QLORA and not s.dense_base:
         work += largest * (s.word + number("memory_nf4_scale_bytes"))
     return work
 
@@ -124,6 +142,21 @@ def _matrix(model: ModelFacts) -> Iterator[int]:
         yield shape.inputs * shape.outputs * (2 if shape.expert and shape.name == "gate_proj" else 1)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fixed:
+    """What the user fixed; None is open.
+
+    Attributes:
+        checkpointing: none of the layers, or all of them. layers: so many.
+    """
+
+    token_budget: int | None = None
+    checkpointing: bool | None = None
+    layers: int | None = None
+    offload: bool | None = None
+    dense_base: bool | None = None
+
+
 def fit_memory(
     model: ModelFacts,
     setting: MemorySetting,
@@ -131,22 +164,90 @@ def fit_memory(
     limit: int,
     longest: int,
     update_tokens: int,
-    token_budget: int | None = None,
-    checkpointing: bool | None = None,
+    host_limit: int = 0,
+    fixed: Fixed = Fixed(),  # noqa: B008 - frozen
 ) -> Fitted:
-    """Choose budget and checkpointing; what the user fixed stays fixed. Without a fit, the smallest is returned."""
-    best: Fitted | None = None
-    for recompute in (False, True) if checkpointing is None else (checkpointing,):
-        for budget in _budgets(setting.device, update_tokens) if token_budget is None else (token_budget,):
-            micro = max(longest, min(budget, update_tokens))
-            forecast = forecast_memory(model, replace(setting, micro_tokens=micro, checkpointing=recompute), limit)
-            found = Fitted(token_budget=budget, checkpointing=recompute, forecast=forecast)
-            if forecast.total_bytes <= number("memory_use_share") * limit:
-                return found
-            if best is None or forecast.total_bytes < best.forecast.total_bytes:
+    """Choose micro-batch, recomputed layers, their place, and the base's; what the user fixed stays fixed.
+
+    In this order, by what it costs: smaller micro-batches; as few recomputed layers as do, in the smallest of them;
+    on a GPU, their inputs on the host. Without a fit, the smallest is returned. Room that is left in the end takes
+    the dense base.
+    """
+    usable, best = number("memory_use_share") * limit, None
+    for layers, offload in _ways(model, setting, fixed):
+        for budget in _budgets(setting.device, update_tokens) if fixed.token_budget is None else (fixed.token_budget,):
+            found = _fitted(model, setting, (budget, layers, offload), limit, max(longest, min(budget, update_tokens)))
+            if found.host_bytes > number("memory_use_share") * host_limit and fixed.offload is None:
+                continue
+            if found.forecast.total_bytes <= usable:
+                return _fewest_layers(model, setting, found, limit, longest, update_tokens, fixed)
+            if best is None or found.forecast.total_bytes < best.forecast.total_bytes:
                 best = found
     assert best is not None
     return best
+
+
+def _ways(model: ModelFacts, setting: MemorySetting, fixed: Fixed) -> list[tuple[int, bool]]:
+    """(recomputed layers, on the host?) to try, the cheapest first."""
+    if fixed.layers is not None:
+        counts = [min(fixed.layers, model.layers)]
+    else:
+        counts = [0, model.layers] if fixed.checkpointing is None else [model.layers * fixed.checkpointing]
+    if fixed.offload is not None:
+        return [(count, fixed.offload and count > 0) for count in counts]
+    ways = [(count, False) for count in counts]
+    return ways + ([(counts[-1], True)] if setting.device is Device.CUDA and counts[-1] else [])
+
+
+def _fitted(
+    model: ModelFacts, setting: MemorySetting, way: tuple[int, int, bool], limit: int, micro: int, dense: bool = False
+) -> Fitted:
+    budget, layers, offload = way
+    setting = replace(
+        setting, micro_tokens=micro, checkpointing=layers > 0, layers=layers, offload=offload, dense_base=dense
+    )
+    return Fitted(
+        token_budget=budget,
+        layers=layers,
+        share=layers / model.layers,
+        offload=offload,
+        dense_base=dense,
+        host_bytes=host_bytes(model, setting) if offload else 0,
+        forecast=forecast_memory(model, setting, limit),
+    )
+
+
+def host_bytes(model: ModelFacts, s: MemorySetting) -> int:
+    """Pinned memory for the inputs of recomputed layers: torch rounds each up to a power of two."""
+    stream = int(model.hidden_size * s.word * s.micro_tokens)
+    return s.recomputed(model.layers) * (1 << max(0, stream - 1).bit_length())
+
+
+def _fewest_layers(
+    model: ModelFacts,
+    setting: MemorySetting,
+    found: Fitted,
+    limit: int,
+    longest: int,
+    update_tokens: int,
+    fixed: Fixed,
+) -> Fitted:
+    """As found, but with no more recomputed layers than needed, and with a dense base where there is room for it."""
+    usable = number("memory_use_share") * limit
+    open_count = found.checkpointing and not found.offload and fixed.layers is None and fixed.checkpointing is None
+    if open_count:
+        budgets = _budgets(setting.device, update_tokens) if fixed.token_budget is None else [fixed.token_budget]
+        for layers in range(1, model.layers + 1):
+            way = budgets[-1], layers, False
+            fewer = _fitted(model, setting, way, limit, max(longest, min(budgets[-1], update_tokens)))
+            if fewer.forecast.total_bytes <= usable:
+                found = fewer if layers < model.layers else found
+                break
+    if setting.tune is not Tune.QLORA or fixed.dense_base is False:
+        return found
+    micro = max(longest, min(found.token_budget, update_tokens))
+    dense = _fitted(model, setting, (found.token_budget, found.layers, found.offload), limit, micro, dense=True)
+    return dense if fixed.dense_base or dense.forecast.total_bytes <= usable else found
 
 
 def _budgets(device: Device, update_tokens: int) -> list[int]:

@@ -22,6 +22,7 @@ from welltuned.advice.length import choose_max_length
 from welltuned.advice.memory import Fitted, MemoryForecast, fit_memory, trained_parameters
 from welltuned.advice.precision import choose_dtype
 from welltuned.advice.rate import choose_rate, rate_setting
+from welltuned.advice.room import fixed_by, room_choices
 from welltuned.advice.rules import cited, number, rule
 from welltuned.advice.safekeeping import Course, safekeeping_choices
 from welltuned.advice.settle import counted, settle, shown
@@ -31,7 +32,7 @@ from welltuned.data.stream import steps_per_run
 from welltuned.errors import InputError
 from welltuned.facts.adapter import AdapterFacts
 from welltuned.facts.data import DatasetFacts
-from welltuned.facts.machine import MachineFacts
+from welltuned.facts.machine import Device, MachineFacts
 from welltuned.facts.model import ModelFacts
 from welltuned.recipe import Method, PlainLoader, Recipe, Tune
 
@@ -200,7 +201,7 @@ def _plan(
         *(model, epoch, machine, recipe.method, recipe.tune),
         dtype=choices["dtype"].value,
         trained=trained,
-        checkpointing=fitted.checkpointing,
+        recomputed=fitted.share,
         updates=updates,
         batch=size,
         max_length=choices["max_length"].value,
@@ -228,7 +229,8 @@ _ORDER = (
     *("undesirable_weight", "center_rewards_coefficient", "num_generations", "max_completion_length", "temperature"),
     *("top_p", "epsilon", "epsilon_high", "scale_rewards", "mask_truncated_completions", "num_iterations"),
     *("warmup_steps", "lr_scheduler_type", "weight_decay", "optim", "adam_beta1", "adam_beta2", "max_grad_norm"),
-    *("max_length", "packing", "assistant_only_loss", "token_budget", "gradient_checkpointing", "dtype"),
+    *("max_length", "packing", "assistant_only_loss", "token_budget", "gradient_checkpointing"),
+    *("checkpointed_layers", "offload_checkpoints", "dense_base", "dtype"),
     *("eval_steps", "load_best_model_at_end", "early_stopping_patience", "save_steps", "save_total_limit", "seed"),
 )
 
@@ -307,20 +309,21 @@ def _fitted(
             limit=limit,
             longest=epoch.sequences * longest,
             update_tokens=epoch.sequences * min(batch * longest, max(longest, round(batch * epoch.typical))),
-            token_budget=budget,
-            checkpointing=user.get("gradient_checkpointing"),
+            host_limit=machine.memory_available if machine.device is Device.CUDA else 0,
+            fixed=fixed_by(user, model, machine.device, budget),
         )
         tried.append((length, fitted))
         if fitted.forecast.fits:
             break
     length, fitted = tried[-1] if tried[-1][1].forecast.fits else tried[0]
-    _memory_choices(choices, recipe, data, epoch, machine, length, whole, fitted, limit)
+    _memory_choices(choices, recipe, model, data, epoch, machine, length, whole, fitted, limit)
     return fitted
 
 
 def _memory_choices(
     choices: dict[str, Choice],
     recipe: Recipe,
+    model: ModelFacts,
     data: DatasetFacts,
     epoch: Epoch,
     machine: MachineFacts,
@@ -342,14 +345,7 @@ def _memory_choices(
         evidence=spec.evidence,
     )
     choices["token_budget"] = settle(recipe, "token_budget", budget)
-    cost = f"about {number('checkpointing_cost'):.0%} more arithmetic"
-    again = (
-        f"only so does the run fit into {limit / 1e9:.1f} GB, for {cost}"
-        if fitted.checkpointing
-        else f"all activations fit into your {limit / 1e9:.1f} GB: computing them twice would waste {cost}"
-    )
-    recompute = Choice(value=fitted.checkpointing, reason=again, evidence=cited("checkpointing_cost"))
-    choices["gradient_checkpointing"] = settle(recipe, "gradient_checkpointing", recompute)
+    choices |= room_choices(recipe, model, machine.device, fitted, limit)
     choices["packing"] = settle(recipe, "packing", batches.choose_packing(epoch))
     if recipe.method is Method.SFT:
         loss = batches.choose_assistant_only_loss(data.supervised_tokens, data.tokens, text=data.is_text)

@@ -143,7 +143,8 @@ def _of_run(
         yield 90, f"the model's weights are stored quantised ({model.quantized}) and cannot be trained in full"
     if recipe.tune is Tune.QLORA and not machine.four_bit:
         yield 85, "4-bit weights need the `bitsandbytes` package, which is not installed here"
-    if recipe.tune is Tune.QLORA and machine.device is Device.CPU:
+    rebuilt = "dense_base" in choices and choices["dense_base"].value == "rebuilt"
+    if rebuilt and machine.device is Device.CPU:
         yield 22, "4-bit weights save memory on a CPU but cost time: every pass expands them again"
     if not model.parameters_exact:
         yield 20, f"the architecture {model.family} is not known here: its size is estimated as Llama's would be"

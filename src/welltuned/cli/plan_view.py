@@ -25,7 +25,9 @@ WEIGHED = (
     *("loss_type", "beta", "num_generations", "max_completion_length", "temperature", "center_rewards_coefficient"),
     *("max_length", "warmup_steps", "dtype", "eval_steps"),
 )
-WHERE_ON = ("gradient_checkpointing", "lora_dropout", "early_stopping_patience", "label_smoothing")
+WHERE_ON = (
+    *("gradient_checkpointing", "offload_checkpoints", "lora_dropout", "early_stopping_patience", "label_smoothing"),
+)
 
 
 def print_plan(plan: Plan, out: Console = console, *, whole: bool = False, command: str | None = None) -> None:

@@ -118,8 +118,10 @@ class NF4Weight:
 
 
 def _in_blocks(state: Any) -> Any:
-    """The state of the same codes as rows of whole blocks: bitsandbytes 0.50 on a CPU takes a row for the beginning of
-    a block, and gives other numbers where a row is not of whole blocks (96 columns)."""
+    """The state of the same codes as rows of whole blocks.
+
+    bitsandbytes 0.50 on a CPU begins a block with each row, and gives other numbers where rows are not whole blocks.
+    """
     if state.shape[1] % state.blocksize == 0:
         return state
     count, flat = math.prod(state.shape), copy(state)

@@ -37,6 +37,24 @@ def keep_dense(model: nn.Module) -> int:
     return sum(weight.keep() for weight in four_bit_weights(model))
 
 
+def forget_dense(model: nn.Module) -> None:
+    """Leave the codes alone again."""
+    for weight in four_bit_weights(model):
+        weight.kept = None
+
+
+def make_room(model: nn.Module, *, dense: bool) -> None:
+    """Prove the 4-bit weights, and see to where they are expanded: for all time, or on a GPU in one place in turns.
+
+    A CPU writes each to memory of its own, which bitsandbytes' kernel there asks for.
+    """
+    require_exact(model)
+    if dense:
+        keep_dense(model)
+    elif any(weight.packed.is_cuda for weight in four_bit_weights(model)):
+        share_workspace(model)
+
+
 def require_exact(model: nn.Module) -> None:
     """Refuse to train on weights that this machine's bitsandbytes expands to other numbers than their codes stand for.
 

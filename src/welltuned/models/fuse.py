@@ -7,23 +7,19 @@ day it appears, and one that only looks familiar trains on its own code.
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from welltuned.errors import InputError
 from welltuned.kernels.gated_mlp import FORWARD, Activation, GatedMLP, gated_mlp
-from welltuned.kernels.lora import Rows
 from welltuned.kernels.norm import rms_norm
 from welltuned.kernels.token_loss import Head
 from welltuned.models.experts import LoraExperts, NF4Experts, has_stacks
-from welltuned.models.lora import AdapterBank, LoraLinear, shared_rows
+from welltuned.models.lora import AdapterBank, LoraLinear
 
 OTHER_NORMS = "norms that are not RMS norms"
 OTHER_MLPS = "gated MLPs that compute something else"
@@ -207,41 +203,3 @@ def find_head(model: PreTrainedModel) -> Head | None:
         understood = same(head.logits(hidden[0]), model(input_ids=ids, use_cache=False).logits[0])
     model.train(training)
     return head if understood else None
-
-
-def checkpoint_layers(model: PreTrainedModel, fused: Fused) -> int:
-    """Recompute each decoder layer in the backward pass instead of keeping its activations; how many layers."""
-    count = model.config.num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not lists:
-        raise InputError("no list of decoder layers was found", where="gradient_checkpointing", mend="set it to false")
-    for layer in lists[0]:
-        again = partial(
-            checkpoint,
-            layer.forward,
-            use_reentrant=False,
-            preserve_rng_state=False,  # dropout masks are functions of the example
-            context_fn=partial(_rows_again, shared_rows(layer)),
-        )
-        fused.replace(layer, again, "checkpointed layer")
-    return count
-
-
-@dataclass(slots=True)
-class _RowsAgain:
-    """While a layer runs a second time, the rows are those of its first run, whatever has been set since."""
-
-    rows: Rows
-    first: Rows
-    now: Rows = field(default_factory=Rows)
-
-    def __enter__(self) -> None:
-        self.now = Rows(self.rows.per_adapter, self.rows.dropout)
-        self.rows.per_adapter, self.rows.dropout = self.first.per_adapter, self.first.dropout
-
-    def __exit__(self, *_: object) -> None:
-        self.rows.per_adapter, self.rows.dropout = self.now.per_adapter, self.now.dropout
-
-
-def _rows_again(rows: Rows) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _RowsAgain(rows, Rows(rows.per_adapter, rows.dropout))

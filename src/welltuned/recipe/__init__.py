@@ -9,6 +9,7 @@ from welltuned.recipe.check import parse_memory
 from welltuned.recipe.keys import (
     ALL_LINEAR,
     AUTO,
+    DENSE_BASES,
     FIELDS,
     HYPERPARAMETERS,
     KEYS,
@@ -25,6 +26,7 @@ from welltuned.recipe.read import PlainLoader, Recipe, Trust, YamlLoader, load_r
 __all__ = [
     "ALL_LINEAR",
     "AUTO",
+    "DENSE_BASES",
     "FIELDS",
     "HYPERPARAMETERS",
     "VARIANTS",

@@ -13,6 +13,7 @@ from welltuned.recipe.keys import (
     ALL_LINEAR,
     AUTO,
     BIASES,
+    DENSE_BASES,
     DPO_LOSSES,
     DTYPES,
     GRPO_LOSSES,
@@ -215,6 +216,7 @@ _RULES: Mapping[str, _Rule] = MappingProxyType(
         key: _NOT_NEGATIVE
         for key in (
             *("warmup_steps", "weight_decay", "beta", "early_stopping_patience", "simpo_gamma", "layers_to_transform"),
+            "checkpointed_layers",
             *("desirable_weight", "undesirable_weight", "center_rewards_coefficient"),
         )
     }
@@ -242,6 +244,7 @@ _RULES: Mapping[str, _Rule] = MappingProxyType(
         "lr_scheduler_type": _one_of(SCHEDULERS),
         "optim": _one_of(OPTIMIZERS),
         "dtype": _one_of(DTYPES),
+        "dense_base": _one_of(DENSE_BASES),
         "bias": _one_of(BIASES),
         "loss_on": _one_of(LOSS_ON),
         "on_nonfinite": _one_of(ON_NONFINITE),
@@ -277,6 +280,21 @@ def refuse_ignored_keys(given: Mapping[str, Setting]) -> None:
     _check_mixture(given)
     _check_loss(given)
     _check_objective(given, method)
+    _check_memory(given, tune)
+
+
+def _check_memory(given: Mapping[str, Setting], tune: Tune) -> None:
+    """Recomputing that contradicts itself, and a 4-bit base where there is none."""
+    if "dense_base" in given and tune is not Tune.QLORA:
+        what = "dense_base says how a 4-bit base is kept, and only tune: qlora has one"
+        raise InputError(what, where=given["dense_base"].where, mend="remove one of the two")
+    again = {key: given[key].value for key in ("gradient_checkpointing", "checkpointed_layers") if key in given}
+    if len({bool(value) for value in again.values()}) > 1:
+        what = "gradient_checkpointing and checkpointed_layers contradict each other"
+        raise InputError(what, where=given["checkpointed_layers"].where, mend="remove one of the two")
+    if "offload_checkpoints" in given and given["offload_checkpoints"].value and not all(again.values()):
+        what = "offload_checkpoints moves what goes into recomputed layers, and none is recomputed"
+        raise InputError(what, where=given["offload_checkpoints"].where, mend="remove it")
 
 
 def _check_variants(given: Mapping[str, Setting], method: Method, tune: Tune) -> None:

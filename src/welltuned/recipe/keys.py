@@ -33,6 +33,7 @@ SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 OPTIMIZERS = ("adamw", "adamw_torch", "adamw_torch_fused")
 DTYPES = ("float32", "bfloat16")
 BIASES = ("none", "all", "lora_only")
+DENSE_BASES = ("cached", "rebuilt")
 ON_NONFINITE = ("back", "stop")
 LOSS_ON = ("assistant", "last", "everything")
 DPO_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "simpo")
@@ -191,6 +192,9 @@ HYPERPARAMETERS: Mapping[str, Key] = MappingProxyType(
         "packing": Key(bool, "Put several whole examples into one stream without padding."),
         "assistant_only_loss": Key(bool, "Train on the assistant's tokens only, not on the prompt's."),
         "gradient_checkpointing": Key(bool, "Recompute activations in the backward pass: less memory, more time."),
+        "checkpointed_layers": Key(int, "How many layers are recomputed, the first ones; the rest keep activations."),
+        "offload_checkpoints": Key(bool, "What goes into recomputed layers waits in the host's memory, not the GPU's."),
+        "dense_base": Key(str, "The 4-bit base in training: expanded once and cached, or rebuilt for each product."),
         "dtype": Key(str, "Number format of the base weights and activations: " + " or ".join(DTYPES) + "."),
         "ema_decay": Key(float, "Keep an average of the weights too, which each update moves by 1 - ema_decay."),
         "seed": Key(int, "Seed of everything random."),

@@ -31,7 +31,7 @@ APPLIED = frozenset(
         *("beta", "loss_type", "label_smoothing", "simpo_gamma"),
         # a matter of memory, for the rows of all arms together
         *("per_device_train_batch_size", "gradient_accumulation_steps", "token_budget", "gradient_checkpointing"),
-        "dtype",
+        *("checkpointed_layers", "offload_checkpoints", "dense_base", "dtype"),
         # in rounds, each an update of every arm
         *("save_steps", "save_total_limit"),
     ]

@@ -17,12 +17,14 @@ from welltuned.adapters.verify import sha256
 from welltuned.advice.plan import Plan, plan_to_yaml, require_memory
 from welltuned.errors import InputError, RunError
 from welltuned.facts.machine import Device
-from welltuned.models.fuse import Fused, checkpoint_layers, find_head, fuse
+from welltuned.models.four_bit import make_room
+from welltuned.models.fuse import Fused, find_head, fuse
 from welltuned.models.load import load_model
 from welltuned.models.lora import AdapterBank
 from welltuned.models.oom import is_out_of_memory, release_memory
 from welltuned.models.packed import packed_model, packs
 from welltuned.models.parts import idle_parts
+from welltuned.models.recompute import HostCheckpoints, checkpoint_layers
 from welltuned.models.tokenizer import in_short
 from welltuned.recipe import Method, Tune, recipe_to_yaml
 from welltuned.training.averaged import finish_average
@@ -54,6 +56,7 @@ from welltuned.training.rundir import (
     require_free,
 )
 from welltuned.training.settings import adamw_settings as adamw_settings
+from welltuned.training.settings import room_of
 from welltuned.training.shown import When, ask, keep_replies, keep_rows, questions
 from welltuned.training.snapshot import Origin
 from welltuned.training.speed import remember_speed
@@ -90,6 +93,8 @@ def make_ready(plan: Plan, arms: Sequence[Plan] = (), ranks: Ranks = ALONE) -> R
     device = "cuda" if plan.facts.machine.device is Device.CUDA else "cpu"
     dtype = torch.float32 if recipe.tune is Tune.FULL else DTYPES[plan.value("dtype")]
     model = load_model(recipe.model, dtype=dtype, device=device, nf4=recipe.tune is Tune.QLORA, trust=recipe.trust)
+    room = room_of(plan)
+    make_room(model, dense=room.dense_base)
     idle = idle_parts(model)
     trained: Trained = trained_parts(model, plan, idle, arms)
     lost = fill_loftq(trained, plan) if isinstance(trained, AdapterBank) else ()
@@ -100,8 +105,8 @@ def make_ready(plan: Plan, arms: Sequence[Plan] = (), ranks: Ranks = ALONE) -> R
         notes.append("the output head does something this engine does not know: the model's own logits are used")
     if not packs(model):
         notes.append("this model's own code carries state along a row, so examples run one at a time, not packed")
-    if plan.value("gradient_checkpointing"):
-        checkpoint_layers(model, fused)
+    if room.recompute:
+        checkpoint_layers(model, fused, room.layers, HostCheckpoints(model.device) if room.offload else None)
     budget = plan.value("token_budget") if plan.value("packing") else 1  # 1: every example by itself
     return Ready(Engine(model, trained, head, budget, ranks), Supervised(), fused, tuple(notes))
 

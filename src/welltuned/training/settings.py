@@ -1,8 +1,32 @@
 """The plan's values as the loop's parts take them."""
 
+from dataclasses import dataclass
+
 from welltuned.advice.plan import Plan
+from welltuned.advice.room import CACHED
 from welltuned.training.optimizer import AdamWSettings, Schedule, Scheduler, Span
 from welltuned.training.step import Trained
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How the plan makes room: recomputed layers (None: all), whether their inputs wait on the host, and the base's."""
+
+    recompute: bool
+    layers: int | None
+    offload: bool
+    dense_base: bool
+
+
+def room_of(plan: Plan) -> Room:
+    """Of a plan of an earlier version too, which knew all layers or none."""
+    chosen = {name: choice.value for name, choice in plan.choices.items()}
+    return Room(
+        recompute=chosen["gradient_checkpointing"],
+        layers=chosen.get("checkpointed_layers"),
+        offload=chosen.get("offload_checkpoints", False),
+        dense_base=chosen.get("dense_base") == CACHED,
+    )
 
 
 def schedule_of(plan: Plan) -> Schedule:
