@@ -260,6 +260,17 @@ def test_figures_are_those_of_the_results(file, said):
     assert said in text and f"benchmarks/results/{file}" in text
 
 
+def test_figures_of_the_readme_are_those_of_the_results():
+    text = " ".join(page("README.md").split())
+    speed, regret, faults = (json.loads((RESULTS / f"{n}.json").read_text()) for n in ("sft_cpu", "regret", "faults"))
+    said = {tool: (f"{row['tokens_per_s']:.0f}", f"{row['peak_gb']:.1f} GB") for tool, row in speed["median"].items()}
+    assert "{} tokens/s in {}".format(*said["welltuned"]) in text
+    assert "TRL's {} in {} and Unsloth's {} in {}".format(*said["trl"], *said["unsloth"]) in text
+    ours, fixed = (regret["shared"][rate]["mean"] for rate in ("ours", "2e-4"))
+    assert f"{ours:.2f} % above the best held-out loss, a fixed 2e-4 {fixed:.2f} %" in text
+    assert f"{faults['tried']} SIGKILLs" in text
+
+
 def test_every_figure_of_a_result_is_looked_at():
     """No paragraph that cites a result without one of the figures above."""
     cited = set(re.findall(r"benchmarks/results/(\w+\.json)", page("docs/how_it_works.md")))

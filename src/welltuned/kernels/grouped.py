@@ -172,7 +172,7 @@ def _project(
     y_SO[routing.covered :] = 0
     s_SR = None if adapter is None else x_SI.new_empty(len(x_SI), adapter.a_KERI.shape[2])
     for expert, span, parts in routing.groups:
-        torch.mm(x_SI[span], stack[expert].dense(x_SI.dtype).t(), out=y_SO[span])
+        torch.mm(x_SI[span], stack[expert].lent(x_SI.dtype).t(), out=y_SO[span])
         if adapter is None or s_SR is None:
             continue
         for k, part in parts:
@@ -192,7 +192,7 @@ def _project_backward(
     dx_SI[routing.covered :] = 0
     ds_SR = None if adapter is None else g_SO.new_empty(len(g_SO), adapter.a_KERI.shape[2])
     for expert, span, parts in routing.groups:
-        torch.mm(g_SO[span], stack[expert].dense(g_SO.dtype), out=dx_SI[span])
+        torch.mm(g_SO[span], stack[expert].lent(g_SO.dtype), out=dx_SI[span])
         if adapter is None or ds_SR is None:
             continue
         for k, part in parts:

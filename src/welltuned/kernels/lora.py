@@ -166,7 +166,7 @@ def project(
     x_NI: Tensor, p: Projection, a_KRI: Tensor, b_KOR: Tensor, bias_O: Tensor | None, rows: Rows
 ) -> tuple[Tensor, Tensor]:
     """Forward without autograd: (y_NO, S_NR) with S = s drop(x) A^T, scaled, so that dB = dY^T S needs no scaling."""
-    w_OI = p.weight.dense(x_NI.dtype)
+    w_OI = p.weight.lent(x_NI.dtype)
     y_NO = x_NI @ w_OI.t() if bias_O is None else torch.addmm(bias_O.to(x_NI.dtype), x_NI, w_OI.t())
     in_NI = x_NI * rows.dropout.mask(x_NI, p.index) if rows.dropout.p else x_NI
     s_NR = x_NI.new_empty(x_NI.shape[0], a_KRI.shape[1])
@@ -229,7 +229,7 @@ def project_backward(
         da_KRI, db_KOR = _stacked(das, a_KRI), _stacked(dbs, b_KOR)
     if not needs_dx:
         return None, da_KRI, db_KOR
-    w_OI = p.weight.dense(g_NO.dtype)
+    w_OI = p.weight.lent(g_NO.dtype)
     dx_NI = torch.mm(g_NO, w_OI) if dx_NI is None else dx_NI.addmm_(g_NO, w_OI)
     _add_through(dx_NI, ds_NR, mask_NI, a_KRI, spans, even)
     if p.taken is not None:

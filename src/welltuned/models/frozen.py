@@ -47,11 +47,11 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):  # type: ignore[no-untyped-def]
         ctx.weight = weight
-        return torch.nn.functional.linear(x, weight.dense(x.dtype), bias)
+        return torch.nn.functional.linear(x, weight.lent(x.dtype), bias)
 
     @staticmethod
     def backward(ctx, g):  # type: ignore[no-untyped-def]
-        dx = g @ ctx.weight.dense(g.dtype) if ctx.needs_input_grad[0] else None
+        dx = g @ ctx.weight.lent(g.dtype) if ctx.needs_input_grad[0] else None
         return dx, None, g.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
 
 

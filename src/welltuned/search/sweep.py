@@ -107,6 +107,8 @@ def sweep(
     """
     require_one_process("a sweep")
     require_free(out)
+    if workers is not None and ray is None:
+        raise InputError("belongs to --ray", where="--workers", mend="add --ray, or leave it out")
     search = begun(Asked(question, prepared.recipe, prepared.plan, grid, ray, workers), prepared)
     plan, rules = prepared.plan, search.rules
     require_memory(plan)

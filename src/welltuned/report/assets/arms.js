@@ -2,7 +2,15 @@
 // A search: held-out loss over the learning rate with the curve that chose, and every arm as it trained.
 const arms = (() => {
   const { plots, css, colours, short, axis, stepAxis, valueAxis, aligned, legend, box, bars, lines, logScale } = charts;
+  const MOST_GROUPS = 6;
   const percent = (share) => `${Math.round(100 * share)} %`;
+
+  const lowest = ({ best, factor }, judged) => {
+    if (!best || !factor) return "";
+    const where = `${short(Number(best.toPrecision(2)))} ×/÷ ${factor.toFixed(2)}`;
+    const beyond = best > Math.max(...judged.map((arm) => arm.rate)) * 1.2 || best < Math.min(...judged.map((arm) => arm.rate)) / 1.2;
+    return beyond ? ` Its lowest point lies beyond the arms, at about ${where}.` : ` Shaded: where its lowest point lies, ${where}.`;
+  };
 
   // Held-out loss over the rate. What was compared last is shown; the other looks can be: they are on another scale.
   const rates = (search, place) => {
@@ -11,7 +19,8 @@ const arms = (() => {
     if (!judged.length || new Set(judged.map((arm) => arm.rate)).size < 2) return;
     const several = shares.filter((share) => judged.filter((arm) => arm.looks.some((look) => look.share === share)).length > 1);
     const first = search.fitted_share ?? several.at(-1) ?? shares.at(-1);
-    const groups = [...new Set(judged.map((arm) => arm.group))];
+    const found = [...new Set(judged.map((arm) => arm.group))];
+    const groups = found.length > MOST_GROUPS ? [null] : found; // of more, each has a colour that another has too
     const series = [], errors = [];
     if (search.fitted.length) {
       const x = search.fitted.map((point) => point.rate);
@@ -20,7 +29,7 @@ const arms = (() => {
       }
     }
     groups.forEach((group, of) => shares.forEach((share) => {
-      const points = judged.filter((arm) => arm.group === group).flatMap((arm) => arm.looks.filter((look) => look.share === share).map((look) => ({ rate: arm.rate, ...look }))).sort((a, b) => a.rate - b.rate);
+      const points = judged.filter((arm) => group === null || arm.group === group).flatMap((arm) => arm.looks.filter((look) => look.share === share).map((look) => ({ rate: arm.rate, ...look }))).sort((a, b) => a.rate - b.rate);
       if (!points.length) return;
       const colour = groups.length > 1 ? colours[of % colours.length] : share === first ? "--c2" : colours[(3 + shares.indexOf(share)) % colours.length];
       const one = { name: `${group ? `${group}, ` : ""}after ${percent(share)}`, x: points.map((point) => point.rate), y: points.map((point) => point.loss), colour, width: 0, points: true, show: share === first };
@@ -60,7 +69,7 @@ const arms = (() => {
     series.forEach((one, index) => { if (one.hidden) made.querySelectorAll(".u-legend .u-series")[index + 1].hidden = true; });
     const note = document.createElement("p");
     note.className = "note";
-    note.textContent = `Bars: one standard error of the distance to the best arm, paired row by row.${search.fitted.length ? " Band: one standard deviation of the fitted parabola." : ""}${search.best && search.factor ? ` Shaded: where its lowest point lies, ${short(search.best)} ×/÷ ${search.factor.toFixed(2)}.` : ""}`;
+    note.textContent = `Bars: one standard error of the distance to the best arm, paired row by row.${search.fitted.length ? " Band: one standard deviation of the fitted parabola." : ""}${lowest(search, judged)}`;
     made.append(note);
     plots.push({ made, plot, title });
   };
