@@ -104,7 +104,7 @@ def main() -> int:
     parser.add_argument("--address", help="the cluster; without it a local one is started, or RAY_ADDRESS is used")
     parser.add_argument("train", nargs="+", help="options of `welltuned train`, after --")
     asked = parser.parse_args()
-    ray.init(address=asked.address, num_cpus=asked.cpus)
+    ray.init(address=asked.address, num_cpus=asked.cpus, include_dashboard=None if asked.address else False)
     out = Path(asked.out).absolute()
     for number in range(asked.restarts + 1):
         begun = (out / "started.json").is_file()
