@@ -104,7 +104,11 @@ def main() -> int:
     parser.add_argument("--address", help="the cluster; without it a local one is started, or RAY_ADDRESS is used")
     parser.add_argument("train", nargs="+", help="options of `welltuned train`, after --")
     asked = parser.parse_args()
-    ray.init(address=asked.address, num_cpus=asked.cpus, include_dashboard=None if asked.address else False)
+    address = asked.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        ray.init(address="local", num_cpus=asked.cpus, include_dashboard=False)
+    else:
+        ray.init(address=address)
     out = Path(asked.out).absolute()
     for number in range(asked.restarts + 1):
         begun = (out / "started.json").is_file()
