@@ -49,12 +49,11 @@ def attempt(workers: int, gpus: float, words: list[str]) -> int | str:
     group = placement_group([resources] * workers, strategy="PACK")
     ray.get(group.ready())
     try:
-        placed = [
-            Worker.options(  # type: ignore[attr-defined]
-                num_cpus=1, num_gpus=gpus, scheduling_strategy=PlacementGroupSchedulingStrategy(group, False, rank)
-            ).remote()
+        bundles = [
+            PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=rank)
             for rank in range(workers)
         ]
+        placed = [Worker.options(num_cpus=1, num_gpus=gpus, scheduling_strategy=b).remote() for b in bundles]
         places = ray.get([worker.place.remote() for worker in placed])
         here = Counter(address for address, _, _ in places)
         before: Counter[str] = Counter()
