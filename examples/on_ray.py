@@ -49,12 +49,11 @@ def attempt(workers: int, gpus: float, words: list[str]) -> int | str:
     group = placement_group([resources] * workers, strategy="PACK")
     ray.get(group.ready())
     try:
-        placed = [
-            Worker.options(  # type: ignore[attr-defined]
-                num_cpus=1, num_gpus=gpus, scheduling_strategy=PlacementGroupSchedulingStrategy(group, False, rank)
-            ).remote()
+        bundles = [
+            PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=rank)
             for rank in range(workers)
         ]
+        placed = [Worker.options(num_cpus=1, num_gpus=gpus, scheduling_strategy=b).remote() for b in bundles]
         places = ray.get([worker.place.remote() for worker in placed])
         here = Counter(address for address, _, _ in places)
         before: Counter[str] = Counter()
@@ -104,7 +103,11 @@ def main() -> int:
     parser.add_argument("--address", help="the cluster; without it a local one is started, or RAY_ADDRESS is used")
     parser.add_argument("train", nargs="+", help="options of `welltuned train`, after --")
     asked = parser.parse_args()
-    ray.init(address=asked.address, num_cpus=asked.cpus)
+    address = asked.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        ray.init(address="local", num_cpus=asked.cpus, include_dashboard=False)
+    else:
+        ray.init(address=address)
     out = Path(asked.out).absolute()
     for number in range(asked.restarts + 1):
         begun = (out / "started.json").is_file()

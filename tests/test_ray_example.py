@@ -17,12 +17,12 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray, which is no dependency, is not installed"),
 ]
 SCRIPT = Path(__file__).parent.parent / "examples" / "on_ray.py"
-LIMIT = 300
+LIMIT = 1_200
 
 
 def started(run, words):
     command = [sys.executable, str(SCRIPT), "--workers", "2", "--cpus", "2", "--out", str(run), "--", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WELLTUNED_TIMEOUT": "60"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )

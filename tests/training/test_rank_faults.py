@@ -94,6 +94,7 @@ def test_a_rank_that_is_killed(options, straight, tmp_path, monkeypatch, place):
     assert_same_run(run, straight)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs(options, straight, tmp_path, monkeypatch):
     """The others wait for it no longer than they were told to."""
     at_call(monkeypatch, step_module, "_loss", 1, 5, hangs)
@@ -181,6 +182,7 @@ def test_weights_of_one_rank_that_are_not_finite(options, tmp_path, monkeypatch,
     assert newest(tmp_path / "run", None)[0].position.step == 4
 
 
+@pytest.mark.slow
 def test_no_memory_on_one_rank(options, straight, tmp_path, monkeypatch):
     """It cuts smaller, the others soon too; the result is the same, and the user hears of it."""
     real, failures = step_module._loss, []

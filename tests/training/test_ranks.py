@@ -41,7 +41,7 @@ def notes(run):
 
 
 def assert_same_run(one, other):
-    """To fp32 rounding: measured at most 2e-6 on losses; AdamW turns the rounding of tiny gradients into 1e-5."""
+    """To fp32 rounding. Measured over 12 updates: losses 1e-7, tensors 8e-7 of their length (results/ranks.json)."""
     for name in ("loss", "eval_loss", "tokens", "supervised_tokens", "rewards/margins"):
         mine, theirs = ([line[name] for line in lines(run) if name in line] for run in (one, other))
         torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), rtol=2e-5, atol=2e-5)

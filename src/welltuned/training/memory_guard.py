@@ -21,7 +21,7 @@ class MemoryGuard:
         processes: how many share this machine's memory, and will all grow as this one does.
     """
 
-    def __init__(self, plan: Plan, available: Callable[[], int] = memory_available, processes: int = 1):
+    def __init__(self, plan: Plan, available: Callable[[], int] = memory_available, *, processes: int = 1):
         self._on_cpu = plan.facts.machine.device is Device.CPU
         self._available, self._processes = available, processes
         parts = plan.memory.parts
