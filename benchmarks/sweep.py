@@ -1,16 +1,18 @@
 """A search against a dense grid, the throughput of a bank of arms, and its memory.
 
     python benchmarks/sweep.py grid  --case gsm8k|tickets [--gsm8k FILE] --work DIR    # once; goes on where it ended
+    python benchmarks/sweep.py defaults --case gsm8k|tickets [--gsm8k FILE] --work DIR    # into the grid's result
     python benchmarks/sweep.py sweep --case gsm8k|tickets [--gsm8k FILE] --work DIR
     python benchmarks/sweep.py bank  [--arms 1,2,4,8]
     python benchmarks/sweep.py cells                                          # computes no run: reads lr_law.jsonl
 
-**grid**: one bank trains seven rates around the advice, a factor of √2 apart, and the defaults of other tools, each to
-its end, and judges all of them at every rung: with running averages, as a search does, and with the weights as they
-are. **sweep**: what `welltuned sweep` finds on the same rows, the tokens that it takes, and its regret: the held-out
-loss of its choice against the lowest of the grid's. The grid's rows also replay searches whose arms are the grid's.
-**bank**: tokens a second, and peak memory, of K arms at once against the same K runs one after another, in turn
-(A B A B), each in a process of its own. **cells**: paired errors and the curve through the rates of lr_law.jsonl.
+**grid**: one bank trains seven rates around the advice, a factor of √2 apart, each to its end, and judges all of them
+at every rung: with running averages, as a search does, and with the weights as they are. **defaults**: the same for the
+defaults of other tools. **sweep**: what `welltuned sweep` finds on the same rows, the tokens that it takes, and its
+regret: the held-out loss of its choice against the lowest of the grid's. The grid's rows also replay searches whose
+arms are the grid's. **bank**: tokens a second, and peak memory, of K arms at once against the same K runs one after
+another, in turn (A B A B), each in a process of its own. **cells**: paired errors and the curve through the rates of
+lr_law.jsonl.
 """
 
 import argparse
@@ -98,10 +100,35 @@ def searched(arguments: argparse.Namespace, question: Question, name: str, *, gr
 
 def run_grid(arguments: argparse.Namespace) -> None:
     advised = prepared_of(arguments).plan.value("learning_rate")
-    rates = [float(f"{advised * 2 ** (k / 2):.2e}") for k in STEPS]
-    question = Question(3, (("learning_rate", (*rates, *DEFAULTS.values())),))
-    found = searched(arguments, question, "grid", grid=True)
-    arms = [
+    found = to_the_end(arguments, "grid", [float(f"{advised * 2 ** (k / 2):.2e}") for k in STEPS])
+    result = {
+        "machine": describe_machine(),
+        "case": arguments.case,
+        "advised": advised,
+        "updates": found.found.rows[0].total_updates,
+        "seconds": round(found.run.seconds, 1),
+        "tokens_per_second": round(found.run.tokens_per_second, 1),
+        "weights": found.weights,
+        "start_loss": None if found.run.before is None else found.run.before.loss,
+        "arms": arms_of(found),
+    }
+    print(write_result(f"sweep_grid_{arguments.case}", result))
+
+
+def run_defaults(arguments: argparse.Namespace) -> None:
+    rates = sorted(DEFAULTS.values())
+    grid = json.loads((RESULTS / f"sweep_grid_{arguments.case}.json").read_text(encoding="utf-8"))
+    others = [arm for arm in grid["arms"] if arm["learning_rate"] not in rates]
+    found = arms_of(to_the_end(arguments, "defaults", rates))
+    print(write_result(f"sweep_grid_{arguments.case}", {**grid, "arms": [*others, *found]}))
+
+
+def to_the_end(arguments: argparse.Namespace, name: str, rates: list[float]) -> SweepResult:
+    return searched(arguments, Question(3, (("learning_rate", tuple(rates)),)), name, grid=True)
+
+
+def arms_of(found: SweepResult) -> list[dict[str, Any]]:
+    return [
         {
             "learning_rate": row.learning_rate,
             "status": row.status,
@@ -112,18 +139,6 @@ def run_grid(arguments: argparse.Namespace) -> None:
         }
         for row, state in zip(found.found.rows, found.state.arms, strict=True)
     ]
-    result = {
-        "machine": describe_machine(),
-        "case": arguments.case,
-        "advised": advised,
-        "updates": found.found.rows[0].total_updates,
-        "seconds": round(found.run.seconds, 1),
-        "tokens_per_second": round(found.run.tokens_per_second, 1),
-        "weights": found.weights,
-        "start_loss": None if found.run.before is None else found.run.before.loss,
-        "arms": arms,
-    }
-    print(write_result(f"sweep_grid_{arguments.case}", result))
 
 
 # ── the search beside the grid ───────────────────────────────────────────────────────────────────────────────────────
@@ -152,6 +167,7 @@ def run_sweep(arguments: argparse.Namespace) -> None:
         "grid_best": {"learning_rate": best, "loss": round(whole[best], 5)},
         "chosen": {"learning_rate": chosen["learning_rate"], "loss": round(loss, 5)},
         "regret_against_the_grid": regret(loss, whole[best]),
+        "regret_of_that_rate_in_the_grid": regret(whole.get(chosen["learning_rate"]), whole[best]),
         "regret_of_the_advice": regret(whole.get(grid["advised"]), low),
         "regret_of_defaults": {name: regret(whole.get(rate), low) for name, rate in DEFAULTS.items()},
         "seconds": run["seconds"],
@@ -305,7 +321,7 @@ def rounded(losses: tuple[float, ...]) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("grid", "sweep", "bank", "alone", "cells"))
+    parser.add_argument("what", choices=("grid", "defaults", "sweep", "bank", "alone", "cells"))
     parser.add_argument("--case", choices=("gsm8k", "tickets"), default="tickets")
     parser.add_argument("--model", default=DEMO_ALIAS, help="SmolLM2-135M-Instruct, or a folder with it")
     parser.add_argument("--gsm8k", default="gsm8k_train.jsonl", help="GSM8K's training rows, as JSONL")
@@ -316,6 +332,8 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     if arguments.what == "grid":
         run_grid(arguments)
+    elif arguments.what == "defaults":
+        run_defaults(arguments)
     elif arguments.what == "cells":
         run_cells()
     elif arguments.what == "sweep":

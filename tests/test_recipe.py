@@ -61,6 +61,13 @@ def test_unknown_key_names_line_and_nearest(recipe_file):
     assert "did you mean" not in fails(options=BASE, sets=["zzz=1"])
 
 
+@pytest.mark.parametrize("key", ["fsdp", "fsdp_config", "deepspeed"])
+def test_what_cuts_a_model_in_pieces_is_refused_with_what_there_is(key):
+    text = fails(options=BASE, sets=[f"{key}=full_shard"])
+    assert f"'{key}' is not built: a model is never cut in pieces" in text
+    assert "torchrun" in text and "--tune qlora needs a quarter of the memory" in text
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

@@ -43,8 +43,10 @@ from welltuned.training.events import Note, Observer, silent
 from welltuned.training.inspection import SHOWN, Inspection
 from welltuned.training.inspection import inspect as inspect_recipe
 from welltuned.training.prepare import prepare
+from welltuned.training.prepare_together import prepare_together
+from welltuned.training.ranks import joined
+from welltuned.training.result import RunResult
 from welltuned.training.resume import resume as resume_run
-from welltuned.training.run import RunResult
 from welltuned.training.run import train as train_prepared
 from welltuned.training.rundir import require_free
 
@@ -78,19 +80,25 @@ def inspect(recipe: str | None = None, *, show: int = SHOWN, rows: Sequence[str]
 
 
 def train(recipe: str | None = None, *, out: str | Path, observer: Observer = silent, **options: Any) -> RunResult:
-    """Plan and train, and write the Run to `out`, with its page; options as in `plan`."""
+    """Plan and train, and write the Run to `out`, with its page; options as in `plan`.
+
+    In processes that torchrun started, they share the run: all of them call this, and the first one writes.
+    """
     asked = _recipe(recipe, options)
-    require_free(Path(out))
-    return _reported(train_prepared(prepare(asked), Path(out), observer), observer)
+    with joined() as ranks:
+        ranks.first(lambda: require_free(Path(out)))
+        prepared = prepare_together(lambda: prepare(asked), ranks)
+        result = train_prepared(prepared, Path(out), observer, ranks=ranks)
+        ranks.first(lambda: _report(result, observer))
+    return result
 
 
-def _reported(result: RunResult, observer: Callable[[Note], None]) -> RunResult:
-    """The same, with its page beside it; that this fails is told and no reason to lose a result."""
+def _report(result: RunResult, observer: Callable[[Note], None]) -> None:
+    """Write its page beside it; that this fails is told and no reason to lose a result."""
     try:
         write_page(result.path)
     except Exception as error:
         observer(Note(f"there is no report ({in_short(error)}); once more: welltuned report {result.path}"))
-    return result
 
 
 def write_report(run: str | Path, *others: str | Path, out: str | Path | None = None) -> Path:
@@ -124,7 +132,7 @@ def sweep(
     question = question_of(arms, over, trials, minutes)
     require_free(Path(out))
     result = sweep_prepared(prepare(asked), question, Path(out), observer, ray=ray, workers=workers)
-    _reported(result.run, observer)
+    _report(result.run, observer)
     return result
 
 
@@ -139,8 +147,13 @@ def resume(run: str | Path, *, observer: Observer = silent, accept_changes: bool
         InputError: there is no unfinished run, or something changed.
     """
     if is_sweep(Path(run)):
-        return _reported(resume_sweep(Path(run), accept_changes=accept_changes).run, observer)
-    return _reported(resume_run(Path(run), observer, accept_changes=accept_changes), observer)
+        searched = resume_sweep(Path(run), accept_changes=accept_changes).run
+        _report(searched, observer)
+        return searched
+    with joined() as ranks:
+        result = resume_run(Path(run), observer, accept_changes=accept_changes, ranks=ranks)
+        ranks.first(lambda: _report(result, observer))
+    return result
 
 
 def _recipe(path: str | None, options: dict[str, Any]) -> Any:

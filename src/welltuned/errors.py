@@ -5,6 +5,7 @@ class WelltunedError(Exception):
     """The check or run failed (exit code 1)."""
 
     exit_code = 1
+    quiet = False  # whether another process says it
 
 
 class InputError(WelltunedError):

@@ -1,13 +1,15 @@
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from welltuned.advice.effort import machine_flops
 from welltuned.errors import InputError
 from welltuned.facts.data import dataset_facts
-from welltuned.facts.machine import Device, read_machine_facts
+from welltuned.facts.machine import Device, Launch, launch, read_machine_facts
 from welltuned.facts.model import read_model_facts
 from welltuned.facts.weights import gguf_header
 from welltuned.models import resolve as resolving
@@ -246,3 +248,22 @@ def test_counted_adapters_on_experts_are_those_of_the_model(family, targets, tmp
     model = transformers.AutoModelForCausalLM.from_config(config)
     bank = attach(model, LoraSettings(r=5, expert_r=2, target_modules=targets))
     assert facts.lora_parameters(5, targets, expert_r=2) == bank.flat_KP.numel()
+
+
+def test_processes_that_torchrun_started(tmp_path, monkeypatch):
+    """They share the machine's memory and its cores; GPUs are each process's own."""
+    root = fake_machine(tmp_path, {"proc/cpuinfo": "flags : fpu\n"})
+    alone = read_machine_facts(root=root)
+    assert (alone.processes, alone.processes_here, launch()) == (1, 1, Launch())
+    for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    shared = read_machine_facts(root=root)
+    assert launch() == Launch(rank=5, size=8, local_rank=1, here=4)
+    assert (shared.processes, shared.processes_here) == (8, 4)
+    assert shared.training_memory == alone.training_memory // 4
+    assert machine_flops(shared, "float32") == 2 * machine_flops(alone, "float32")  # two machines
+    gpu = replace(shared, device=Device.CUDA, gpu_memory_available=10, gpu_name="a GPU")
+    assert gpu.training_memory == 10
+    assert machine_flops(gpu, "float32") == 8 * machine_flops(replace(gpu, processes=1), "float32")
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    assert launch() == Launch()

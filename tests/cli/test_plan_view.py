@@ -109,3 +109,4 @@ def test_the_command_trains_what_was_planned():
     names = ("recipe", "model", "data", "eval_data", "map", "subset", "split", "memory", "method", "tune", "sets")
     assert {name: trained.get(name) for name in names} == {name: vars(planned).get(name) for name in names}
     assert trained["out"] == "runs/first"
+    assert train_command(planned, 4) == "torchrun --nproc-per-node 4 -m " + train_command(planned)

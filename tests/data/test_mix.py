@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from welltuned.data.mix import Mixture, epoch_order, mixture
-from welltuned.data.stream import rank_share, update_indices
+from welltuned.data.stream import update_indices
 from welltuned.errors import InputError
 
 SIZES = st.lists(st.integers(1, 30), min_size=1, max_size=4)
@@ -64,14 +64,6 @@ def test_a_mixture_is_golden():
 
 
 GOLDEN = [[2, 5, 4, 8, 6], [6, 1, 7], [7, 6, 0, 7, 8], [1, 5, 3], [3, 6, 8, 4, 7], [2, 0, 8]]
-
-
-def test_the_stream_is_the_same_at_any_world_size():
-    mixed = mixture([40, 7], 3, weights=[2, 1])
-    for step in range(10):
-        update = mixed.update(8, step)
-        for world in (1, 2, 3):
-            assert sorted(i for rank in range(world) for i in rank_share(update, rank, world)) == sorted(update)
 
 
 def test_quotas():

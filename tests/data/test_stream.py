@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 
 from welltuned.data.stream import (
     _permutation,
+    balanced_shares,
     hold_out,
     position_of,
-    rank_share,
     steps_per_epoch,
     steps_per_run,
     update_indices,
@@ -57,14 +57,14 @@ def test_steps_per_run():
     assert steps_per_run(100, 10, 0.3) == 3
 
 
-@given(st.integers(0, 50), st.integers(1, 9))
-def test_ranks_share_an_update(rows, world):
-    update = update_indices(max(rows, 1), 3, 7, 0)
-    shares = [rank_share(update, rank, world) for rank in range(world)]
-    assert sorted(i for share in shares for i in share) == sorted(update)
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    with pytest.raises(ValueError):
-        rank_share(update, world, world)
+@given(st.lists(st.integers(1, 500), max_size=40), st.integers(1, 9))
+def test_ranks_share_an_update_by_tokens(tokens, world):
+    """Every row once; and no share is longer than the mean by more than one row, the longest."""
+    shares = balanced_shares(tokens, world)
+    assert sorted(i for share in shares for i in share) == list(range(len(tokens)))
+    assert all(share == sorted(share) for share in shares)
+    loads = [sum(tokens[i] for i in share) for share in shares]
+    assert max(loads) - min(loads) <= max(tokens, default=0)
 
 
 # ── held-out rows ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -260,6 +260,35 @@ def test_figures_are_those_of_the_results(file, said):
     assert said in text and f"benchmarks/results/{file}" in text
 
 
+def test_figures_of_the_readme_are_those_of_the_results():
+    text = " ".join(page("README.md").split())
+    speed, regret, faults = (json.loads((RESULTS / f"{n}.json").read_text()) for n in ("sft_cpu", "regret", "faults"))
+    said = {tool: (f"{row['tokens_per_s']:.0f}", f"{row['peak_gb']:.1f} GB") for tool, row in speed["median"].items()}
+    assert "{} tokens/s in {}".format(*said["welltuned"]) in text
+    assert "TRL's {} in {} and Unsloth's {} in {}".format(*said["trl"], *said["unsloth"]) in text
+    ours, fixed = (regret["shared"][rate]["mean"] for rate in ("ours", "2e-4"))
+    assert f"{ours:.2f} % above the best held-out loss, a fixed 2e-4 {fixed:.2f} %" in text
+    assert f"{faults['tried']} SIGKILLs" in text
+
+
+def test_figures_of_the_sweeps_guide_are_those_of_the_results():
+    text = " ".join(page("docs/guides/sweep.md").split())
+    shared = json.loads((RESULTS / "regret.json").read_text())["shared"]
+    means = [f"{shared[rate]['mean']:.2g} %" for rate in ("ours", "2e-4", "1e-4")]
+    assert (
+        f"ends {shared['ours']['mean']:.2f} % above the best" in text
+        and f"a fixed 2e-4 ends {means[1]} above it" in text
+    )
+    assert f"and 1e-4 {means[2]} " in text and f"the {shared['ours']['cells']} cells" in text
+    swept = json.loads((RESULTS / "sweep_gsm8k.json").read_text())
+    best = f"{swept['grid_best']['learning_rate']:.1e}".replace("e-0", "e-")
+    assert f"a grid of {len(swept['grid'])} rates on GSM8K (SmolLM2-135M, {swept['updates']} updates)" in text
+    assert (
+        f"the best was {best}; the advice, 3.2e-3, ends {swept['regret_of_the_advice']:.2%}"[:-1] + " % above it"
+        in text
+    )
+
+
 def test_every_figure_of_a_result_is_looked_at():
     """No paragraph that cites a result without one of the figures above."""
     cited = set(re.findall(r"benchmarks/results/(\w+\.json)", page("docs/how_it_works.md")))

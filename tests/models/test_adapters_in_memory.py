@@ -203,6 +203,49 @@ def labels(examples):
     return sum(int(e.mask.sum()) for e in examples)
 
 
+@pytest.mark.parametrize("start", [
+    {}, {"init": Init.GAUSSIAN}, {"init": Init.PISSA}, {"init": Init.OLORA}, {"use_dora": True}], ids=str)  # fmt: skip
+def test_an_adapter_that_begins_later_begins_as_any(tools, start):
+    """In a row of a bank that others trained in: its numbers, its start, and what it computes."""
+    model = tools.model("llama")
+    first, other = LoraSettings(r=4, **start), LoraSettings(r=3, lora_alpha=7, seed=5, **start)
+    bank = attach(tools.copy(model), [LoraSettings(r=2, **start), first])
+    bank.flat_KP.add_(0.1)
+    bank.renew(0, other)
+    alone = attach(tools.copy(model), other)
+    for name, tensor in alone.tensors().items():
+        assert torch.equal(bank.tensors(0)[name], tensor)
+        assert torch.equal(bank.tensors_at_start(0)[name], tensor)
+    ids = torch.arange(12)[None]
+    bank.no_dropout((12, 0))
+    alone.no_dropout()
+    assert torch.allclose(bank.model(ids).logits, alone.model(ids).logits, atol=1e-5)
+    bank.keep([1, 0])
+    bank.no_dropout((0, 12))
+    assert torch.allclose(bank.model(ids).logits, alone.model(ids).logits, atol=1e-5)
+
+
+def test_adapters_on_experts_that_begin_later(tools):
+    model = tools.model("mixtral")
+    where = dict(target_modules=("experts", "q_proj"), r=3)
+    bank = attach(tools.copy(model), [LoraSettings(**where), LoraSettings(**where)])
+    bank.flat_KP.add_(0.1)
+    bank.renew(1, LoraSettings(**where, seed=5, lora_alpha=7))
+    alone = attach(tools.copy(model), LoraSettings(**where, seed=5, lora_alpha=7)).tensors()
+    assert all(torch.equal(bank.tensors(1)[name], tensor) for name, tensor in alone.items())
+    assert any("experts" in name for name in alone)
+    stack = next(module for name, module in bank.modules.items() if "experts" in name)
+    assert list(stack.scale_K) == [32 / 3, 7 / 3]
+
+
+def test_a_row_has_room_for_no_larger_rank(tools):
+    bank = attach(tools.model("llama"), [LoraSettings(r=2), LoraSettings(r=4)])
+    bank.renew(0, LoraSettings(r=4))
+    for wrong in (LoraSettings(r=5), LoraSettings(r=2, target_modules=("q_proj",)), LoraSettings(r=2, use_dora=True)):
+        with pytest.raises(InputError, match="adapters of one bank share"):
+            bank.renew(0, wrong)
+
+
 def test_an_adapter_without_rows_gets_no_gradient(tools):
     engine = tools.engine(tools.model("llama"), [LoraSettings(r=3), LoraSettings(r=3, seed=2)])
     _, _, (first, second) = engine.step(tools.examples(), per_adapter=(0, 32))

@@ -139,7 +139,11 @@ def test_whether_a_run_is_at_work(folder):
     assert not at_work(half) and Shelf(folder).news(half)["state"].startswith("interrupted")
     host = os.uname().nodename
     (half / LOCK).write_text(json.dumps({"pid": os.getpid(), "host": host}))
-    assert at_work(half) and Shelf(folder).news(half)["state"].startswith("running: update")
+    told = Shelf(folder).news(half)
+    assert at_work(half) and re.fullmatch(r"running: update \d+ of \d+, about .+ left", told["state"])
+    assert told["health"] == ["healthy", "running"]
+    made = len(told["curves"]["updates"]["step"])
+    assert next(tile for tile in told["tiles"] if tile[0] == "updates")[1] == str(made)
     (half / LOCK).write_text(json.dumps({"pid": os.getpid(), "host": "elsewhere"}))
     assert not at_work(half)
     (half / LOCK).write_text("{")

@@ -89,3 +89,11 @@ def test_what_is_otherwise_is_told(prepared_for, options, sentence):
 def test_values_that_arms_replace_are_told(prepared_for):
     found = told(prepared_for(r=4).plan, ["learning_rate", "r"], centred=False)
     assert "r: the arms' values replace yours, 4" in found and not any("middle" in text for text in found)
+
+
+def test_that_seeds_share_their_rows_is_told(prepared_for, data_file):
+    sentence = "seed: all arms share the held-out rows"
+    plan = prepared_for().plan
+    assert any(text.startswith(sentence) for text in told(plan, ["seed"], centred=False))
+    plan = replace(plan, recipe=replace(plan.recipe, eval_data=data_file))
+    assert not any(text.startswith(sentence) for text in told(plan, ["seed"], centred=False))

@@ -103,11 +103,15 @@ QUICK = ("rates", "ranks and alphas", "settings of optimizer and adapter", "DPO"
     ("over", "options"),
     [pytest.param(*case, id=name, marks=[] if name in QUICK else [pytest.mark.slow]) for name, case in CASES.items()],
 )
-def test_a_bank_is_separate_runs(banked, alone, pairs, over, options):
+def test_a_bank_is_separate_runs(banked, alone, pairs, rows, write_rows, tmp_path, over, options):
     if options.get("tune") == "qlora":
         pytest.importorskip("bitsandbytes")
     if "method" in options:
         options = {**options, "data": pairs}
+    if over[0].startswith("seed"):  # which divides the rows too, where they are not divided already
+        held_out = write_rows(tmp_path / "held_out.jsonl", rows[:16])
+        options = {**options, "data": write_rows(tmp_path / "train.jsonl", rows[16:]), "eval_data": held_out}
+        options |= {"eval_fraction": None}
     out, result = banked(over, **options)
     arms = arms_of(out, result)
     assert len(arms) >= 2

@@ -80,6 +80,8 @@ def test_what_the_time_does_not_suffice_for_is_dropped(plan, seconds, alive):
     for event in told:
         if isinstance(event, ArmEnded) and "minutes" in event.why:
             assert event.status == "dropped" and "do not suffice" in event.why
+    late = sum("is not cut short" in str(event) for event in told)
+    assert late == int(seconds is not None and seconds < 140)  # its 140 updates are made all the same, which is told
     spent = sum(arm.step for arm in board.state.arms)
     assert seconds is None or seconds < 140 or spent <= seconds
     assert board.state.winner == 2

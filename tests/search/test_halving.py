@@ -46,6 +46,21 @@ def test_the_true_point_lies_within_the_stated_error():
     assert 22 <= hits <= 40
 
 
+def test_the_drawn_curve_is_the_fitted_one():
+    """Its middle is the parabola that the losses lie on, its band is wider where no arm was, and with less to go by."""
+    xs = (-math.log(2), 0.0, math.log(2))
+    found = fit([Point(x, losses(x, 0.2)) for x in xs], WEIGHTS, Prior(0.0, 0.5))
+    low, middle, high = found.losses(np.array([*xs, 0.2, 2.0]))
+    measured = [np.average(losses(x, 0.2), weights=WEIGHTS) for x in xs]
+    assert middle[:3] == pytest.approx(measured, rel=0.01) and middle[3] == pytest.approx(min(middle), rel=0.005)
+    assert (low <= middle).all() and (middle <= high).all() and high[4] - low[4] > 3 * (high[1] - low[1])
+    noisy = fit([Point(x, losses(x, 0.2, noise=0.3)) for x in xs], WEIGHTS, Prior(0.0, 0.5))
+    assert (
+        np.diff(noisy.losses(np.array([0.5]))[::2], axis=0).item()
+        > np.diff(found.losses(np.array([0.5]))[::2], axis=0).item()
+    )
+
+
 def test_without_arms_that_tell_the_prior_stands():
     same = tuple([1.0] * ROWS)
     found = fit([Point(0.0, same)], WEIGHTS, Prior(0.0, 0.4))

@@ -13,6 +13,7 @@ from welltuned.recipe import load_recipe
 from welltuned.search.arms import factors, first_arms, question_of
 from welltuned.search.events import ArmAdded, ArmEnded, ArmJudged, ArmUpdated
 from welltuned.search.sweep import resume_sweep, sweep
+from welltuned.training.events import Note
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,10 @@ def test_a_search_that_was_killed_ends_as_if_it_had_not_been(found, prepared_for
     with pytest.raises(Killed):
         sweep(prepared, question_of(3, []), out, kill)
     assert not (out / "run.json").exists()
-    again = resume_sweep(out)
+    told = []
+    again = resume_sweep(out, told.append)
+    names = {e.arm: e.name for e in told if isinstance(e, ArmAdded)}
+    assert names == {row.number: row.name for row in again.found.rows}  # also of those that began before
     assert same(adapter(out), adapter(whole))
     assert again.found.rows == result.found.rows and again.found.rungs == result.found.rungs
 
@@ -187,6 +191,15 @@ def test_what_cannot_be_searched_is_refused(prepared_for):
         first_arms(prepared_for().plan, question_of(None, ["r=8"]))
 
 
+def test_processes_of_torchrun_are_refused(prepared_for, tmp_path, monkeypatch):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="a sweep runs in one process"):
+        sweep(prepared_for(), question_of(None, []), tmp_path / "out")
+    with pytest.raises(InputError, match="a sweep runs in one process"):
+        resume_sweep(tmp_path / "out")
+
+
 def test_the_command(tiny_model_dir, data_file, tmp_path, capsys):
     out = str(tmp_path / "out")
     options = ["--model", str(tiny_model_dir), "--data", data_file, "--set", "max_steps=4"]
@@ -195,6 +208,17 @@ def test_the_command(tiny_model_dir, data_file, tmp_path, capsys):
     assert json.loads(printed.out)["sweep"]["arms"][1]["settings"] == {"r": 4}
     assert "did best" in " ".join(printed.err.split())
     assert main(["resume", out]) == 0
+    capsys.readouterr()
+    new = ["sweep", *options, "--out", str(tmp_path / "new")]
+    for more, sentence in (
+        (["--minutes", "0.00001"], "one run alone is forecast to take"),
+        (["--workers", "2"], "--workers: belongs to --ray"),
+        (["--trials", "0"], "nothing is left to be chosen from"),
+        (["--over", "r=2..8", "--trials", "0"], "4 arms at once do not go into 0 trials"),
+    ):
+        assert main([*new, *more]) == 2
+        assert sentence in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "new").exists()
     assert main(["sweep", *options, "--out", out]) == 2
 
 
@@ -218,3 +242,35 @@ def test_no_memory_is_a_smaller_cut(prepared_for, tmp_path, monkeypatch):
     assert any("ran out of memory" in str(event) for event in told)
     for one, other in zip(plain.found.rows, again.found.rows, strict=True):
         assert one.looks[-1].loss == pytest.approx(other.looks[-1].loss, rel=1e-5)
+
+
+def test_a_tracker_hears_the_winners_run(prepared_for, tmp_path, monkeypatch):
+    """Its updates and evaluations, once, in order: what a run of the same recipe would have told."""
+    from welltuned.recipe import Tracker
+    from welltuned.training import trackers
+
+    heard = []
+
+    class Sink:
+        def log(self, step, numbers):
+            heard.append((step, dict(numbers)))
+
+        def say(self, step, text):
+            heard.append((step, text))
+
+        def close(self):
+            heard.append("closed")
+
+    monkeypatch.setattr(trackers, "find_spec", lambda name: name)
+    monkeypatch.setattr(trackers, "_OPEN", {Tracker.TENSORBOARD: lambda plan, run, run_id: Sink()})
+    told = []
+    prepared = prepared_for(report_to=["tensorboard"], max_steps=4)
+    result = sweep(prepared, question_of(2, []), tmp_path / "out", told.append)
+    numbers = [entry for entry in heard if entry != "closed"]
+    assert [step for step, n in numbers if "train/loss" in n] == [1, 2, 3, 4] and heard[-1] == "closed"
+    assert numbers[-1][0] == 4 and result.run.after.loss in numbers[-1][1].values()
+    said = [event.text for event in told if isinstance(event, Note)]
+    assert any(text.startswith("report_to: tensorboard will be told the winner's run") for text in said)
+    assert any(
+        text.startswith("report_to") for text in json.loads((tmp_path / "out" / "run.json").read_text())["notes"]
+    )

@@ -19,6 +19,7 @@ from welltuned.training.events import Note, Skipped, Updated
 from welltuned.training.healing import culprits, halved
 from welltuned.training.memory_guard import MemoryGuard
 from welltuned.training.resume import resume
+from welltuned.training.snapshot import Numbers
 
 UPDATES = 9
 ERRORS = [
@@ -174,16 +175,14 @@ def test_out_of_memory_in_an_evaluation(options, straight, tmp_path, monkeypatch
 
 def test_out_of_memory_in_a_save(options, straight, tmp_path, monkeypatch):
     """No room for a copy of the numbers: they are written from where they are."""
-    from welltuned.training import loop
-
-    real = loop.take
+    real = Numbers.take
 
     def take(*arguments, copied):
         if copied:
             raise MemoryError
         return real(*arguments, copied=copied)
 
-    monkeypatch.setattr(loop, "take", take)
+    monkeypatch.setattr(Numbers, "take", take)
     seen, failed = trained(tmp_path / "run", options)
     assert failed is None and len(checkpoints(tmp_path / "run")) == 5
     name = "adapter/adapter_model.safetensors"

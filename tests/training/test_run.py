@@ -8,6 +8,7 @@ import pytest
 from welltuned.advice.plan import plan_from_yaml, plan_to_yaml
 from welltuned.errors import InputError, RunError
 from welltuned.recipe import load_recipe
+from welltuned.training import result as result_module
 from welltuned.training import run as run_module
 from welltuned.training import step as step_module
 from welltuned.training.events import Evaluated, Finding, Note, Updated
@@ -435,7 +436,8 @@ def test_a_base_model_that_changes_on_disk_during_full_fine_tuning(into, tmp_pat
             model.model.norm.weight.data += 0.1
         return model
 
-    monkeypatch.setattr(run_module, "load_model", load)
+    for module in (run_module, result_module):
+        monkeypatch.setattr(module, "load_model", load)
     with pytest.raises(RunError, match="changed while it was trained"):
         into(tmp_path / "out", tune="full", max_steps=2)
 

@@ -98,6 +98,7 @@ def machine_line(machine: MachineFacts) -> str:
     """AMD EPYC, 2 cores · 15.8 GB free · float32 (no AMX) · 4-bit weights."""
     cores = counted(machine.cores, "core")
     name = machine.gpu_name or f"{machine.processor}, {cores}".removeprefix(", ")
+    name = f"{machine.gpus} × {name}" if machine.gpus > 1 else name
     free = f"{bytes_words(machine.training_memory)} memory free"
     if machine.device is Device.CUDA:
         bf16 = "native bfloat16" if machine.native_bf16 else "no native bfloat16"
@@ -106,7 +107,8 @@ def machine_line(machine: MachineFacts) -> str:
     else:
         bf16 = "bfloat16 without AMX" if machine.native_bf16 else "no native bfloat16"
     four = "4-bit weights can be used" if machine.four_bit else "no 4-bit weights (bitsandbytes is not installed)"
-    return " · ".join([name, free, bf16, four])
+    shared = [f"{machine.processes} processes share the run"] if machine.processes > 1 else []
+    return " · ".join([name, *shared, free, bf16, four])
 
 
 def time_line(time: TimeForecast) -> str:

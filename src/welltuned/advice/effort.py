@@ -79,15 +79,17 @@ def forecast_time(
 
 
 def machine_flops(machine: MachineFacts, dtype: str) -> float:
-    """Operations a second that training may reach, by the processor's kind alone."""
+    """Operations a second that training may reach, by the processors' kind alone: of all that share the run."""
     if machine.device is Device.CUDA:
         name, peaks = machine.gpu_name or "", rule("flops_gpu").value
         known = [peak for kind, peak in peaks.items() if kind in name]
-        return number("flops_gpu_share") * (max(known) if known else number("flops_gpu_unknown"))
+        peak = max(known) if known else number("flops_gpu_unknown")
+        return machine.processes * number("flops_gpu_share") * peak
+    cores = machine.cores * machine.processes / machine.processes_here  # of all machines
     if dtype != "bfloat16" or not machine.native_bf16:
-        return machine.cores * number("flops_cpu_core")
+        return cores * number("flops_cpu_core")
     faster = number("flops_amx_factor" if machine.amx_bf16 else "flops_avx512_bf16_factor")
-    return machine.cores * number("flops_cpu_core") * faster
+    return cores * number("flops_cpu_core") * faster
 
 
 def _attended(lengths: list[int]) -> float:

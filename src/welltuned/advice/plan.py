@@ -141,6 +141,8 @@ def require_memory(plan: Plan) -> None:
     if plan.memory.fits is False:
         what = f"the run needs about {plan.memory.total_bytes / 1e9:.1f} GB and has "
         what += f"{(plan.memory.limit_bytes or 0) / 1e9:.1f} GB"
+        if max(plan.facts.machine.gpus, plan.facts.machine.processes) > 1:
+            what += " in each process, which holds the whole model: it is not sharded over several (FSDP2 is not built)"
         raise InputError(
             what,
             where="memory",

@@ -96,14 +96,19 @@ class ArmsShown:
                 f"{event.step}/{event.total_steps}",
                 f"{event.loss:.3f}",
                 "" if judged is None else f"{judged.eval_loss:.4f}",
-                Text(ended or ("" if judged is None else _gap(judged)), style="yellow" if ended else ""),
+                Text(ended or ("" if judged is None else self._now(judged)), style="yellow" if ended else ""),
                 style="dim" if ended else "",
             )
         return table
 
+    def _now(self, event: ArmJudged) -> str:
+        """Its distance from the best: one that began later may be better at the same share."""
+        best = min(other.eval_loss for other in self.judged.values() if other.share == event.share)
+        return _gap(event) if event.above_best or event.eval_loss <= best else f"{event.eval_loss - best:+.4f}"
+
     def _line(self, text: str, style: str) -> None:
         out = self.live.console if self.live is not None else console
-        out.print(Padding(Text(visible(text), style=style), (0, 0, 0, 2)))
+        out.print(Padding(Text(visible(text), style=style), (0, 0, 0, 2), expand=False))
 
     def close(self) -> None:
         if self.live is not None:

@@ -12,6 +12,7 @@ import welltuned
 from welltuned.cli.adapter_options import add_adapter, add_eval
 from welltuned.cli.safe import visible
 from welltuned.errors import InputError, WelltunedError
+from welltuned.facts.machine import require_one_process
 from welltuned.recipe import FIELDS, Method, Tune
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -42,6 +43,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "adapter": ("welltuned.cli.adapter", "What comes after training: verify, scale, average, merge, export."),
 }
 
+SHARED = ("train", "resume")  # what several processes do together
+
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong with the options in one sentence, as every other error here is said."""
@@ -59,12 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; the GGUF reader's bar has no other switch
     try:
         arguments = build_parser().parse_args(given)
+        if arguments.command not in SHARED:
+            require_one_process(f"welltuned {arguments.command}")
         run: Callable[[argparse.Namespace], int] = import_module(COMMANDS[arguments.command][0]).run
         return run(arguments)
     except WelltunedError as error:
         if "--debug" in given:
             traceback.print_exc()
-        print("welltuned:", visible(" ".join(str(error).split())), file=sys.stderr)
+        if not error.quiet:
+            print("welltuned:", visible(" ".join(str(error).split())), file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         return 1

@@ -25,7 +25,9 @@ WEIGHED = (
     *("loss_type", "beta", "num_generations", "max_completion_length", "temperature", "center_rewards_coefficient"),
     *("max_length", "warmup_steps", "dtype", "eval_steps"),
 )
-WHERE_ON = ("gradient_checkpointing", "offload_checkpoints", "lora_dropout", "early_stopping_patience", "label_smoothing")
+WHERE_ON = (
+    *("gradient_checkpointing", "offload_checkpoints", "lora_dropout", "early_stopping_patience", "label_smoothing"),
+)
 
 
 def print_plan(plan: Plan, out: Console = console, *, whole: bool = False, command: str | None = None) -> None:
@@ -51,7 +53,8 @@ def print_plan(plan: Plan, out: Console = console, *, whole: bool = False, comma
     if rest:
         _field(out, "The rest", " · ".join(rest))
     out.print()
-    _field(out, "Time", time_line(plan.time))
+    one_of = f"; on one of {facts.machine.gpus} GPUs" if facts.machine.gpus > facts.machine.processes else ""
+    _field(out, "Time", time_line(plan.time) + (one_of if facts.machine.gpus > 1 else ""))
     _field(out, "Memory", _memory(plan, whole))
     for warning in plan.warnings:
         out.print(Text("! " + visible(warning if whole else _without_folders(plan, warning)), style="yellow"))
@@ -62,9 +65,10 @@ def print_plan(plan: Plan, out: Console = console, *, whole: bool = False, comma
     out.print()
 
 
-def train_command(arguments: Namespace) -> str:
-    """`plan`'s options as a command that trains."""
-    words = ["welltuned", "train", *([arguments.recipe] if arguments.recipe else [])]
+def train_command(arguments: Namespace, processes: int = 1) -> str:
+    """`plan`'s options as a command that trains, in one process or in several that share every update."""
+    shared = ["torchrun", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+    words = [*shared, "welltuned", "train", *([arguments.recipe] if arguments.recipe else [])]
     given = vars(arguments)
     for option in ("model", "data", "eval_data", "map", "subset", "split", "method", "tune", "memory"):
         value = given.get(option)

@@ -12,37 +12,49 @@ from welltuned.cli.plan import recipe_of
 from welltuned.cli.plan_view import print_plan
 from welltuned.cli.report import print_report
 from welltuned.cli.terminal import Progress, RowsShown, console, quiet_libraries
+from welltuned.facts.machine import launch
 from welltuned.training.events import Event, Note
 from welltuned.training.rundir import ADAPTER, MODEL, RUN, require_free
 
 if TYPE_CHECKING:
-    from welltuned.training.run import RunResult
+    from welltuned.training.result import RunResult
 
 
 def run(arguments: argparse.Namespace) -> int:
     recipe, out = recipe_of(arguments), Path(arguments.out)
-    require_free(out)
+    if launch().rank == 0:
+        require_free(out)
     from welltuned.training.prepare import prepare
+    from welltuned.training.prepare_together import prepare_together
+    from welltuned.training.ranks import joined
     from welltuned.training.run import train  # brings torch: after what can be refused without it
 
     quiet_libraries()
-    prepared = prepare(recipe, progress=RowsShown())
-    print_plan(prepared.plan)
-    progress = Progress()
+    with joined() as ranks:
+        prepared = prepare_together(lambda: prepare(recipe, progress=RowsShown()), ranks)
+        if ranks.is_first:
+            print_plan(prepared.plan)
+        progress = Progress()
 
-    def watch(event: Event) -> None:
-        if not (isinstance(event, Note) and event.text in prepared.plan.warnings):  # the plan has just said those
-            progress(event)
+        def watch(event: Event) -> None:
+            if not (isinstance(event, Note) and event.text in prepared.plan.warnings):  # the plan has just said those
+                progress(event)
 
-    try:
-        result = train(prepared, out, watch)
-    finally:
-        progress.close()
+        try:
+            result = train(prepared, out, watch, ranks=ranks)
+        finally:
+            progress.close()
+        if ranks.is_first:
+            print_finished(result, as_json=arguments.json)
+    return int(result.diverged is not None)
+
+
+def print_finished(result: "RunResult", *, as_json: bool) -> None:
+    """A run's end, with its page."""
     print_result(result)
     print_report(result.path)
-    if arguments.json:
+    if as_json:
         print_json(result.path)
-    return int(result.diverged is not None)
 
 
 def print_json(run: Path) -> None:

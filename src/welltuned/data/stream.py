@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from heapq import heapreplace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -201,11 +202,21 @@ def position_of(rows: int, effective_batch: int, step: int) -> tuple[int, int]:
     return epoch, within * effective_batch
 
 
-def rank_share(indices: Sequence[int], rank: int, world: int) -> list[int]:
-    """What one of `world` processes takes of an update's rows: every world-th. Together they take each row once."""
-    if not 0 <= rank < world:
-        raise ValueError(f"there is no rank {rank} among {world}")
-    return list(indices[rank::world])
+def balanced_shares(tokens: Sequence[int], world: int) -> list[list[int]]:
+    """Which rows of an update each of `world` processes takes, for rows of so many tokens: ascending indices.
+
+    The longest first, each to the process that has the fewest tokens; ties by number. A process may have none.
+
+    >>> balanced_shares([5, 1, 4, 2], 2)
+    [[0, 1], [2, 3]]
+    """
+    shares: list[list[int]] = [[] for _ in range(world)]
+    loads = [(0, rank) for rank in range(world)]  # a heap: the least loaded first
+    for index in sorted(range(len(tokens)), key=lambda i: (-tokens[i], i)):
+        load, rank = loads[0]
+        shares[rank].append(index)
+        heapreplace(loads, (load + tokens[index], rank))
+    return [sorted(share) for share in shares]
 
 
 @lru_cache(maxsize=2)

@@ -26,11 +26,39 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """As which of how many processes torchrun started this one: of all, and of those on this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    here: int = 1
+
+
+def launch() -> Launch:
+    """What torchrun says in the environment; one process where it did not start this one."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    try:
+        return Launch(*(int(os.environ[name]) for name in names))
+    except (KeyError, ValueError):
+        return Launch()
+
+
+def require_one_process(what: str) -> None:
+    """Refuse what torchrun's processes cannot do together."""
+    started = launch().size
+    if started > 1:
+        mend = "start it without torchrun"
+        raise InputError(f"{what} runs in one process, and {started} were started", where="torchrun", mend=mend)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineFacts:
     """`memory_*` are the host's; `gpu_memory_*` the first GPU's, where one was asked for. All in bytes.
 
-    `four_bit` is whether 4-bit weights can be used: whether bitsandbytes is installed.
+    `four_bit` is whether 4-bit weights can be used: whether bitsandbytes is installed. `gpus` are those that there are;
+    `processes` share a run's updates, `processes_here` of them on this machine.
     """
 
     device: Device
@@ -45,11 +73,16 @@ class MachineFacts:
     gpu_name: str | None = None
     gpu_memory_total: int | None = None
     gpu_memory_available: int | None = None
+    gpus: int = 0
+    processes: int = 1
+    processes_here: int = 1
 
     @property
     def training_memory(self) -> int:
-        """What a run may use where the user sets no limit: the GPU's free memory, else the host's."""
-        return self.memory_available if self.gpu_memory_available is None else self.gpu_memory_available
+        """What a process may use where the user sets no limit: its GPU's free memory, else its share of the host's."""
+        if self.gpu_memory_available is not None:
+            return self.gpu_memory_available
+        return self.memory_available // self.processes_here
 
 
 def read_machine_facts(*, ask_gpu: bool = False, root: Path = Path("/")) -> MachineFacts:
@@ -57,7 +90,7 @@ def read_machine_facts(*, ask_gpu: bool = False, root: Path = Path("/")) -> Mach
     flags = _processor_flags(root)
     avx, amx = "avx512_bf16" in flags, "amx_bf16" in flags
     total, available = _memory(root)
-    gpu = _gpu() if ask_gpu else None
+    gpu, launched = _gpu() if ask_gpu else None, launch()
     return MachineFacts(
         device=Device.CUDA if gpu else Device.CPU,
         cores=_cores(root),
@@ -71,6 +104,9 @@ def read_machine_facts(*, ask_gpu: bool = False, root: Path = Path("/")) -> Mach
         gpu_name=gpu.name if gpu else None,
         gpu_memory_total=gpu.total if gpu else None,
         gpu_memory_available=gpu.available if gpu else None,
+        gpus=gpu.count if gpu else 0,
+        processes=launched.size,
+        processes_here=launched.here,
     )
 
 
@@ -85,6 +121,7 @@ class _Gpu:
     total: int
     available: int
     native_bf16: bool
+    count: int
 
 
 def _gpu() -> _Gpu | None:
@@ -96,7 +133,7 @@ def _gpu() -> _Gpu | None:
         return None
     available, total = torch.cuda.mem_get_info()
     bf16 = torch.cuda.get_device_capability()[0] >= 8  # Ampere and later
-    return _Gpu(torch.cuda.get_device_name(), total, available, bf16)
+    return _Gpu(torch.cuda.get_device_name(), total, available, bf16, torch.cuda.device_count())
 
 
 def _has_driver() -> bool:

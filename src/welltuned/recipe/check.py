@@ -42,9 +42,24 @@ class Setting(NamedTuple):
     where: str
 
 
+SHARDING = "several GPUs share the updates here (torchrun), and each holds the whole base; for a larger one"
+NOT_BUILT = MappingProxyType(
+    {
+        "fsdp": f"{SHARDING} --tune qlora needs a quarter of the memory",
+        "fsdp_config": f"{SHARDING} --tune qlora needs a quarter of the memory",
+        "deepspeed": f"{SHARDING} --tune qlora needs a quarter of the memory; ZeRO-3 would gather frozen weights again "
+        "and again",
+    }
+)
+"""What other trainers' keys ask for, that shard one model over several GPUs; and what there is instead."""
+
+
 def refuse_unknown(key: str, where: str) -> None:
+    """Raises InputError where this is no key."""
     if key in KEYS:
         return
+    if key in NOT_BUILT:
+        raise InputError(f"'{key}' is not built: a model is never cut in pieces", where=where, mend=NOT_BUILT[key])
     nearest = get_close_matches(key, list(KEYS), n=1, cutoff=0.6)
     mend = f"did you mean '{nearest[0]}'?" if nearest else "`welltuned plan --help` lists the keys"
     raise InputError(f"unknown key '{key}'", where=where, mend=mend)

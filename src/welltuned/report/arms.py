@@ -83,7 +83,9 @@ def read_search(kept: Line, log: Log, updates: int) -> SearchRead:
     Raises:
         KeyError, TypeError, ValueError: sweep.json is not what we write.
     """
-    searched = frozenset(str(name) for name, _ in kept["asked"]["question"]["over"])
+    question = kept["asked"]["question"]
+    names = [*(name for name, _ in question["over"]), *(span["name"] for span in question.get("ranges") or ())]
+    searched = frozenset(map(str, names))
     if "arms" in kept:
         arms = tuple(_finished(row) for row in kept["arms"])
         return SearchRead(arms=arms, found=kept, updates=updates, searched=searched)

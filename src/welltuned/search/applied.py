@@ -117,6 +117,10 @@ def told(plan: Plan, replaced: Sequence[str], centred: bool) -> tuple[str, ...]:
     if centred and RATE in given:
         found.append(f"{RATE}: yours, {shown(given[RATE])}, is the middle of what is tried")
     found += [f"{name}: the arms' values replace yours, {shown(given[name])}" for name in replaced if name in given]
+    if "seed" in replaced and plan.recipe.eval_data is None:
+        found.append(
+            "seed: all arms share the held-out rows that your recipe's seed chose; a run of another has others"
+        )
     return tuple(found)
 
 

@@ -125,7 +125,8 @@ def question_of(
             found[name] = _values(name, values)
     if not found and not ranges:
         found = {RATE: ()}
-    question = Question(arms or 3, tuple(found.items()), tuple(ranges.values()), trials or TRIALS, minutes)
+    most = TRIALS if trials is None else trials
+    question = Question(arms or 3, tuple(found.items()), tuple(ranges.values()), most, minutes)
     if question.is_sampled:
         question = replace(question, arms=arms or AT_ONCE)
         if not question.arms <= question.trials <= MOST_ARMS:

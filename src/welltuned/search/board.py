@@ -10,7 +10,7 @@ from typing import Protocol
 
 from welltuned.advice.learning_rate import two_digits
 from welltuned.advice.plan import Plan
-from welltuned.advice.settle import shown
+from welltuned.advice.settle import shown, span_words
 from welltuned.errors import InputError
 from welltuned.search.applied import RATE
 from welltuned.search.arms import Arm, arm_of, prior_of
@@ -130,6 +130,13 @@ class Board:
 
     def tell_arm(self, number: int, why: str = "") -> None:
         self.tell(ArmAdded(number, self.arms[number].name, why))
+
+    def introduce(self, observer: Callable[[SearchEvent], None]) -> None:
+        """Name every arm, and those that ended, to somebody who comes in the middle; the Run's files know them."""
+        for arm in self.state.arms:
+            observer(ArmAdded(arm.number, self.arms[arm.number].name, ""))
+            if not arm.alive:
+                observer(ArmEnded(arm.number, arm.step, str(arm.status), arm.why))
 
     def end(self, number: int, status: Status, why: str) -> None:
         arm = self.of(number)
@@ -277,7 +284,7 @@ class Board:
 
     def _keep_to_time(self, leader: int, elapsed: float) -> None:
         """Drop the arms behind for which the time does not suffice as far as the next look."""
-        if self.rules.seconds is None:
+        if self.rules.seconds is None or self.state.winner is not None:
             return
         following = self.shares[min(self.state.target + 1, len(self.shares) - 1)]
         left = (self.rules.seconds - elapsed) / self._seconds_of_run(elapsed)
@@ -286,8 +293,13 @@ class Board:
         many = affordable(left, self.share_now, following)
         for number in others[many - 1 :]:
             self.end(number, Status.DROPPED, f"behind, and {minutes_words(self.rules.seconds)} do not suffice for all")
-        if many == 1:
-            self.state = replace(self.state, winner=leader)
+        if many > 1:
+            return
+        self.state = replace(self.state, winner=leader)
+        if 1 - self.share_now > left:
+            needs = span_words((1 - self.share_now) * self._seconds_of_run(elapsed))
+            what = f"{self.arms[leader].name} alone needs about {needs} to its end, which is beyond"
+            self.tell(Note(f"{what} the {minutes_words(self.rules.seconds)}; it is not cut short"))
 
     # ── what is remembered ───────────────────────────────────────────────────────────────────────────────────────────
 

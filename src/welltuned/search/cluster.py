@@ -33,15 +33,18 @@ from welltuned.training.events import Note
 from welltuned.training.identity import identity_of
 from welltuned.training.interrupt import Asked as Signals
 from welltuned.training.interrupt import Interrupted, interruptible
-from welltuned.training.run import RunResult, begin, disk_errors
+from welltuned.training.result import RunResult, disk_errors
+from welltuned.training.run import begin
 from welltuned.training.rundir import ADAPTER, RunDir, read_started
 from welltuned.training.step import Evaluation
 
 STATE = "search.json"  # where the search is, beside the workers' checkpoints
 LOST = 3  # times that a worker may be lost
 LOST_WORKER = f"a worker was lost {LOST + 1} times; its checkpoints are kept: go on with `welltuned resume`"
+PATIENCE = 60.0  # seconds after which it is told that a worker has not begun
 POLL = 1.0  # seconds between two questions how far the workers are
 LOCAL = "local"
+STORE = 256 << 20  # bytes of Ray's own memory: only plain values travel
 LOCAL_WORKERS = 2  # where there is no GPU
 
 
@@ -57,7 +60,8 @@ def sweep_on_cluster(search: Begun, out: Path, observer: SearchObserver) -> Swee
 def go_on(search: Begun, directory: RunDir, observer: SearchObserver, notes: Sequence[str]) -> SweepResult:
     """A search over a cluster from where it is: from its state, or from the start."""
     _require_ray()
-    with interruptible() as signals, disk_errors(directory.path), _connected(search) as count:
+    # Ray takes the signals for itself when it starts, so that ours come after.
+    with _connected(search) as count, interruptible() as signals, disk_errors(directory.path):
         require_room(search.prepared.plan, math.ceil(search.most_arms / count))
         course = Spread(search, directory, observer, signals, count)
         for text in (*notes, *course.begin()):
@@ -88,13 +92,15 @@ def _connected(search: Begun) -> Iterator[int]:
             ray.init(
                 address=None if address == LOCAL else address,
                 include_dashboard=False if address == LOCAL else None,
+                object_store_memory=STORE if address == LOCAL else None,
                 num_cpus=max(search.asked.workers or LOCAL_WORKERS, os.cpu_count() or 1) if address == LOCAL else None,
                 log_to_driver=False,
                 logging_level="ERROR",
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             what = f"there is no Ray cluster at {address} ({' '.join(str(error).split())[:200]})"
-            raise InputError(what, where="--ray", mend="start one with `ray start`, or use --ray local") from error
+            mend = "start one with `ray start`, or use --ray local (of a search that goes on: `ray` in its sweep.json)"
+            raise InputError(what, where="--ray", mend=mend) from error
     try:
         yield _workers(search)
     finally:
@@ -139,6 +145,8 @@ class Spread:
         self._elapsed, self._clock = 0.0, time.monotonic()
         self._said: set[str] = set()
         self._workers: list[Any] = []
+        self._asking: dict[int, Any] = {}
+        self._heard: set[int] = set()
 
     def tell(self, event: SearchEvent) -> None:
         """To the Run's files, and to the observer."""
@@ -160,12 +168,16 @@ class Spread:
             self.parts, self.of = plain["parts"], {int(number): i for number, i in plain["of"].items()}
             self._elapsed = plain["elapsed"]
             self.directory.cut_metrics(plain["metrics_bytes"])
-            said.append(f"goes on where {len(self.board.state.arms)} arms were compared at {self.board.share_now:.0%}")
+            self.board.introduce(self._observer)
+            alive = len(self.board.state.alive)
+            said.append(f"goes on with {alive} arms on their way to {self.board.share_now:.0%} of their runs")
         else:
             self.directory.cut_metrics(0)
             for text in self.search.said:  # the observer has heard it
                 self.directory.record(Note(text))
             said += self.search.prepared.notes
+            for number in self.board.arms:
+                self.board.tell_arm(number)
         self._start()
         counts = " and ".join(str(len(part)) for part in self.parts)
         return [*said, f"{len(self.parts)} workers of a Ray cluster begin with {counts} arms"]
@@ -213,9 +225,6 @@ class Spread:
         Raises:
             RunError: every arm diverged, or a worker was lost too often. Interrupted: the user ended it, after a save.
         """
-        for number in self.board.arms:
-            if not self.board.of(number).step:
-                self.board.tell_arm(number)
         while not self.board.state.ended:
             self._advance()
             if not self.board.state.alive:
@@ -242,10 +251,9 @@ class Spread:
                     arms = tuple((arm.number, dict(arm.settings)) for arm in mine)
                     orders[i] = Order(target=self.board.state.target, arms=arms)
             answers = self._carried_out(orders)
-            shares = {share for answer in answers for share in self._take(answer)}
-            for share in sorted(shares):
-                numbers = [a.number for a in self.board.state.arms if any(x.share == share for x in a.looks)]
-                self.board.tell_looks(numbers, share)
+            looks = {look for answer in answers for look in self._take(answer)}
+            for share in sorted({share for share, _ in looks}):
+                self.board.tell_looks(sorted(number for at, number in looks if at == share), share)
             self.save()
 
     def _carried_out(self, orders: Mapping[int, Order]) -> list[Answer]:
@@ -278,19 +286,25 @@ class Spread:
         import ray
 
         for i in orders:
-            known = {arm.number: arm.step for arm in self.board.state.arms if self.of.get(arm.number) == i}
-            try:
-                lines, notes = ray.get(self._workers[i].news.remote(known), timeout=None if surely else POLL)
-            except ray.exceptions.GetTimeoutError:  # it loads, or was lost and begins again
+            asked = None if surely else self._asking.pop(i, None)
+            if asked is None:
+                known = {arm.number: arm.step for arm in self.board.state.arms if self.of.get(arm.number) == i}
+                asked = self._workers[i].news.remote(known)
+            if not surely and not ray.wait([asked], timeout=POLL)[0]:  # it loads, or was lost and begins again
+                self._asking[i] = asked
+                if i not in self._heard and time.monotonic() - self._clock > PATIENCE:
+                    self._heard.add(i)
+                    self.tell(Note(f"worker {i} has not begun yet: it loads, or the cluster has no room for it"))
                 continue
-            except ray.exceptions.RayActorError as error:
-                raise RunError(LOST_WORKER) from error
+            self._heard.add(i)
+            lines, notes = _got(asked)
             for text in notes:
                 if text not in self._said:
                     self._said.add(text)
                     self.tell(Note(text))
             for line in lines:
-                self._told(line)
+                if line["step"] > self.board.of(line["arm"]).step:  # else told in the meantime
+                    self._told(line)
 
     def _told(self, line: Mapping[str, Any]) -> None:
         arm = self.board.of(line["arm"])
@@ -303,9 +317,9 @@ class Spread:
         self.board.state = self.board.state.with_arm(replace(arm, step=step, tokens=arm.tokens + line["tokens"]))
         self.tell(event)
 
-    def _take(self, answer: Answer) -> set[float]:
-        """An answer into the board: what its arms came to. The shares that were looked at."""
-        shares = set()
+    def _take(self, answer: Answer) -> set[tuple[float, int]]:
+        """An answer into the board: what its arms came to. The looks that are new: share and arm."""
+        found = set()
         for plain in answer.arms:
             theirs = from_plain(ArmState, plain)
             ours = self.board.of(theirs.number)
@@ -315,10 +329,10 @@ class Spread:
             for look in theirs.looks:
                 if look.share > known:
                     self.board.looked(theirs.number, look.share, look.loss_of_row, answer.eval_tokens)
-                    shares.add(look.share)
+                    found.add((look.share, theirs.number))
             if theirs.status is Status.DIVERGED and self.board.of(theirs.number).alive:
                 self.board.end(theirs.number, Status.DIVERGED, theirs.why)
-        return shares
+        return found
 
     # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

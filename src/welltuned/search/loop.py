@@ -315,6 +315,7 @@ class Search:
         at = found.position
         state = State.from_json(at.monitor)
         self.board.restore(state)
+        self.board.introduce(self._observer)
         self.rows, self.rounds, self.before = state.bank, at.step, at.before
         self.seconds, self.elapsed, self._clock = at.seconds, at.elapsed, time.monotonic()
         fresh: Mapping[int, LoraSettings] = {k: self._settings(number) for k, number in enumerate(self.rows)}

@@ -19,7 +19,8 @@ from welltuned.training.checkpoint import Position
 from welltuned.training.events import Event, Note
 from welltuned.training.prepare import Prepared
 from welltuned.training.process import memory_used
-from welltuned.training.run import Ready, RunResult, summary_of, verify_and_save
+from welltuned.training.result import RunResult, summary_of, verify_and_save
+from welltuned.training.run import Ready
 from welltuned.training.rundir import METRICS, PLAN, RECIPE, RUN, SWEEP, RunDir
 from welltuned.training.trackers import tracked
 from welltuned.training.watch import Watch
@@ -82,7 +83,7 @@ def verified(search: Search, winner: Arm, ready: Ready, course: Course) -> tuple
         tokens_per_second=course.tokens_per_second,
         peak_memory=memory_used(prepared.plan.facts.machine.device).peak,
     )
-    return result, summary_of(prepared, ready, result)
+    return result, summary_of(prepared, ready.fused, ready.notes, result)
 
 
 def write_result(

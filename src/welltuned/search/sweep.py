@@ -9,6 +9,7 @@ from pathlib import Path
 from welltuned.advice.plan import Plan, require_memory
 from welltuned.data.render import Example
 from welltuned.errors import InputError
+from welltuned.facts.machine import require_one_process
 from welltuned.models.lora import AdapterBank
 from welltuned.models.packed import packed_model
 from welltuned.recipe import Method
@@ -32,8 +33,9 @@ from welltuned.training.preference import preference_objective, rows_used
 from welltuned.training.preference_step import Pairwise
 from welltuned.training.prepare import Prepared, prepare
 from welltuned.training.process import return_freed_memory
+from welltuned.training.result import disk_errors
 from welltuned.training.resume import place_of, require_device
-from welltuned.training.run import Ready, begin, disk_errors, make_ready, on_this_machine
+from welltuned.training.run import Ready, begin, make_ready, on_this_machine
 from welltuned.training.rundir import ADAPTER, STARTED, RunDir, is_finished, read_started, require_free
 from welltuned.training.snapshot import Origin
 from welltuned.training.trackers import require_trackers
@@ -103,7 +105,10 @@ def sweep(
         InputError: what is asked cannot be searched, or does not fit into memory, onto the disk, into the time given.
         RunError: every arm diverged, or the result could not be written. Interrupted: a signal ended it, after a save.
     """
+    require_one_process("a sweep")
     require_free(out)
+    if workers is not None and ray is None:
+        raise InputError("belongs to --ray", where="--workers", mend="add --ray, or leave it out")
     search = begun(Asked(question, prepared.recipe, prepared.plan, grid, ray, workers), prepared)
     plan, rules = prepared.plan, search.rules
     require_memory(plan)
@@ -134,6 +139,7 @@ def resume_sweep(path: Path, observer: SearchObserver = unheard, *, accept_chang
     Raises:
         InputError: it is finished, or something changed since. And what `sweep` raises.
     """
+    require_one_process("a sweep")
     if is_finished(path):
         raise InputError("the search is finished", where=str(path), mend=f"use it: welltuned chat {path}")
     path = path.resolve()

@@ -30,13 +30,7 @@ def finish_average(loop: Loop, folder: AbstractContextManager[Path], facts: Mapp
     average.exchange(trained.flat_KP)
     try:
         found = _judged(loop) if prepared.held_out else None
-        with folder as place:
-            if isinstance(trained, AdapterBank):
-                save_adapter(trained, place, base=str(loop.engine.model.config.name_or_path))
-            else:
-                save_model(loop.engine.model, prepared.recipe.method, place)
-                prepared.tokenizer.save_pretrained(place)
-            (place / ORIGIN).write_text(json.dumps(dict(facts), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        loop.ranks.first(lambda: _write(loop, folder, facts))
     finally:
         average.exchange(trained.flat_KP)
     text = f"{AVERAGE}/ holds the average of the weights (ema_decay {average.decay:g})"
@@ -46,6 +40,17 @@ def finish_average(loop: Loop, folder: AbstractContextManager[Path], facts: Mapp
     better = "lower than" if found.loss < loop.at.last.loss else "not lower than"
     loop.tell(Note(f"{text}, whose held-out loss {found.loss:.4f} is {better} the result's {loop.at.last.loss:.4f}"))
     return {"decay": average.decay, "held_out": {"loss": found.loss, "standard_error": found.standard_error}}
+
+
+def _write(loop: Loop, folder: AbstractContextManager[Path], facts: Mapping[str, Any]) -> None:
+    trained, prepared = loop.trained, loop.setting.prepared
+    with folder as place:
+        if isinstance(trained, AdapterBank):
+            save_adapter(trained, place, base=str(loop.engine.model.config.name_or_path))
+        else:
+            save_model(loop.engine.model, prepared.recipe.method, place)
+            prepared.tokenizer.save_pretrained(place)
+        (place / ORIGIN).write_text(json.dumps(dict(facts), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _judged(loop: Loop) -> Evaluation | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from welltuned.advice.plan import Plan
 from welltuned.choice import SetBy
-from welltuned.training.step import Engine, Gradient, NotFinite, Objective, Row
+from welltuned.training.step import Gradient, NotFinite
 
 IN_A_ROW = 3  # updates without a finite loss and gradient, one after the other, until something is done
 MOST_RETURNS = 3  # times that a run goes back to a checkpoint
@@ -62,14 +62,17 @@ def culprits(rows: Sequence[Any], finite: Callable[[Sequence[int]], bool]) -> li
 
 
 def finite_alone(
-    objective: Objective, engine: Engine, grad_KP: Tensor, rows: Sequence[Row], keys: Sequence[int]
+    make: Callable[[Sequence[Any], Sequence[int]], Gradient], grad_KP: Tensor, rows: Sequence[Any], keys: Sequence[int]
 ) -> Callable[[Sequence[int]], bool]:
-    """Whether some of an update's rows have a finite loss and gradient; leaves the gradients cleared."""
+    """Whether some of an update's rows have a finite loss and gradient; leaves the gradients cleared.
+
+    Args:
+        make: fills the flat gradient, over all ranks.
+    """
 
     def finite(some: Sequence[int]) -> bool:
-        grad_KP.zero_()
         try:
-            made = objective.accumulate_gradient(engine, [rows[i] for i in some], [keys[i] for i in some])
+            made = make([rows[i] for i in some], [keys[i] for i in some])
             return is_sound(float(grad_KP.norm()), made)
         except NotFinite:
             return False

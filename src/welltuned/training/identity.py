@@ -17,12 +17,14 @@ from welltuned.advice.codec import to_plain
 from welltuned.advice.plan import Plan
 from welltuned.data.cache import tokenizer_digest
 from welltuned.data.rows import Rows
+from welltuned.facts.machine import launch
 from welltuned.models.resolve import ModelSource, SourceKind, resolve
 from welltuned.recipe import recipe_to_dict
 from welltuned.training.prepare import Prepared
 
 WHOLE = 2**30  # bytes of weights up to which all are read (about a second); of more only pieces, spread evenly
 PIECE, PIECES = 2**16, 1024
+PROCESSES = "processes"
 
 
 def identity_of(prepared: Prepared) -> dict[str, Any]:
@@ -68,6 +70,7 @@ def versions() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "numpy")},
         "threads": torch.get_num_threads(),
+        PROCESSES: launch().size,
         "processor": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

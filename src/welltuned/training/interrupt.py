@@ -15,8 +15,8 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 class Interrupted(WelltunedError):
     """The user or the system ended the run. The exit code is the shell's: 128 and the signal's number."""
 
-    def __init__(self, number: int, text: str):
-        self.exit_code = 128 + number
+    def __init__(self, number: int, text: str, *, quiet: bool = False):
+        self.exit_code, self.quiet = 128 + number, quiet
         super().__init__(text)
 
 
@@ -27,13 +27,22 @@ class Asked:
 
     @property
     def name(self) -> str:
-        found = signal.Signals(self.number or 0)
-        return "Ctrl-C" if found is signal.SIGINT else found.name
+        return name_of(self.number or 0)
+
+
+def name_of(number: int) -> str:
+    """A signal as people call it."""
+    found = signal.Signals(number)
+    return "Ctrl-C" if found is signal.SIGINT else found.name
 
 
 @contextmanager
-def interruptible() -> Iterator[Asked]:
-    """Within the block the first signal is only noted. Elsewhere than in the main thread signals are left alone."""
+def interruptible(*, quiet: bool = False) -> Iterator[Asked]:
+    """Within the block the first signal is only noted. Elsewhere than in the main thread signals are left alone.
+
+    Args:
+        quiet: another process says that it was.
+    """
     asked = Asked()
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -45,8 +54,8 @@ def interruptible() -> Iterator[Asked]:
         if asked.number is not None:
             raise KeyboardInterrupt
         asked.number = number
-        # Not by print: the signal may have come in the middle of one.
-        os.write(2, b"\nwelltuned: this update is finished and saved first; once more, and it ends at once\n")
+        if not quiet:  # not by print: the signal may have come in the middle of one
+            os.write(2, b"\nwelltuned: this update is finished and saved first; once more, and it ends at once\n")
 
     for number in before:
         signal.signal(number, note)

@@ -9,43 +9,36 @@ from typing import Any, TypeVar
 import torch
 
 from welltuned.errors import RunError
-from welltuned.models.lora import AdapterBank
 from welltuned.models.oom import is_out_of_memory, release_memory
 from welltuned.training.average import Average
-from welltuned.training.checkpoint import (
-    Checkpoint,
-    Position,
-    Snapshot,
-    newest,
-)
+from welltuned.training.checkpoint import Checkpoint, Position, Snapshot
 from welltuned.training.events import Evaluated, Event, Note, Observer, Skipped, Updated
+from welltuned.training.going_back import back_or_stop
 from welltuned.training.healing import (
     IN_A_ROW,
-    MOST_RETURNS,
-    OnNonfinite,
     culprits,
     finite_alone,
     halved,
     is_sound,
-    policy_of,
 )
-from welltuned.training.interrupt import Asked, Interrupted
+from welltuned.training.interrupt import Asked, Interrupted, name_of
 from welltuned.training.keeper import Keeper
 from welltuned.training.memory_guard import MemoryGuard
 from welltuned.training.monitor.movement import Movement
 from welltuned.training.optimizer import FlatAdamW, clip_
 from welltuned.training.prepare import Prepared
 from welltuned.training.process import memory_used
+from welltuned.training.reduce import GradientSum, Word
 from welltuned.training.rundir import RunDir
 from welltuned.training.settings import adamw_settings, rate_spans, schedule_of
-from welltuned.training.snapshot import Origin, restore_weights, take
+from welltuned.training.snapshot import Numbers, Origin
 from welltuned.training.step import Engine, Evaluation, Gradient, NotFinite, Objective
 from welltuned.training.watcher import MakeWatch
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Setting:
     """What the loop works on."""
 
@@ -70,8 +63,10 @@ class Loop:
         self._observer, self._make_watch = observer, make_watch
         plan = setting.prepared.plan
         self.plan, self.trained, self.engine = plan, setting.engine.trained, setting.engine
+        self.ranks = setting.engine.ranks
         self.at = Position(token_budget=setting.engine.token_budget)
         self.watch = make_watch(plan, self.at.monitor)
+        self._sum = GradientSum(self.trained, self.ranks)
         self.optimizer = FlatAdamW(
             self.trained.flat_KP,
             self.trained.grad_KP,
@@ -80,11 +75,13 @@ class Loop:
             rate_spans(plan, self.trained),
         )
         self.average = Average(plan.value("ema_decay"), self.trained.flat_KP) if "ema_decay" in plan.choices else None
-        self.trained.claim_gradients()
+        self.numbers = Numbers(self.trained, self.optimizer, self.average)
         self._movement = Movement(self.trained)  # before a checkpoint is restored: it remembers the start
         self.schedule = schedule_of(plan)
         self.batch = plan.value("effective_batch_size")
-        self._guard = MemoryGuard(plan)
+        self._guard = MemoryGuard(plan, processes=self.ranks.here)
+        self._unsaid: list[str] = []  # what a rank that does not speak for all has to say
+        self._asked: int | None = None  # the signal that all ranks know of
         self._most_tokens: int | None = None
         self._clock = time.monotonic()
         self._warned_of_metrics = False
@@ -107,7 +104,8 @@ class Loop:
             self._observer(Note(text))
         self._warned_of_metrics = directory.trouble is not None
 
-    def _say(self, sentences: Sequence[str]) -> None:
+    def say(self, sentences: Sequence[str]) -> None:
+        """Tell sentences to the user."""
         for sentence in sentences:
             self.tell(Note(sentence))
 
@@ -130,7 +128,7 @@ class Loop:
             due = bool(self.setting.prepared.held_out) and self._due(step + 1)
             if due and not self._evaluate():
                 continue
-            self._say(self.setting.keeper.news())
+            self.say(self.setting.keeper.news())
             if self._over():
                 break
             wanted = self._reached(self.plan.value("save_steps"), step + 1) or (due and self._may_be_best())
@@ -159,16 +157,17 @@ class Loop:
         return done % self.setting.prepared.mixture.in_a_set == 0
 
     def _stop_where_asked(self) -> None:
-        if self.asked.number is None or not self._between_sets(self.at.step):
+        number = self.asked.number if self.ranks.alone else self._asked
+        if number is None or not self._between_sets(self.at.step):
             return
-        run, step = self.setting.directory.path, self.at.step
+        run, step, name = self.setting.directory.path, self.at.step, name_of(number)
         if step == 0:
-            raise Interrupted(self.asked.number, f"ended by {self.asked.name} before the first update: nothing is lost")
+            raise Interrupted(number, f"ended by {name} before the first update: nothing is lost")
         self.save(wait=True)
         saved = self.setting.keeper.saved
         where = "nothing could be saved" if saved is None else f"update {saved} of {self.plan.updates} is saved"
-        text = f"ended by {self.asked.name} after update {step}; {where}; go on with: welltuned resume {run}"
-        raise Interrupted(self.asked.number, text)
+        text = f"ended by {name} after update {step}; {where}; go on with: welltuned resume {run}"
+        raise Interrupted(number, text, quiet=not self.ranks.is_first)
 
     # ── one update ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -225,10 +224,14 @@ class Loop:
                 origins=tuple(row.origin for row in rows),
             )
         )
-        self._say(made.notes)
+        self.say(made.notes)
 
     def _gradient(self, rows: Sequence[Any], keys: Sequence[int]) -> Gradient:
-        """The update's gradient, in smaller pieces where memory does not suffice; always from a cleared buffer."""
+        """The update's gradient, summed over the ranks."""
+        return self._sum.of(lambda: self._own_gradient(rows, keys), self._word, self._heed)
+
+    def _own_gradient(self, rows: Sequence[Any], keys: Sequence[int]) -> Gradient:
+        """This rank's part, in smaller pieces where memory does not suffice; always from a cleared buffer."""
         where = f"update {self.at.step + 1}"
         while (lacking := self._guard.short_of(self.engine.token_budget)) > 0:
             self._shrink(f"{where} would need {lacking / 1e6:,.0f} MB more than are free")
@@ -238,6 +241,23 @@ class Loop:
             return self.setting.objective.accumulate_gradient(self.engine, rows, keys)
 
         return self.with_memory(make, where)
+
+    def _word(self) -> Word:
+        """What the other ranks do not know of this one."""
+        notes, self._unsaid = tuple(self._unsaid), []
+        news = self.asked.number is not None and self._asked is None
+        return Word(token_budget=self.engine.token_budget, notes=notes, signal=self.asked.number if news else None)
+
+    def _heed(self, words: Sequence[Word]) -> None:
+        """Take in what the ranks say."""
+        self._asked = next((word.signal for word in words if word.signal is not None), self._asked)
+        self.cut_to(min(word.token_budget for word in words))
+        self.say([f"process {rank}: {note}" for rank, word in enumerate(words) for note in word.notes])
+
+    def cut_to(self, budget: int) -> None:
+        """Micro-batches of at most so many tokens from here on."""
+        self.engine = replace(self.engine, token_budget=budget)
+        self.at = replace(self.at, token_budget=budget)
 
     def with_memory(self, make: Callable[[], T], where: str) -> T:
         """What `make` gives, tried again with a smaller token budget each time that memory is out."""
@@ -257,10 +277,13 @@ class Loop:
             mend = "set gradient_checkpointing: true, a lower max_length, or use a smaller model"
             raise RunError(f"{why}, though every example is computed by itself; {mend}")
         smaller = halved(budget, self._most_tokens)
-        self.engine = replace(self.engine, token_budget=smaller)
-        self.at = replace(self.at, token_budget=smaller)
+        self.cut_to(smaller)
         text = f"{why}: micro-batches hold at most {smaller:,} tokens from here on, not {budget:,}"
-        self.tell(Note(f"{text}; the effective batch, and with it the result, stays the same"))
+        text += "; the effective batch, and with it the result, stays the same"
+        if self.ranks.is_first:
+            self.tell(Note(text))
+        else:
+            self._unsaid.append(text)
 
     # ── evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -273,7 +296,7 @@ class Loop:
         )
         rows = found.loss_of_example, found.tokens_of_example
         self.tell(Evaluated(self.at.step, found.loss, found.standard_error, found.measures, *rows, found.samples))
-        self._say(found.notes)
+        self.say(found.notes)
         return replace(found, samples=(), notes=())  # told, and nothing for a checkpoint to hold
 
     def _evaluate(self) -> bool:
@@ -281,7 +304,7 @@ class Loop:
         try:
             self.at = replace(self.at, last=self._evaluated())
         except NotFinite as error:
-            self._back_or_stop(str(error))
+            back_or_stop(self, str(error))
             return False
         return True
 
@@ -291,9 +314,9 @@ class Loop:
         """Leave this update out: nothing of it reaches weights or moments. False where the run went back."""
         self.optimizer.zero_grad()
         if not bool(torch.isfinite(self.trained.flat_KP).all()):
-            self._back_or_stop(f"trained weights are not finite at update {self.at.step + 1}")
+            back_or_stop(self, f"trained weights are not finite at update {self.at.step + 1}")
             return False
-        finite = finite_alone(self.setting.objective, self.engine, self.trained.grad_KP, rows, keys)
+        finite = finite_alone(self._gradient, self.trained.grad_KP, rows, keys)
         found = tuple(rows[i].origin for i in culprits(rows, finite))
         self.at = replace(self.at, step=self.at.step + 1, skipped=self.at.skipped + 1, in_a_row=self.at.in_a_row + 1)
         self.tell(Skipped(self.at.step, self.plan.updates, what, found))
@@ -301,57 +324,28 @@ class Loop:
         if self.at.in_a_row >= (2 if at_the_end else IN_A_ROW):
             named = ", ".join(found[:5]) if len(found) < len(rows) else "no row alone"
             count = f"{self.at.in_a_row} updates in a row were not finite"
-            self._back_or_stop(f"{count}, the last: {what} (at fault: {named})")
+            back_or_stop(self, f"{count}, the last: {what} (at fault: {named})")
             return False
         return True
 
-    def _back_or_stop(self, why: str) -> None:
-        """Back to the newest checkpoint, from there with half the rate; or an end, by the policy."""
-        self._say(self.setting.keeper.join())
-        run = self.setting.directory.path
-        mend = f"lower learning_rate in {run}/recipe.yaml and: welltuned resume {run} --accept-changes"
-        if policy_of(self.plan) is OnNonfinite.STOP or self.at.returns >= MOST_RETURNS:
-            after = f" after {self.at.returns} returns to a checkpoint" if self.at.returns else ""
-            raise RunError(f"{why}{after}; the last checkpoint is as it was; look at the rows, or {mend}")
-        found, notes = newest(run, self.setting.origin.run)
-        before = self.at
-        if found is not None:
-            self.restore(found)
-        else:
-            self._start_over(why)
-        self.at = replace(
-            self.at,
-            rate_factor=before.rate_factor / 2,
-            returns=before.returns + 1,
-            skipped=before.skipped,
-            in_a_row=0,
-            token_budget=before.token_budget,
-        )
-        self.engine = replace(self.engine, token_budget=before.token_budget)
-        self._say(notes)
-        text = f"{why}: back to update {self.at.step}, from there with {self.at.rate_factor:g} of the planned rate"
-        self.tell(Note(f"{text} (return {self.at.returns} of at most {MOST_RETURNS})"))
-
-    def _start_over(self, why: str) -> None:
-        if not isinstance(self.trained, AdapterBank):
-            raise RunError(f"{why}; there is no checkpoint yet to go back to; lower learning_rate, or look at the rows")
-        self.trained.flat_KP.copy_(self.trained.start_KP)
-        zeros_KP, zeros_G = torch.zeros_like(self.trained.flat_KP), torch.zeros_like(self.optimizer.steps_G)
-        self.optimizer.restore(zeros_KP, zeros_KP, zeros_G)
-        if self.average is not None:
-            self.average.restore(self.trained.start_KP, self.trained.flat_KP)
+    def start_over(self) -> bool:
+        """Everything as before the first update; False where that is not possible."""
+        if not self.numbers.start_over():
+            return False
         self.at = replace(self.at, step=0, last=None, monitor={})
         self.setting.directory.cut_metrics(self._metrics_at_start)
         self.setting.directory.cut_samples(0)
         self.watch = self._make_watch(self.plan, {})
+        return True
 
     # ── saving and going on ──────────────────────────────────────────────────────────────────────────────────────────
 
     def save(self, *, wait: bool = False) -> None:
         """Begin to save this position; with `wait`, until it is on the disk."""
-        keeper, now = self.setting.keeper, time.monotonic()
-        if wait:
-            self._say(keeper.join())
+        self.ranks.require_equal(f"the weights or moments after update {self.at.step}", self.numbers.flat)
+        if not self.ranks.alone:
+            self._heed(self.ranks.gather(self._word))
+        now = time.monotonic()
         self.at = replace(
             self.at,
             elapsed=self.at.elapsed + now - self._clock,
@@ -359,32 +353,38 @@ class Loop:
             monitor=self.watch.state(),
         )
         self._clock = now
+        self.ranks.first(lambda: self._keep(wait))
+
+    def _keep(self, wait: bool) -> None:
+        keeper = self.setting.keeper
+        if wait:
+            self.say(keeper.join())
         if keeper.saved != self.at.step or keeper.failed is not None:
-            self._say(keeper.save(self._snapshot, wait=wait))
+            self.say(keeper.save(self._snapshot, wait=wait))
 
     def _snapshot(self, copied: bool) -> Snapshot:
         length = self.setting.directory.metrics_bytes
-        average_KP = None if self.average is None else self.average.flat_KP
-        return take(self.trained, self.optimizer, self.at, self.setting.origin, length, average_KP, copied=copied)
+        return self.numbers.take(self.at, self.setting.origin, length, copied=copied)
 
     def since_save(self) -> float:
         """Seconds since the last position that knows its time."""
         return time.monotonic() - self._clock
 
-    def restore(self, found: Checkpoint) -> None:
+    def restore(self, found: Checkpoint | None) -> None:
         """Go on from a checkpoint: weights, moments, position, the monitor, and the length of metrics.jsonl.
+
+        Args:
+            found: None on ranks beside the first, which alone reads it.
 
         Raises:
             RunError: it holds other tensors than the model has.
         """
-        restore_weights(self.trained, found)
-        self.optimizer.restore(found.exp_avg_KP, found.exp_avg_sq_KP, found.steps_G)
+        self.at, self._clock = self.numbers.restore(found, self.ranks), time.monotonic()
         self.optimizer.zero_grad()
-        if self.average is not None:
-            self.average.restore(found.average_KP, self.trained.flat_KP)
-        self.at, self._clock = found.position, time.monotonic()
-        self.engine = replace(self.engine, token_budget=self.at.token_budget)
+        self.cut_to(self.at.token_budget)
         self.watch = self._make_watch(self.plan, self.at.monitor)
+        if found is None:
+            return
         self.setting.keeper.resumed(self.at.step, self.at.best, found.run)
         self.setting.directory.cut_samples(self.at.step)
         missing = self.setting.directory.cut_metrics(found.metrics_bytes)

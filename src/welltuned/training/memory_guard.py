@@ -15,11 +15,15 @@ LEAST_BUDGET = 256  # tokens; a forecast does not ask for fewer, only a real fai
 
 
 class MemoryGuard:
-    """What one run needs for an update, by the plan's forecast until one of that size was measured."""
+    """What one run needs for an update, by the plan's forecast until one of that size was measured.
 
-    def __init__(self, plan: Plan, available: Callable[[], int] = memory_available):
+    Args:
+        processes: how many share this machine's memory, and will all grow as this one does.
+    """
+
+    def __init__(self, plan: Plan, available: Callable[[], int] = memory_available, *, processes: int = 1):
         self._on_cpu = plan.facts.machine.device is Device.CPU
-        self._available = available
+        self._available, self._processes = available, processes
         parts = plan.memory.parts
         passing = sum(parts.get(name, 0) for name in ("activations", "workspace"))
         self._per_token = passing / max(1, plan.value("token_budget"))
@@ -34,7 +38,7 @@ class MemoryGuard:
         growth = expected - memory_used(Device.CPU).now
         if growth <= 0:  # it holds this memory already
             return 0
-        return max(0, growth - max(0, self._available() - RESERVE))
+        return max(0, growth - max(0, self._available() - RESERVE) // self._processes)
 
     def learn(self, budget: int) -> None:
         """An update within `budget` is done: what it took is known now."""

@@ -115,7 +115,11 @@ class FlatAdamW:
         """Go on from these moments."""
         self.exp_avg_KP.copy_(exp_avg_KP)
         self.exp_avg_sq_KP.copy_(exp_avg_sq_KP)
-        for step, value in zip(self._steps, steps_G.tolist(), strict=True):
+        self.restore_steps(steps_G.tolist())
+
+    def restore_steps(self, steps_G: Sequence[float]) -> None:
+        """Set how many updates each group of numbers has had."""
+        for step, value in zip(self._steps, steps_G, strict=True):
             step.fill_(value)
 
     def step(self, rate_K: Sequence[float | None]) -> None:

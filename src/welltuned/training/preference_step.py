@@ -31,6 +31,8 @@ from welltuned.training.reference import Reference, key_of
 from welltuned.training.step import Engine, Evaluation, Gradient, NotFinite, origins_of
 
 Measures = Mapping[str, Tensor]
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
+LOGPS = ("logps/chosen", "logps/rejected")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +47,13 @@ class Judge(Protocol):
     """The loss of pairs in a micro-batch.
 
     `whole_chosen` says whether the loss has a term over all of the chosen sequence's tokens, the prompt's included.
+    `names` are those of its measures: a process without a pair of an update must know them too.
     """
 
     @property
     def whole_chosen(self) -> bool: ...
+    @property
+    def names(self) -> tuple[str, ...]: ...
 
     def __call__(self, engine: Engine, examples: Sequence[Example], laid: Laid, pairs_per_token: float) -> Judged:
         """`pairs_per_token`: the update's pairs over the tokens of its chosen sequences (see `Orpo`)."""
@@ -62,6 +67,7 @@ class Dpo:
     settings: DpoSettings
     reference: Reference | None
     whole_chosen: bool = False
+    names: tuple[str, ...] = (*REWARDS, *LOGPS)
 
     def __call__(self, engine: Engine, examples: Sequence[Example], laid: Laid, pairs_per_token: float) -> Judged:
         logp_P2 = _logps(engine, laid, 2)
@@ -83,6 +89,7 @@ class Orpo:
 
     beta: float
     whole_chosen: bool = True
+    names: tuple[str, ...] = (*REWARDS, *LOGPS, "nll_loss")
 
     def __call__(self, engine: Engine, examples: Sequence[Example], laid: Laid, pairs_per_token: float) -> Judged:
         logp_P3 = _logps(engine, laid, 3)
@@ -102,6 +109,7 @@ class Reward:
     score: nn.Linear
     center_rewards_coefficient: float = 0.0
     whole_chosen: bool = False
+    names: tuple[str, ...] = REWARDS
 
     def __call__(self, engine: Engine, examples: Sequence[Example], laid: Laid, pairs_per_token: float) -> Judged:
         hidden_AH = hidden_states(engine.model, laid.packed)[laid.last_A]
@@ -121,33 +129,53 @@ class Pairwise:
         Raises:
             NotFinite: a loss is not finite; the pairs are named.
         """
+        mine = self._share(engine, rows)
+        some = [rows[i] for i in mine]
         losses, measures = [], []
         ratio = pairs_per_token(rows)
-        for chosen, laid in self._laid(engine, rows, keys):
+        for chosen, laid in self._laid(engine, some, [keys[i] for i in mine]):
             engine.trained.use_rows(None, laid.spans)
-            judged = self.judge(engine, [rows[i] for i in chosen], laid, ratio)
+            judged = self.judge(engine, [some[i] for i in chosen], laid, ratio)
             (judged.loss_P.sum() / len(rows)).backward()
             losses.append((chosen, judged.loss_P.detach()))
             measures.append(judged.measures)
-        loss_P = _in_order(losses, len(rows))
-        _require_finite(loss_P, rows, "loss")
+        loss_P = _in_order(losses, len(some))
+        _require_finite(loss_P, some, "loss")
         return Gradient(
-            float(loss_P.mean()), _tokens(rows, self.shared), _supervised(rows), _means(measures, len(rows))
+            float(loss_P.sum()) / len(rows),
+            _tokens(rows, self.shared),
+            _supervised(rows),
+            {name: total / len(rows) for name, total in self._sums(measures).items()},
         )
 
     @torch.no_grad()
     def evaluate(self, engine: Engine, rows: Sequence[Example]) -> Evaluation:
         """The mean loss of pairs without dropout, and its standard error over pairs."""
         engine.trained.no_dropout()
+        values = engine.ranks.total(lambda: self._shared_judgement(engine, rows))
+        loss_P, sums = values[: len(rows)], values[len(rows) :].tolist()
+        _require_finite(loss_P, rows, "held-out loss")
+        means = {name: total / len(rows) for name, total in zip(self.judge.names, sums, strict=True)}
+        return _evaluation(loss_P, rows, means)
+
+    def _shared_judgement(self, engine: Engine, rows: Sequence[Example]) -> Tensor:
+        """The loss of each pair of this rank's share, 0 for the others; then the sums of its measures. float64."""
+        mine = self._share(engine, rows)
         losses, measures = [], []
         ratio = pairs_per_token(rows)
-        for chosen, laid in self._laid(engine, rows, None):
-            judged = self.judge(engine, [rows[i] for i in chosen], laid, ratio)
-            losses.append((chosen, judged.loss_P))
+        for chosen, laid in self._laid(engine, [rows[i] for i in mine], None):
+            at = [mine[i] for i in chosen]
+            judged = self.judge(engine, [rows[i] for i in at], laid, ratio)
+            losses.append((at, judged.loss_P))
             measures.append(judged.measures)
-        loss_P = _in_order(losses, len(rows))
-        _require_finite(loss_P, rows, "held-out loss")
-        return _evaluation(loss_P, rows, _means(measures, len(rows)))
+        sums = list(self._sums(measures).values())
+        return torch.cat([_in_order(losses, len(rows)), torch.tensor(sums, dtype=torch.float64)])
+
+    def _sums(self, measures: Sequence[Measures]) -> dict[str, float]:
+        return {name: float(sum(m[name].double().sum() for m in measures)) for name in self.judge.names}
+
+    def _share(self, engine: Engine, rows: Sequence[Example]) -> Sequence[int]:
+        return engine.ranks.share([laid_length(row, self.shared) for row in rows])
 
     def _laid(
         self, engine: Engine, rows: Sequence[Example], keys: Sequence[int] | None
@@ -281,10 +309,6 @@ def _in_order(parts: Iterable[tuple[list[int], Tensor]], count: int) -> Tensor:
     for chosen, values in parts:
         out[chosen] = values.double().cpu()
     return out
-
-
-def _means(measures: Sequence[Measures], count: int) -> dict[str, float]:
-    return {name: float(sum(m[name].double().sum() for m in measures)) / count for name in measures[0]}
 
 
 def _require_finite(loss_P: Tensor, rows: Sequence[Example], what: str) -> None:

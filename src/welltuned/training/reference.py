@@ -9,9 +9,10 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,11 @@ class Reference:
         at = int(np.searchsorted(self.keys, np.uint64(key)))
         return at < len(self.keys) and int(self.keys[at]) == key
 
-    def and_(self, found: dict[int, float]) -> "Reference":
+    def only(self, keys: Collection[int]) -> dict[int, float]:
+        """Those of these names."""
+        return {key: self._value(key, "a row") for key in keys}
+
+    def and_(self, found: Mapping[int, float]) -> "Reference":
         """These and those that were found now."""
         keys = np.concatenate([self.keys, np.fromiter(found.keys(), np.uint64, len(found))])
         values = np.concatenate([self.values, np.fromiter(found.values(), np.float64, len(found))])
@@ -86,7 +91,8 @@ def reference_for(
 ) -> Reference:
     """Those of all the rows' answers, from the file where they are known, else computed now and added to it.
 
-    To be called before the first update. Adapters are set to their start meanwhile; all of a model cannot be.
+    Several ranks ask for every n-th row each, and tell each other. To be called before the first update. Adapters are
+    set to their start meanwhile; all of a model cannot be.
 
     Args:
         shared: whether the prompt of a pair is computed once.
@@ -97,16 +103,28 @@ def reference_for(
     start = None if bank is None or fresh else hash_tensors(bank.tensors_at_start())
     file = ReferenceFile(_folder() / _name(hash_base(engine.model), start))
     known = file.read(note)
+    ranks = engine.ranks
     missing: dict[tuple[int, ...], Example] = {}
-    for row in rows:
+    asked: set[int] = set()
+    for row in islice(rows, ranks.rank, None, ranks.size):
         keys = tuple(map(key_of, sequences(row)))
+        asked.update(keys)
         if not all(map(known.knows, keys)):
             missing.setdefault(keys, row)
-    if not missing:
+    found: dict[int, float] = {}
+    if missing:
+        some = f"{len(missing):,} rows" + ("" if ranks.alone else f" by each of {ranks.size} processes")
+        progress(f"the model as it starts is asked for the log-probabilities of {some}, once: they are kept")
+        with torch.no_grad(), packed_model(engine.model), at_start(engine):
+            found = dict(_computed(engine, list(missing.values()), shared))
+        known = known.and_(found)
+    if not ranks.alone:
+        others = ranks.gather(lambda: (bool(found), known.only(asked)))
+        known = known.and_({key: value for _, part in others for key, value in part.items()})
+        if not ranks.is_first or not any(new for new, _ in others):
+            return known
+    elif not found:
         return known
-    progress(f"the model as it starts is asked for the log-probabilities of {len(missing):,} rows, once: they are kept")
-    with torch.no_grad(), packed_model(engine.model), at_start(engine):
-        known = known.and_(dict(_computed(engine, list(missing.values()), shared)))
     file.write(known, note)
     return known
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from contextlib import chdir, closing
+from contextlib import chdir
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,15 @@ from welltuned.errors import InputError
 from welltuned.facts.machine import Device
 from welltuned.recipe import Recipe, load_recipe, recipe_to_dict
 from welltuned.training import durable
+from welltuned.training.bystander import run_files
 from welltuned.training.checkpoint import CHECKPOINTS, Checkpoint, checkpoints, newest, set_aside
 from welltuned.training.events import Observer, silent
-from welltuned.training.identity import differences, identity_of, versions
-from welltuned.training.prepare import prepare
-from welltuned.training.run import Course, RunResult, begin, make_ready, on_this_machine, with_objective
+from welltuned.training.identity import PROCESSES, differences, identity_of, versions
+from welltuned.training.prepare import Prepared, prepare
+from welltuned.training.prepare_together import prepare_together, sharing_notes
+from welltuned.training.ranks import ALONE, Ranks
+from welltuned.training.result import RunResult
+from welltuned.training.run import Course, begin, loaded, on_this_machine
 from welltuned.training.rundir import (
     ADAPTER,
     AVERAGE,
@@ -43,41 +47,67 @@ def resume(
     *,
     accept_changes: bool = False,
     make_watch: MakeWatch = monitor,
+    ranks: Ranks = ALONE,
 ) -> RunResult:
     """Finish an unfinished run. On a CPU with the same libraries the result is that of an undisturbed run, bit for bit.
 
     Args:
         accept_changes: go on although recipe, plan, data, base model or tokenizer are not what they were; a changed
             recipe is planned anew. A run that diverged then goes on from its best weights, or starts over.
+        ranks: the processes that share the run from here on, as many as they may be. The first alone reads the Run.
 
     Raises:
         InputError: there is no run, it is finished, or something changed. And what `train` raises.
     """
-    require_unfinished(path)
+    ranks.first(lambda: require_unfinished(path))
     path = path.resolve()
-    with closing(RunDir(path, resumed=True)) as directory:
-        left = _left_over(path)
-        with chdir(place_of(left.started)):
-            prepared = prepare(left.recipe, planned=left.plan)
-            now = identity_of(prepared)
-            changed = differences(left.identity, now) if left.identity is not None else []
-            if changed and not accept_changes:
-                raise InputError(
-                    "; ".join(changed),
-                    where=str(path),
-                    mend="put it back as it was, or go on with what is there now: --accept-changes",
-                )
-            if changed and left.found is not None and _diverged(left.found, prepared.plan, make_watch):
-                left = _before_divergence(path, left, left.found)
-            if changed or left.started is None:
-                begin(directory, prepared, now, left.started)
+    with run_files(path, ranks, resumed=True) as directory:
+        run = _Unfinished(directory, accept_changes, make_watch)
+        with chdir(ranks.first(run.read)):
+            prepared = prepare_together(lambda: prepare(run.left.recipe, planned=run.left.plan), ranks)
+            ranks.first(lambda: run.compare(prepared))
             require_device(prepared.plan, path)
             with on_this_machine(prepared.plan):
-                ready = with_objective(make_ready(prepared.plan), prepared, observer)
-                if left.found is not None:
-                    require_same_tensors(left.found, ready.engine.trained, path)
-                notes = (*left.notes, *_sentences(left.found, changed, prepared.plan))
-                return Course(prepared, ready, directory, observer, make_watch, notes, left.found).run()
+                ready = loaded(prepared, ranks, observer)
+                ranks.first(lambda: run.require_same_tensors(ready.engine.trained))
+                notes, found = (*run.notes, *sharing_notes(prepared, ranks)), run.left.found
+                return Course(prepared, ready, directory, observer, make_watch, notes, found).run()
+
+
+class _Unfinished:
+    """A Run that goes on, as the first rank finds it; on the others it is never read."""
+
+    def __init__(self, directory: RunDir, accept_changes: bool, make_watch: MakeWatch):
+        self._directory, self._accept_changes, self._make_watch = directory, accept_changes, make_watch
+        self.left = LeftOver(None, None, None, None, ())  # type: ignore[arg-type]
+        self.notes: tuple[str, ...] = ()
+
+    def read(self) -> str:
+        """Look what is there; the folder that its paths are meant from."""
+        self.left = _left_over(self._directory.path)
+        return place_of(self.left.started)
+
+    def compare(self, prepared: Prepared) -> None:
+        """Refuse what is not the run that it was, unless that is accepted."""
+        left, path = self.left, self._directory.path
+        now = identity_of(prepared)
+        changed = differences(left.identity, now) if left.identity is not None else []
+        if changed and not self._accept_changes:
+            raise InputError(
+                "; ".join(changed),
+                where=str(path),
+                mend="put it back as it was, or go on with what is there now: --accept-changes",
+            )
+        if changed and left.found is not None and _diverged(left.found, prepared.plan, self._make_watch):
+            left = _before_divergence(path, left, left.found)
+        if changed or left.started is None:
+            begin(self._directory, prepared, now, left.started)
+        self.left = left
+        self.notes = (*left.notes, *_sentences(left.found, changed, prepared.plan))
+
+    def require_same_tensors(self, trained: Trained) -> None:
+        if self.left.found is not None:
+            require_same_tensors(self.left.found, trained, self._directory.path)
 
 
 def require_unfinished(path: Path) -> None:
@@ -163,7 +193,10 @@ def _sentences(found: Checkpoint | None, changed: list[str], plan: Plan) -> list
         return ["there is no checkpoint: the run starts over", *changed]
     said = [f"goes on after update {found.position.step:,} of {plan.updates:,}", *changed]
     now = versions()
-    for name in dict.fromkeys((*found.versions, *now)):
+    then, here = found.versions.get(PROCESSES, 1), now[PROCESSES]
+    if then != here:
+        said.append(f"the run was shared by {then} processes and is by {here}: it goes on, but not bit for bit")
+    for name in (name for name in dict.fromkeys((*found.versions, *now)) if name != PROCESSES):
         if found.versions.get(name) != now.get(name):
             said.append(
                 f"{name} was {found.versions.get(name)} and is {now.get(name)}: the run goes on, but not bit for bit"

@@ -1,27 +1,22 @@
 """A training run from plan to verified adapter."""
 
-import gc
 import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-import welltuned
-from welltuned.adapters.verify import TensorCheck, check_tensors, require_learned, sha256
+from welltuned.adapters.verify import sha256
 from welltuned.advice.plan import Plan, plan_to_yaml, require_memory
 from welltuned.errors import InputError, RunError
 from welltuned.facts.machine import Device
-from welltuned.models.adapter_file import save_adapter
-from welltuned.models.fingerprint import fingerprint
 from welltuned.models.four_bit import make_room
 from welltuned.models.fuse import Fused, find_head, fuse
 from welltuned.models.load import load_model
@@ -34,8 +29,8 @@ from welltuned.models.tokenizer import in_short
 from welltuned.recipe import Method, Tune, recipe_to_yaml
 from welltuned.training.averaged import finish_average
 from welltuned.training.best import take_best
-from welltuned.training.checkpoint import Checkpoint, Position
-from welltuned.training.durable import BESIDE, remove_folder, settle_folder
+from welltuned.training.bystander import NoKeeper, run_files
+from welltuned.training.checkpoint import Checkpoint
 from welltuned.training.events import Note, Observer, silent
 from welltuned.training.grpo_step import grpo_objective
 from welltuned.training.healing import halved
@@ -45,11 +40,12 @@ from welltuned.training.keeper import Keeper, require_disk
 from welltuned.training.loop import Loop, Setting
 from welltuned.training.preference import METHODS, preference_objective
 from welltuned.training.prepare import Prepared
+from welltuned.training.prepare_together import sharing_notes
 from welltuned.training.process import allocator_keeps_memory, memory_used, return_freed_memory
+from welltuned.training.ranks import ALONE, Ranks
+from welltuned.training.result import RunResult, beside, disk_errors, healed, summary_of, verify_and_save, watched
 from welltuned.training.rundir import (
-    ADAPTER,
     AVERAGE,
-    MODEL,
     PLAN,
     RECIPE,
     RUN,
@@ -64,13 +60,11 @@ from welltuned.training.settings import room_of
 from welltuned.training.shown import When, ask, keep_replies, keep_rows, questions
 from welltuned.training.snapshot import Origin
 from welltuned.training.speed import remember_speed
-from welltuned.training.starting import DTYPES, fill_loftq, save_model, score_at_start, trained_parts
-from welltuned.training.step import Engine, Evaluation, Objective, Supervised, Trained
+from welltuned.training.starting import DTYPES, fill_loftq, same_start, trained_parts
+from welltuned.training.step import Engine, Objective, Supervised, Trained
 from welltuned.training.trackers import require_trackers, tracked
 from welltuned.training.watch import is_divergence, monitor
 from welltuned.training.watcher import MakeWatch
-
-MOST_ORIGINS = 1_000  # held-out rows named in run.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,29 +81,7 @@ class Ready:
         return self.engine.model
 
 
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """What a finished run found.
-
-    Attributes:
-        engine: None where it was trained in another process.
-        before, after: None where no row was held out.
-        diverged: why training ended early, where it diverged; the result is the best weights before that.
-    """
-
-    path: Path
-    engine: Engine | None
-    updates: int
-    before: Evaluation | None
-    after: Evaluation | None
-    checks: tuple[TensorCheck, ...]
-    seconds: float
-    tokens_per_second: float
-    peak_memory: int
-    diverged: str | None = None
-
-
-def make_ready(plan: Plan, arms: Sequence[Plan] = ()) -> Ready:
+def make_ready(plan: Plan, arms: Sequence[Plan] = (), ranks: Ranks = ALONE) -> Ready:
     """Load the model, put adapters on it (or free all of it), and fuse what is understood.
 
     Args:
@@ -136,7 +108,7 @@ def make_ready(plan: Plan, arms: Sequence[Plan] = ()) -> Ready:
     if room.recompute:
         checkpoint_layers(model, fused, room.layers, HostCheckpoints(model.device) if room.offload else None)
     budget = plan.value("token_budget") if plan.value("packing") else 1  # 1: every example by itself
-    return Ready(Engine(model, trained, head, budget), Supervised(), fused, tuple(notes))
+    return Ready(Engine(model, trained, head, budget, ranks), Supervised(), fused, tuple(notes))
 
 
 def train(
@@ -145,12 +117,14 @@ def train(
     observer: Observer = silent,
     before_training: Callable[[Ready], None] | None = None,
     make_watch: MakeWatch = monitor,
+    ranks: Ranks = ALONE,
 ) -> RunResult:
     """Train as planned and write a Run to `out`.
 
     Args:
         before_training: called with the loaded model before the first update (the demo asks it for replies there).
         make_watch: makes who watches the run.
+        ranks: the processes that share the run; all of them call this with the same plan. The first one writes.
 
     Raises:
         InputError: the plan does not fit into memory or the Run onto the disk, or `out` is not empty.
@@ -158,16 +132,28 @@ def train(
         Interrupted: a signal ended the run, after a save.
     """
     require_memory(prepared.plan)
+    ranks.first(lambda: _require_place(prepared, out))
+    with on_this_machine(prepared.plan):
+        ready = loaded(prepared, ranks, observer)  # what is wrong with the model shows before anything is written
+        disk = ranks.first(lambda: _require_disk(prepared.plan, ready, out))
+        with run_files(out, ranks) as directory:
+            ranks.first(lambda: begin(directory, prepared, identity_of(prepared)))
+            notes = (*disk, *sharing_notes(prepared, ranks))
+            course = Course(prepared, ready, directory, observer, make_watch, notes=notes)
+            return course.run(before_training)
+
+
+def _require_place(prepared: Prepared, out: Path) -> None:
     require_trackers(prepared.recipe)
     require_free(out)
-    with on_this_machine(prepared.plan):
-        ready = make_ready(prepared.plan)  # what is wrong with the model shows here, before anything is written
-        ready = with_objective(ready, prepared, observer)
-        disk = _require_disk(prepared.plan, ready, out)
-        with closing(RunDir(out)) as directory:
-            begin(directory, prepared, identity_of(prepared))
-            course = Course(prepared, ready, directory, observer, make_watch, notes=disk)
-            return course.run(before_training)
+
+
+def loaded(prepared: Prepared, ranks: Ranks, observer: Observer) -> Ready:
+    """Model, adapters and objective of a prepared run, the same on all ranks."""
+    with ranks.patient():
+        ready = ranks.each(lambda: make_ready(prepared.plan, ranks=ranks))
+        same_start(ready.engine.trained, ranks)
+        return with_objective(ready, prepared, observer if ranks.is_first else silent)
 
 
 def with_objective(ready: Ready, prepared: Prepared, observer: Observer) -> Ready:
@@ -221,45 +207,57 @@ class Course:
     found: Checkpoint | None = None
 
     def run(self, before_training: Callable[[Ready], None] | None = None) -> RunResult:
-        prepared, ready, directory, plan = self.prepared, self.ready, self.directory, self.prepared.plan
-        started = read_started(directory.path)
-        start_hashes = _hashes(ready.engine.trained)
-        keeper = Keeper(directory.path, plan.value("save_total_limit"), directory.sync_metrics)
-        setting = Setting(
-            engine=ready.engine,
-            objective=ready.objective,
-            prepared=prepared,
-            directory=directory,
-            keeper=keeper,
-            origin=Origin(started.run, started.identity, versions()),
-        )
-        heard = tracked(self.observer, plan, directory.path, started.run)
-        with interruptible() as asked, disk_errors(directory.path), heard as observer:
+        ready, directory, ranks = self.ready, self.directory, self.ready.engine.ranks
+        start_hashes = _hashes(ready.engine.trained) if ranks.is_first else {}
+        setting, heard = self._setting()
+        alive = interruptible(quiet=not ranks.is_first)
+        with alive as asked, disk_errors(directory.path), heard as observer:
             loop = Loop(setting, observer, self.make_watch, asked)
-            if self.found is None:
-                directory.cut_metrics(0)
-                directory.cut_samples(-1)
-                for text in (*prepared.notes, *(text for text in ready.notes if text not in plan.warnings)):
-                    loop.tell(Note(text))
-                keep_rows(directory.path, prepared)
-                if before_training is not None:
-                    before_training(ready)
-                self._ask(loop, When.BEFORE)
+            if ranks.first(lambda: self.found is None):
+                self._open(loop, before_training)
             else:
                 loop.restore(self.found)
-            for text in (*self.notes, *((directory.lock.note,) if directory.lock.note else ())):
+            for text in (*self.notes, *((directory.lock_note,) if directory.lock_note else ())):
                 loop.tell(Note(text))
             return_freed_memory()
             try:
                 with packed_model(ready.model):
                     loop.run()
                     self._require_result(loop, from_best=take_best(loop))
-                    averaged = finish_average(loop, _beside(directory.path / AVERAGE), self._origin())
-                return self._finished(loop, start_hashes, averaged)
+                    averaged = finish_average(loop, beside(directory.path / AVERAGE), self._origin())
+                with ranks.patient():
+                    return self._finished(loop, start_hashes, averaged)
             except BaseException:
                 with suppress(Exception):  # what ended the run is what is told
-                    keeper.join()
+                    setting.keeper.join()
                 raise
+
+    def _setting(self) -> tuple[Setting, AbstractContextManager[Observer]]:
+        """What the loop works on, and who hears of it: on ranks beside the first no files and nobody."""
+        ready, directory, plan = self.ready, self.directory, self.prepared.plan
+        made = partial(Setting, ready.engine, ready.objective, self.prepared, directory)
+        if not ready.engine.ranks.is_first:
+            return made(NoKeeper(), Origin("", {}, {})), nullcontext(silent)
+        started = read_started(directory.path)
+        keeper = Keeper(directory.path, plan.value("save_total_limit"), directory.sync_metrics)
+        setting = made(keeper, Origin(started.run, started.identity, versions()))
+        return setting, tracked(self.observer, plan, directory.path, started.run)
+
+    def _open(self, loop: Loop, before_training: Callable[[Ready], None] | None) -> None:
+        """What stands at the beginning of a new run's files, and what is asked of the model as it starts."""
+        prepared, directory = self.prepared, self.directory
+        directory.cut_metrics(0)
+        directory.cut_samples(-1)
+        for text in (*prepared.notes, *(text for text in self.ready.notes if text not in prepared.plan.warnings)):
+            loop.tell(Note(text))
+
+        def asked() -> None:
+            keep_rows(directory.path, prepared)
+            if before_training is not None:
+                before_training(self.ready)
+            self._ask(loop, When.BEFORE)
+
+        loop.ranks.first(asked)
 
     def _require_result(self, loop: Loop, *, from_best: bool) -> None:
         if is_divergence(loop.at.ended, loop.watch.findings) and not from_best:
@@ -285,49 +283,39 @@ class Course:
 
     def _finished(self, loop: Loop, start_hashes: dict[str, str], averaged: dict[str, Any] | None) -> RunResult:
         """Verify and save the result; run.json comes last."""
-        at, device = loop.at, self.prepared.plan.facts.machine.device
+        at, engine = loop.at, replace(self.ready.engine, token_budget=loop.at.token_budget)
+        device = self.prepared.plan.facts.machine.device
         result = RunResult(
             path=self.directory.path,
-            engine=replace(self.ready.engine, token_budget=at.token_budget),
+            engine=engine,
             updates=at.step,
             before=at.before,
             after=at.last if at.last is not None else at.before,
-            checks=verify_and_save(self.ready.engine, self.prepared, self.directory, start_hashes, at),
+            checks=loop.ranks.first(lambda: verify_and_save(engine, self.prepared, self.directory, start_hashes, at)),
             seconds=at.elapsed + loop.since_save(),
             tokens_per_second=at.tokens / at.seconds if at.seconds else 0.0,
-            peak_memory=memory_used(device).peak,
+            peak_memory=max(loop.ranks.gather(lambda: memory_used(device).peak)),
             diverged=at.ended if is_divergence(at.ended, loop.watch.findings) else None,
         )
-        summary = summary_of(self.prepared, self.ready, result) | ({} if averaged is None else {"ema": averaged})
+        loop.ranks.first(lambda: self._write_summary(loop, result, averaged))
+        return result
+
+    def _write_summary(self, loop: Loop, result: RunResult, averaged: dict[str, Any] | None) -> None:
+        summary = summary_of(self.prepared, self.ready.fused, self.ready.notes, result)
         self._ask(loop, When.AFTER)
         self.directory.write_json(
             RUN,
             {
                 **summary,
-                **_watched(at, loop),
+                **({} if averaged is None else {"ema": averaged}),
+                **watched(loop.at, loop),
                 "diverged": result.diverged,
-                "healed": _healed(at),
+                "healed": healed(loop.at),
                 "saving": asdict(loop.setting.keeper.cost),
+                "processes": loop.ranks.size,
             },
         )
-        remember_speed(self.prepared.plan, result.tokens_per_second, at.seconds)
-        return result
-
-
-def _watched(at: Position, loop: Loop) -> dict[str, Any]:
-    """What the monitor said, and decided."""
-    findings = [finding.to_json() for finding in loop.watch.findings]
-    return {"stop_reason": at.ended, "best_step": loop.watch.best_step, "findings": findings}
-
-
-def _healed(at: Position) -> dict[str, Any]:
-    """What the run did about its own faults."""
-    return {
-        "updates_left_out": at.skipped,
-        "returns_to_a_checkpoint": at.returns,
-        "rate_factor": at.rate_factor,
-        "token_budget": at.token_budget,
-    }
+        remember_speed(self.prepared.plan, result.tokens_per_second, loop.at.seconds)
 
 
 @contextmanager
@@ -343,19 +331,6 @@ def on_this_machine(plan: Plan) -> Iterator[None]:
             raise RunError(f"there is not enough memory for this model; {mend}") from error
 
 
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """What the disk refuses ends a run with a sentence."""
-    try:
-        yield
-    except OSError as error:
-        place = error.filename or path
-        raise RunError(f"{place} could not be written ({error.strerror}); what was saved before is intact") from error
-    except SafetensorError as error:  # the disk's own words are within: "... I/O error: No space left on device ..."
-        reason = str(error).rpartition("I/O error: ")[2]
-        raise RunError(f"{path} could not be written ({reason}); what was saved before is intact") from error
-
-
 def _require_disk(plan: Plan, ready: Ready, out: Path) -> tuple[str, ...]:
     trained = ready.engine.trained.flat_KP.nbytes
     kept = 4 if "ema_decay" in plan.choices else 3  # weights, two moments, an average
@@ -368,92 +343,3 @@ def _hashes(trained: Trained) -> dict[str, str]:
     if isinstance(trained, AdapterBank):
         return {}
     return {name: sha256(tensor) for name, tensor in trained.tensors().items()}
-
-
-def verify_and_save(
-    engine: Engine, prepared: Prepared, directory: RunDir, start_hashes: dict[str, str], at: Position
-) -> tuple[TensorCheck, ...]:
-    """Compare every trained tensor with its start, and write the result: beside its place, durable, then renamed."""
-    trained, plan = engine.trained, prepared.plan
-    made = at.step - at.skipped
-    if isinstance(trained, AdapterBank):
-        checks = check_tensors(trained.tensors(), trained.tensors_at_start())
-        require_learned(checks, made)
-        with _beside(directory.path / ADAPTER) as folder:
-            save_adapter(trained, folder, base=str(engine.model.config.name_or_path))
-        return checks
-    with reloaded(plan) as start:
-        changed = [name for name, digest in start_hashes.items() if sha256(start[name]) != digest]
-        if changed:
-            raise RunError(f"the base model on disk changed while it was trained ({changed[0]})")
-        checks = check_tensors(trained.tensors(), start)
-    require_learned(checks, made)
-    with _beside(directory.path / MODEL) as folder:
-        save_model(engine.model, plan.recipe.method, folder)
-        prepared.tokenizer.save_pretrained(folder)
-    return checks
-
-
-@contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A folder to be filled, which gets its name once all in it is on the disk."""
-    beside = target.with_name(target.name + BESIDE)
-    if beside.exists():
-        remove_folder(beside)
-    yield beside
-    settle_folder(beside, target)
-
-
-@contextmanager
-def reloaded(plan: Plan) -> Iterator[dict[str, torch.Tensor]]:
-    """The base model's parameters once more from disk, to compare with; freed afterwards."""
-    base = load_model(plan.recipe.model, dtype=torch.float32, trust=plan.recipe.trust)
-    try:
-        yield {name: p.detach() for name, p in base.named_parameters()} | dict(score_at_start(plan, base))
-    finally:
-        del base
-        gc.collect()
-
-
-def _base_weights(engine: Engine) -> dict[str, str]:
-    """What the adapter stands on, so that it is not put on another base later."""
-    if not isinstance(engine.trained, AdapterBank):
-        return {}
-    return fingerprint(engine.model, [slot.name for slot in engine.trained.slots])
-
-
-def summary_of(prepared: Prepared, ready: Ready, result: RunResult) -> dict[str, Any]:
-    def loss(found: Evaluation | None) -> dict[str, float] | None:
-        if found is None:
-            return None
-        return {"loss": found.loss, "standard_error": found.standard_error, **found.measures}
-
-    return {
-        "format": 1,
-        "model": prepared.recipe.model,
-        "method": str(prepared.recipe.method),
-        "tune": str(prepared.recipe.tune),
-        "chat_template": prepared.chat_template,
-        "chat_template_kwargs": prepared.recipe.chat_template_kwargs,
-        "updates": result.updates,
-        "held_out": {
-            "rows": len(prepared.held_out),
-            "origins": [e.origin for e in prepared.held_out[:MOST_ORIGINS]],
-            "before": loss(result.before),
-            "after": loss(result.after),
-        },
-        "seconds": round(result.seconds, 1),
-        "tokens_per_second": round(result.tokens_per_second, 1),
-        "peak_memory_bytes": result.peak_memory,
-        "memory_forecast_bytes": prepared.plan.memory.total_bytes,
-        "base_weights": _base_weights(ready.engine),
-        "fused": dict(ready.fused.done),
-        "notes": [*prepared.notes, *ready.notes],
-        "mixture": asdict(prepared.mixture),
-        "audit": prepared.audit.to_json(),
-        "trained_tensors": [asdict(check) for check in result.checks],
-        "versions": {
-            "welltuned": welltuned.__version__,
-            **{name: version(name) for name in ("torch", "transformers", "numpy")},
-        },
-    }

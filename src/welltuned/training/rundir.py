@@ -63,6 +63,11 @@ class RunDir:
             raise InputError(f"the output directory cannot be written ({error.strerror})", where=str(path)) from error
         self._length = os.lseek(self._metrics, 0, os.SEEK_END)
 
+    @property
+    def lock_note(self) -> str | None:
+        """A sentence where the file system has no locks."""
+        return self.lock.note
+
     def write(self, name: str, text: str) -> None:
         """Write a file whole or not at all, so that it survives a power cut."""
         durable.replace_file(self.path / name, text)

@@ -6,9 +6,13 @@ from typing import Any
 
 import torch
 
+from welltuned.advice.codec import to_plain
 from welltuned.errors import RunError
+from welltuned.models.lora import AdapterBank
+from welltuned.training.average import Average
 from welltuned.training.checkpoint import Checkpoint, Position, Snapshot, named
 from welltuned.training.optimizer import FlatAdamW
+from welltuned.training.ranks import Ranks
 from welltuned.training.step import Trained
 
 
@@ -21,39 +25,73 @@ class Origin:
     versions: Mapping[str, Any]
 
 
-def take(
-    trained: Trained,
-    optimizer: FlatAdamW,
-    position: Position,
-    origin: Origin,
-    metrics_bytes: int,
-    average_KP: torch.Tensor | None = None,
-    *,
-    copied: bool,
-) -> Snapshot:
-    """The run at this position in host memory: a copy, or on a CPU the live buffers themselves.
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """All that updates change: weights, moments, step counts, and the average where the run keeps one."""
 
-    Raises:
-        RunError: a number is not finite; such a state is never saved.
-    """
-    flat_KP, exp_avg_KP, exp_avg_sq_KP = (
-        tensor.to("cpu", copy=copied) for tensor in (trained.flat_KP, optimizer.exp_avg_KP, optimizer.exp_avg_sq_KP)
-    )
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in (flat_KP, exp_avg_KP, exp_avg_sq_KP)):
-        raise RunError("trained weights or moments are not finite: they are not saved")
-    return Snapshot(
-        flat_KP=flat_KP,
-        exp_avg_KP=exp_avg_KP,
-        exp_avg_sq_KP=exp_avg_sq_KP,
-        average_KP=None if average_KP is None else average_KP.to("cpu", copy=copied),
-        steps_G=optimizer.steps_G,
-        slots=trained.slots,
-        position=position,
-        run=origin.run,
-        metrics_bytes=metrics_bytes,
-        identity=origin.identity,
-        versions=origin.versions,
-    )
+    trained: Trained
+    optimizer: FlatAdamW
+    average: Average | None
+
+    @property
+    def flat(self) -> list[torch.Tensor]:
+        """The flat buffers, which are the same on every rank."""
+        average = [] if self.average is None else [self.average.flat_KP]
+        return [self.trained.flat_KP, self.optimizer.exp_avg_KP, self.optimizer.exp_avg_sq_KP, *average]
+
+    def take(self, position: Position, origin: Origin, metrics_bytes: int, *, copied: bool) -> Snapshot:
+        """The run at this position in host memory: a copy, or on a CPU the live buffers themselves.
+
+        Raises:
+            RunError: a number is not finite; such a state is never saved.
+        """
+        flat_KP, exp_avg_KP, exp_avg_sq_KP, *average = (tensor.to("cpu", copy=copied) for tensor in self.flat)
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in (flat_KP, exp_avg_KP, exp_avg_sq_KP)):
+            raise RunError("trained weights or moments are not finite: they are not saved")
+        return Snapshot(
+            flat_KP=flat_KP,
+            exp_avg_KP=exp_avg_KP,
+            exp_avg_sq_KP=exp_avg_sq_KP,
+            average_KP=average[0] if average else None,
+            steps_G=self.optimizer.steps_G,
+            slots=self.trained.slots,
+            position=position,
+            run=origin.run,
+            metrics_bytes=metrics_bytes,
+            identity=origin.identity,
+            versions=origin.versions,
+        )
+
+    def restore(self, found: Checkpoint | None, ranks: Ranks) -> Position:
+        """Take in a checkpoint, which the first rank has read, on all of them; where the run was.
+
+        Raises:
+            RunError: it holds other tensors than the model has.
+        """
+        steps, position = ranks.first(lambda: self._read(found))
+        ranks.spread_(self.flat)
+        if found is None:
+            self.optimizer.restore_steps(steps)
+        return Position.from_json(position)
+
+    def _read(self, found: Checkpoint | None) -> tuple[list[float], Mapping[str, Any]]:
+        assert found is not None
+        restore_weights(self.trained, found)
+        self.optimizer.restore(found.exp_avg_KP, found.exp_avg_sq_KP, found.steps_G)
+        if self.average is not None:
+            self.average.restore(found.average_KP, self.trained.flat_KP)
+        return found.steps_G.tolist(), to_plain(found.position)
+
+    def start_over(self) -> bool:
+        """Everything as before the first update; False where that start is not known any more."""
+        if not isinstance(self.trained, AdapterBank):
+            return False
+        self.trained.flat_KP.copy_(self.trained.start_KP)
+        zeros_KP, zeros_G = torch.zeros_like(self.trained.flat_KP), torch.zeros_like(self.optimizer.steps_G)
+        self.optimizer.restore(zeros_KP, zeros_KP, zeros_G)
+        if self.average is not None:
+            self.average.restore(self.trained.start_KP, self.trained.flat_KP)
+        return True
 
 
 def same_tensors(found: Checkpoint, trained: Trained) -> bool:

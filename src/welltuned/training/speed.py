@@ -42,6 +42,7 @@ def _key(plan: Plan) -> dict[str, Any]:
         "model": [model.family, model.parameters, model.active_parameters, model.layers, model.hidden_size],
         "run": [str(plan.recipe.method), str(plan.recipe.tune), plan.value("dtype"), plan.value("packing")],
         "checkpointing": plan.value("gradient_checkpointing"),
+        **({"processes": machine.processes} if machine.processes > 1 else {}),
     }
 
 

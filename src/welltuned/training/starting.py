@@ -14,12 +14,13 @@ from welltuned.errors import InputError
 from welltuned.models.adapter_file import load_adapter
 from welltuned.models.full import FullParameters
 from welltuned.models.load import load_model
-from welltuned.models.lora import AdapterBank, attach, find_targets, start_loftq
+from welltuned.models.lora import AdapterBank, LoraLinear, attach, find_targets, start_loftq
 from welltuned.models.lora_settings import Bias, Init, LoraSettings, parse_init
 from welltuned.models.parts import within
 from welltuned.models.reward import SCORE, add_score, initial_score, require_classifier, save_classifier
 from welltuned.models.saved import named_modules
 from welltuned.recipe import VARIANTS, Method, Tune
+from welltuned.training.ranks import Ranks
 from welltuned.training.start_adapter import adapter_folder
 from welltuned.training.step import Trained
 
@@ -47,6 +48,15 @@ def trained_parts(model: PreTrainedModel, plan: Plan, idle: tuple[str, ...], arm
         return attach(model, [reached(model, arm, idle) for arm in arms or [plan]], saved)
     folder = adapter_folder(recipe.adapter)
     return load_adapter(model, folder, dropout=plan.value("lora_dropout"), saved=saved)
+
+
+def same_start(trained: Trained, ranks: Ranks) -> None:
+    """Give all ranks the first one's new adapters: a start taken from the weights is not the same bits everywhere."""
+    if ranks.alone or not isinstance(trained, AdapterBank):
+        return
+    taken = [m.projection.taken for m in trained.modules.values() if isinstance(m, LoraLinear)]
+    ranks.spread_([trained.flat_KP, *(half for pair in taken if pair is not None for half in pair)])
+    trained.start_KP.copy_(trained.flat_KP)
 
 
 def fill_loftq(bank: AdapterBank, plan: Plan) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from welltuned.kernels.token_loss import Head
 from welltuned.models.full import FullParameters
 from welltuned.models.lora import AdapterBank
 from welltuned.objectives.supervised import MicroBatch, collate, loss, supervised_tokens
+from welltuned.training.ranks import ALONE, Ranks
 
 Trained = AdapterBank | FullParameters
 NOTHING: Mapping[str, float] = MappingProxyType({})
@@ -33,17 +34,22 @@ class Engine:
     Attributes:
         head: None where the model's head is not understood and its own logits are used.
         token_budget: most tokens of one micro-batch; a matter of memory, never of the result.
+        ranks: the processes that share every update and evaluation.
     """
 
     model: PreTrainedModel
     trained: Trained
     head: Head | None
     token_budget: int
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True, slots=True)
 class Gradient:
     """What one update's gradient was made from. `loss` is the mean over supervised tokens, in nats.
+
+    Where several ranks share the update an objective gives this rank's part of `loss` and `measures`, which the
+    update's one sum over the ranks adds up (training/reduce.py); tokens are always those of the whole update.
 
     `measures` are an objective's own numbers, by the names that metrics.jsonl gives them; `notes` are for the user.
     """
@@ -88,10 +94,11 @@ class Objective(Protocol):
     """What a run optimises: how the rows of an update become a gradient, and how held-out rows are judged.
 
     Both are called within `packed_model(engine.model)`. What a row is, is the objective's matter, but it has an origin.
-    An objective remembers nothing from one update to the next that is not a function of its arguments and of the
-    trained weights: that is why a checkpoint holds no state of it. It may be asked again for the same update, with
-    fewer rows or a smaller `engine.token_budget`, after the gradient buffer was cleared. A loss that is not finite is
-    `NotFinite`; running out of memory is passed on as torch raises it.
+    It is given the rows of the whole update, on every rank, and computes this rank's share of them (`engine.ranks`),
+    weighted for the whole. An objective remembers nothing from one update to the next that is not a function of its
+    arguments and of the trained weights: that is why a checkpoint holds no state of it. It may be asked again for the
+    same update, with fewer rows or a smaller `engine.token_budget`, after the gradient buffer was cleared. A loss that
+    is not finite is `NotFinite`; running out of memory is passed on as torch raises it.
     """
 
     def accumulate_gradient(self, engine: Engine, rows: Sequence[Any], keys: Sequence[int]) -> Gradient:
@@ -126,23 +133,30 @@ def accumulate_gradient(engine: Engine, examples: Sequence[Example], keys: Seque
     if supervised == 0:
         raise RunError(f"no token of this update is trained on ({origins_of(examples)}); its loss would be 0/0")
     sums, origins = [], []
-    for bin_ in pack([len(e.ids) for e in examples], engine.token_budget):
+    lengths = [len(e.ids) for e in examples]
+    for bin_ in _bins(engine, lengths):
         chosen = [examples[i] for i in bin_]
         batch = collate(chosen, engine.model.device)
         if not len(batch.target_M):
             continue
-        engine.trained.use_rows(None, tuple((len(examples[i].ids), keys[i]) for i in bin_))
+        engine.trained.use_rows(None, tuple((lengths[i], keys[i]) for i in bin_))
         value = _loss(engine, batch, 1.0 / supervised)
         value.backward()
         sums.append(value.detach())
         origins.append(chosen)
-    losses = torch.stack(sums).tolist()  # the one time that an update waits for the GPU
+    losses = torch.stack(sums).tolist() if sums else []  # the one time that an update waits for the GPU
     for chosen, summed in zip(origins, losses, strict=True):
         if not math.isfinite(summed):
             raise NotFinite(
                 f"the loss is not finite in {origins_of(chosen)}; lower the learning rate or look at the rows"
             )
-    return Gradient(sum(losses), sum(len(e.ids) for e in examples), supervised)
+    return Gradient(sum(losses), sum(lengths), supervised)
+
+
+def _bins(engine: Engine, lengths: Sequence[int]) -> list[list[int]]:
+    """The micro-batches of this rank's share of rows of so many tokens."""
+    mine = engine.ranks.share(lengths)
+    return [[mine[i] for i in bin_] for bin_ in pack([lengths[i] for i in mine], engine.token_budget)]
 
 
 def _loss(engine: Engine, batch: MicroBatch, weight: float) -> torch.Tensor:
@@ -154,19 +168,25 @@ def _loss(engine: Engine, batch: MicroBatch, weight: float) -> torch.Tensor:
 def evaluate(engine: Engine, examples: Sequence[Example]) -> Evaluation:
     """Held-out loss without dropout. Training is bit for bit the same with or without it."""
     engine.trained.no_dropout()
+    sums = engine.ranks.total(lambda: _sums(engine, examples))
+    broken = [e for e, finite in zip(examples, torch.isfinite(sums).tolist(), strict=True) if not finite]
+    if broken:
+        what = f"the held-out loss is not finite in {origins_of(broken)}"
+        raise NotFinite(f"{what}; lower the learning rate, or look at the model and the rows")
+    return _summary(sums, torch.tensor([supervised_tokens(e) for e in examples], dtype=torch.float64))
+
+
+def _sums(engine: Engine, examples: Sequence[Example]) -> torch.Tensor:
+    """The summed loss of each example of this rank's share, 0 for the others, float64."""
     sums = torch.zeros(len(examples), dtype=torch.float64)
-    for bin_ in pack([len(e.ids) for e in examples], engine.token_budget):
+    for bin_ in _bins(engine, [len(e.ids) for e in examples]):
         batch = collate([examples[i] for i in bin_], engine.model.device)
         weight_M = torch.ones(len(batch.target_M), device=batch.target_M.device)
         _, nll_M = loss(engine.model, engine.head, batch, weight_M)
         sums[torch.tensor(bin_)] = torch.zeros(len(bin_), dtype=torch.float64).index_add_(
             0, batch.example_M.cpu(), nll_M.double().cpu()
         )
-    broken = [e for e, finite in zip(examples, torch.isfinite(sums).tolist(), strict=True) if not finite]
-    if broken:
-        what = f"the held-out loss is not finite in {origins_of(broken)}"
-        raise NotFinite(f"{what}; lower the learning rate, or look at the model and the rows")
-    return _summary(sums, torch.tensor([supervised_tokens(e) for e in examples], dtype=torch.float64))
+    return sums
 
 
 def _summary(sums: torch.Tensor, counts: torch.Tensor) -> Evaluation:

@@ -1,8 +1,29 @@
 "use strict";
 // A search: held-out loss over the learning rate with the curve that chose, and every arm as it trained.
 const arms = (() => {
-  const { plots, css, colours, short, axis, stepAxis, valueAxis, aligned, legend, box, bars, lines, logScale } = charts;
+  const { plots, css, colours, short, axis, stepAxis, valueAxis, aligned, legend, box, bars, withBars, lines, logScale } = charts;
+  const MOST_GROUPS = 6;
   const percent = (share) => `${Math.round(100 * share)} %`;
+
+  const lowest = ({ best, factor }, judged) => {
+    if (!best || !factor) return "";
+    const where = `${short(Number(best.toPrecision(2)))} ×/÷ ${factor.toFixed(2)}`;
+    const beyond = best > Math.max(...judged.map((arm) => arm.rate)) * 1.2 || best < Math.min(...judged.map((arm) => arm.rate)) / 1.2;
+    return beyond ? ` Its lowest point lies beyond the arms, at about ${where}.` : ` Shaded: where its lowest point lies, ${where}.`;
+  };
+
+  // What is to be said where the parabola, which has what the advice knew in it, misses the points.
+  const misfit = ({ fitted, fitted_share: share }, judged) => {
+    const points = judged.flatMap((arm) => arm.looks.filter((look) => look.share === share).map((look) => ({ rate: arm.rate, ...look })));
+    const off = points.filter((point) => {
+      const after = fitted.findIndex((one) => one.rate >= point.rate);
+      if (after < 1) return false;
+      const [a, b] = [fitted[after - 1], fitted[after]];
+      const part = Math.log(point.rate / a.rate) / Math.log(b.rate / a.rate);
+      return Math.abs(point.loss - a.loss - part * (b.loss - a.loss)) > 2 * Math.hypot(point.error ?? 0, (a.high - a.low) / 2);
+    });
+    return off.length ? ` ${off.length} of ${points.length} points lie off it by more than two errors: the points are what was measured.` : "";
+  };
 
   // Held-out loss over the rate. What was compared last is shown; the other looks can be: they are on another scale.
   const rates = (search, place) => {
@@ -11,7 +32,8 @@ const arms = (() => {
     if (!judged.length || new Set(judged.map((arm) => arm.rate)).size < 2) return;
     const several = shares.filter((share) => judged.filter((arm) => arm.looks.some((look) => look.share === share)).length > 1);
     const first = search.fitted_share ?? several.at(-1) ?? shares.at(-1);
-    const groups = [...new Set(judged.map((arm) => arm.group))];
+    const found = [...new Set(judged.map((arm) => arm.group))];
+    const groups = found.length > MOST_GROUPS ? [null] : found; // of more, each has a colour that another has too
     const series = [], errors = [];
     if (search.fitted.length) {
       const x = search.fitted.map((point) => point.rate);
@@ -20,7 +42,7 @@ const arms = (() => {
       }
     }
     groups.forEach((group, of) => shares.forEach((share) => {
-      const points = judged.filter((arm) => arm.group === group).flatMap((arm) => arm.looks.filter((look) => look.share === share).map((look) => ({ rate: arm.rate, ...look }))).sort((a, b) => a.rate - b.rate);
+      const points = judged.filter((arm) => group === null || arm.group === group).flatMap((arm) => arm.looks.filter((look) => look.share === share).map((look) => ({ rate: arm.rate, ...look }))).sort((a, b) => a.rate - b.rate);
       if (!points.length) return;
       const colour = groups.length > 1 ? colours[of % colours.length] : share === first ? "--c2" : colours[(3 + shares.indexOf(share)) % colours.length];
       const one = { name: `${group ? `${group}, ` : ""}after ${percent(share)}`, x: points.map((point) => point.rate), y: points.map((point) => point.loss), colour, width: 0, points: true, show: share === first };
@@ -47,7 +69,7 @@ const arms = (() => {
     const options = {
       width: Math.max(made.clientWidth - 16, 240), height: 340,
       cursor: { drag: { x: false, y: false } },
-      scales: { x: { time: false, distr: 3, range: (_, low, high) => [low / 1.25, high * 1.25] }, y: {} },
+      scales: { x: { time: false, distr: 3, range: (_, low, high) => [low / 1.25, high * 1.25] }, y: { range: (plot, low, high) => withBars(plot, errors, low, high) } },
       axes: [{ ...axis(), splits: () => ticks, filter: (_, all) => all, values: (_, all) => all.map(short) }, valueAxis()],
       series: [{ label: "rate", value: (_, value) => short(value) }, ...series.map((one) => ({
         label: one.name, stroke: one.width || one.points ? css(one.colour) : undefined, width: one.width, spanGaps: true, show: one.show ?? true,
@@ -60,7 +82,7 @@ const arms = (() => {
     series.forEach((one, index) => { if (one.hidden) made.querySelectorAll(".u-legend .u-series")[index + 1].hidden = true; });
     const note = document.createElement("p");
     note.className = "note";
-    note.textContent = `Bars: one standard error of the distance to the best arm, paired row by row.${search.fitted.length ? " Band: one standard deviation of the fitted parabola." : ""}${search.best && search.factor ? ` Shaded: where its lowest point lies, ${short(search.best)} ×/÷ ${search.factor.toFixed(2)}.` : ""}`;
+    note.textContent = `Bars: one standard error of the distance to the best arm, paired row by row.${search.fitted.length ? " Band: one standard deviation of the fitted parabola." : ""}${lowest(search, judged)}${misfit(search, judged)}`;
     made.append(note);
     plots.push({ made, plot, title });
   };

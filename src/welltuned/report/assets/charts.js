@@ -72,6 +72,20 @@ const charts = (() => {
     ctx.restore();
   };
 
+  // The range of values with their bars, as far as they are looked at.
+  const withBars = (plot, errors, low, high) => {
+    if (low === null || high === null) return [low, high];
+    const [min, max] = [plot.scales.x.min ?? -Infinity, plot.scales.x.max ?? Infinity];
+    for (const one of errors.filter(({ shown }) => !shown || shown(plot))) {
+      one.x.forEach((place, index) => {
+        const [value, error] = [one.y[index], one.errors[index]];
+        if (place < min || place > max || value === null || !error) return;
+        [low, high] = [Math.min(low, value - error), Math.max(high, value + error)];
+      });
+    }
+    return uPlot.rangeNum(low, high, 0.1, true);
+  };
+
   // A dashed line at each place, with its name beside it.
   const lines = (plot, marks) => {
     const { ctx, bbox } = plot;
@@ -102,5 +116,5 @@ const charts = (() => {
 
   const clear = () => plots.splice(0).forEach(({ plot, made }) => { plot.destroy(); made.remove(); });
 
-  return { plots, css, colours, short, axis, stepAxis, valueAxis, aligned, legend, box, bars, lines, logScale, clear };
+  return { plots, css, colours, short, axis, stepAxis, valueAxis, aligned, legend, box, bars, withBars, lines, logScale, clear };
 })();

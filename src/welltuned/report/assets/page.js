@@ -1,7 +1,7 @@
 "use strict";
 // The curves of a run, or of several laid over each other.
 const run = (() => {
-  const { plots, css, colours, short, axis, stepAxis, valueAxis, aligned, legend, box, bars, lines, logScale } = charts;
+  const { plots, css, colours, short, axis, stepAxis, valueAxis, aligned, legend, box, bars, withBars, lines, logScale } = charts;
   const runs = JSON.parse(document.getElementById("runs").textContent);
   const histogram = JSON.parse(document.getElementById("histogram").textContent);
   const place = document.getElementById("charts");
@@ -12,18 +12,18 @@ const run = (() => {
   // Title, columns and their names; `wide` ones come first, `noisy` ones are smoothed, `bars` have the held-out error.
   const LAYOUT = [
     ...(grpo ? [{ title: "reward", of: ["reward"], wide: true, noisy: true, bars: true, findings: true }] : []),
-    { title: "loss", of: ["loss"], wide: !grpo, noisy: true, bars: !grpo, findings: !grpo, scale: true },
-    { title: "accuracy: chosen is likelier, share", of: ["rewards/accuracies"], noisy: true },
+    { title: "loss", of: ["loss"], wide: !grpo, noisy: true, bars: !grpo, findings: !grpo, scale: true, more: grpo },
+    { title: "accuracy: chosen is likelier, share", of: ["rewards/accuracies"], noisy: true, share: true },
     { title: "margin, chosen less rejected", of: ["rewards/margins"], noisy: true },
     { title: "implicit reward of both", of: ["rewards/chosen", "rewards/rejected"], names: ["chosen", "rejected"] },
     { title: "log-probability of both", of: ["logps/chosen", "logps/rejected"], names: ["chosen", "rejected"] },
     { title: "each reward", like: /^rewards\/(.+)\/mean$/ },
     { title: "length of answers, tokens", of: ["completions/mean_length"] },
-    { title: "share of answers cut off", of: ["completions/clipped_ratio"] },
+    { title: "share of answers cut off", of: ["completions/clipped_ratio"], share: true },
     { title: "KL divergence from the start", of: ["kl"] },
     { title: "entropy, nats a token", of: ["entropy"] },
     { title: "spread of rewards within a group", of: ["reward_std"] },
-    { title: "share of groups without signal", of: ["frac_reward_zero_std"] },
+    { title: "share of groups without signal", of: ["frac_reward_zero_std"], share: true },
     { title: "learning rate", of: ["learning_rate"] },
     { title: "gradient norm", of: ["grad_norm"] },
     { title: "tokens a second", of: ["tokens_per_second"] },
@@ -38,7 +38,7 @@ const run = (() => {
   const laid = () => {
     const held = new Set(runs.flatMap((one) => Object.keys(one.evaluations)).map((name) => name.replace("eval_", "")));
     const known = new Set([...runs.flatMap((one) => Object.keys(one.updates)), ...held]);
-    ["step", "loss_se"].forEach((name) => known.delete(name));
+    ["step", "loss_se", "reward_se"].forEach((name) => known.delete(name));
     const found = [];
     for (const one of LAYOUT) {
       const columns = one.like ? [...known].filter((name) => one.like.test(name)) : one.of.filter((name) => known.has(name));
@@ -66,10 +66,11 @@ const run = (() => {
         if (!several || !noisy) series.push({ name: label(noisy ? "each update" : said ? "" : "value"), x: updates.step, y: scaled(updates[name]), colour: noisy ? "--faint" : shade, width: noisy ? 1 : 1.6, dash });
         if (noisy) series.push({ name: label("training, smoothed"), x: updates.step, y: smooth[name], colour: shade, width: 2, dash });
       }
-      const judged = evaluations[`eval_${name}`] ?? (chart.bars && name === "reward" ? evaluations.eval_loss?.map((value) => (value === null ? null : -value)) : undefined);
+      const minus = grpo && name === "loss"; // of what is held out it is the reward with a minus, which has a chart
+      const judged = minus ? undefined : evaluations[`eval_${name}`] ?? (chart.bars && name === "reward" ? evaluations.eval_loss?.map((value) => (value === null ? null : -value)) : undefined);
       if (!judged?.some((value) => value !== null)) return;
       const colour = several ? shade : chart.columns.length > 1 ? shade : "--c2";
-      const held = { name: label("held out"), x: evaluations.step, y: scaled(judged), colour, width: 1.6, points: true, dash: [2, 3] };
+      const held = { name: label(grpo ? "held out, greedy" : "held out"), x: evaluations.step, y: scaled(judged), colour, width: 1.6, points: true, dash: [2, 3] };
       series.push(held);
       if (chart.bars && evaluations.eval_loss_se) errors.push({ ...held, errors: evaluations.eval_loss_se });
     }));
@@ -97,7 +98,7 @@ const run = (() => {
     const options = {
       width: Math.max(made.clientWidth - 16, 240), height: chart.wide ? 320 : 170,
       cursor: { sync: { key: "welltuned" }, drag: { x: true, y: false } },
-      scales: { x: { time: false }, y: log ? logScale : {} },
+      scales: { x: { time: false }, y: log ? logScale : chart.share ? { range: [-0.03, 1.03] } : { range: (plot, low, high) => withBars(plot, entry.errors, low, high) } },
       axes: [stepAxis(), valueAxis()],
       series: [{ label: "update", value: (plot, value, _, at) => short(at === null ? plot.data[0].at(-1) : value) }, ...series.map((one) => ({
         label: one.name, stroke: css(one.colour), width: one.width, spanGaps: true, dash: one.dash,
@@ -163,7 +164,9 @@ const run = (() => {
     clearTimeout(waiting);
     waiting = setTimeout(all, 150);
   });
-  addEventListener("beforeprint", () => all());
+  for (const [event, printing] of [["beforeprint", true], ["afterprint", false]]) { // charts are as wide as paper then
+    addEventListener(event, () => { document.body.classList.toggle("printing", printing); all(); });
+  }
   all();
   return { update(now) { runs[0] = now; all(false); } };
 })();

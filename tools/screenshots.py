@@ -1,6 +1,6 @@
 """The pictures of docs/, made again: the report and the live page in both themes, and the report of a search.
 
-    python docs/screenshots.py DEMO_RUN SWEEP_RUN
+    python tools/screenshots.py DEMO_RUN [SWEEP_RUN]
 
 DEMO_RUN is what `welltuned demo` wrote, SWEEP_RUN what `welltuned sweep` wrote. Both are copied to a folder of their
 own first, and paths of this machine are taken out of the copies. The live page is the demo's run as it stood after half
@@ -34,12 +34,12 @@ TEXTS = ("plan.yaml", "recipe.yaml", "run.json", "shown.json", "started.json", "
 
 
 def copied(run: Path, name: str) -> Path:
-    """A copy in the present folder, with the names of data files as in a clone."""
+    """A copy in the present folder, where files and models go by their last name alone."""
     to = Path(name)
     shutil.copytree(run, to, ignore=shutil.ignore_patterns("checkpoints", "adapter", "report.html", LOCK))
     for path in (to / text for text in TEXTS):
         if path.is_file():
-            path.write_text(re.sub(r"/[^\s\"':,]*/(?=[^/\s\"':,]+\.jsonl?\b)", "", path.read_text()))
+            path.write_text(re.sub(r"(?<![\w.~])/(?:[^\s\"':,/]+/)+(?=[^\s\"':,/])", "", path.read_text()))
     return to
 
 
@@ -98,24 +98,22 @@ def take(driver: Any, address: str, path: Path, height: int, *, dark: bool = Fal
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("demo", type=Path)
-    parser.add_argument("sweep", type=Path)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("sweep", type=Path, nargs="?", help="where it is left out, its picture stays as it is")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs")
     given = parser.parse_args()
-    demo, sweep, out = (path.resolve() for path in (given.demo, given.sweep, given.out))
+    demo, out = given.demo.resolve(), given.out.resolve()
+    sweep = None if given.sweep is None else given.sweep.resolve()
     with tempfile.TemporaryDirectory() as place, chdir(place), browser() as driver:
-        for name, run, height in (
-            ("report", copied(demo, "demo-run"), 1800),
-            ("sweep", copied(sweep, "tickets-sweep"), 1500),
-        ):
-            address = write_report(run).resolve().as_uri()
-            take(driver, address, out / f"{name}.png", height)
-            if name == "report":
-                take(driver, address, out / "report_dark.png", height, dark=True)
+        address = write_report(copied(demo, "demo-run")).resolve().as_uri()
+        take(driver, address, out / "report.png", 1800)
+        take(driver, address, out / "report_dark.png", 1800, dark=True)
+        if sweep is not None:
+            take(driver, write_report(copied(sweep, "tickets-sweep")).resolve().as_uri(), out / "sweep.png", 1500)
         Path("runs").mkdir()
         half_way(copied(demo, "runs/demo-run"))
         with served(Path("runs")) as address:
-            for name, dark in (("live", False), ("live_dark", True)):
-                take(driver, f"{address}run/demo-run", out / f"{name}.png", 1200, dark=dark)
+            take(driver, f"{address}run/demo-run", out / "live.png", 1200)
+            take(driver, f"{address}run/demo-run", out / "live_dark.png", 1200, dark=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,82 @@
+"""The same plan and the same rows on all ranks: the first one plans, the others read what it planned with."""
+
+from collections.abc import Callable
+
+import torch
+
+from welltuned.advice.plan import plan_from_yaml, plan_to_yaml
+from welltuned.choice import SetBy
+from welltuned.errors import InputError
+from welltuned.facts.machine import Device
+from welltuned.recipe import Method
+from welltuned.training.identity import differences, identity_of
+from welltuned.training.prepare import Prepared, prepare
+from welltuned.training.ranks import Ranks
+
+ALONE_ONLY = {
+    Method.GRPO: "its completions are sampled by one process",
+    Method.KTO: "its reference point is estimated over the whole update by one process",
+}
+
+
+def prepare_together(make: Callable[[], Prepared], ranks: Ranks) -> Prepared:
+    """What `make` prepares on the first rank, and the same on the others.
+
+    The first goes ahead, so that on one machine the others find its rows in the cache.
+
+    Raises:
+        InputError: on all ranks, what `make` raises; the method cannot be shared; or ranks do not see the same model,
+            rows or tokenizer, as machines with other files would.
+    """
+    if ranks.alone:
+        return make()
+    made: list[Prepared] = []
+
+    def planned() -> str:
+        made.append(make())
+        require_shareable(made[0].recipe.method, ranks)
+        return plan_to_yaml(made[0].plan)
+
+    def read() -> Prepared:
+        plan = plan_from_yaml(text)
+        return prepare(plan.recipe, planned=plan)
+
+    with ranks.patient():
+        text = ranks.first(planned)
+        prepared = ranks.each(lambda: made[0] if made else read())
+        identities = ranks.gather(lambda: identity_of(prepared))
+    for rank, identity in enumerate(identities):
+        changed = differences(identities[0], identity)
+        if changed:
+            mend = "give every machine the same files"
+            raise InputError(f"process {rank} sees other input than process 0: {changed[0]}", mend=mend)
+    return prepared
+
+
+def require_shareable(method: Method, ranks: Ranks) -> None:
+    """Refuse what several processes cannot do together."""
+    if method in ALONE_ONLY:
+        what = f"{method} trains in one process: {ALONE_ONLY[method]}, and {ranks.size} were started"
+        raise InputError(what, where="method", mend="start it without torchrun")
+
+
+def sharing_notes(prepared: Prepared, ranks: Ranks) -> tuple[str, ...]:
+    """What a user of other trainers would take for granted, and is not so here."""
+    if ranks.alone:
+        return ()
+    size = prepared.plan.value("effective_batch_size")
+    notes = [f"{ranks.size} processes share every update of {size} rows"]
+    given = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    if any(prepared.plan.choices[name].set_by is SetBy.USER for name in given):
+        product = " × ".join(str(prepared.plan.value(name)) for name in given)
+        notes.append(
+            f"effective_batch_size is {size} ({product}) for all {ranks.size} processes together, not for each; "
+            "set it to say otherwise"
+        )
+    machine, threads = prepared.plan.facts.machine, torch.get_num_threads()
+    if machine.device is Device.CPU and 2 * threads * ranks.here <= machine.cores:  # torchrun sets it to 1
+        notes.append(
+            f"each process uses {threads} of this machine's {machine.cores} cores; "
+            f"OMP_NUM_THREADS={machine.cores // ranks.here} would use all"
+        )
+    return tuple(notes)

@@ -1,0 +1,101 @@
+"""The one sum over the ranks that an update needs: gradient, loss and measures, and whether anybody has a word to say.
+
+Behind the flat gradient lie a few numbers more, so that one collective takes all of it. Only where a rank says that
+something happened (a loss that is not finite, memory, a signal, an error) do words follow, and then on all ranks.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from welltuned.errors import RunError
+from welltuned.models.oom import is_out_of_memory
+from welltuned.training.ranks import Failure, Group, Ranks
+from welltuned.training.step import Gradient, NotFinite, Trained
+
+WORDS, LOSS, MEASURES = 0, 1, 2  # places behind the gradient: how many ranks have a word, the loss, an objective's own
+TAIL = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Word:
+    """What a rank has to say beside its numbers.
+
+    Attributes:
+        token_budget: that it has come down to, for want of memory.
+        notes: what the user should know; signal: by which it was asked to end.
+        not_finite: why the update must be left out; failure: why the run cannot go on.
+    """
+
+    token_budget: int
+    notes: tuple[str, ...] = ()
+    signal: int | None = None
+    not_finite: str | None = None
+    failure: Failure | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.notes and self.signal is None and self.not_finite is None and self.failure is None
+
+
+class GradientSum:
+    """Takes the place of the flat gradient where there are several ranks; does nothing where there is one."""
+
+    def __init__(self, trained: Trained, ranks: Ranks):
+        self._group = ranks if isinstance(ranks, Group) else None
+        if self._group is not None:
+            count = trained.grad_KP.numel()
+            self._buffer = torch.zeros(count + TAIL, dtype=torch.float32, device=trained.grad_KP.device)
+            trained.grad_KP = self._buffer[:count].view_as(trained.grad_KP)
+            self._tail = self._buffer[count:]
+        trained.claim_gradients()
+
+    def of(
+        self, make: Callable[[], Gradient], word: Callable[[], Word], heed: Callable[[Sequence[Word]], None]
+    ) -> Gradient:
+        """The gradient of the whole update, of which `make` adds this rank's share to the flat buffer.
+
+        Args:
+            word: what this rank has to say, asked after `make`; `heed` hears every rank's, where one says something.
+
+        Raises:
+            NotFinite: a rank's loss is not; on all of them. Any other error of `make`, on all of them.
+        """
+        if self._group is None:
+            return make()
+        made, failed = None, None
+        try:
+            made = make()
+        except Exception as error:
+            if is_out_of_memory(error):  # even example by example; the others hear of it when this process ends
+                raise
+            failed = error
+        said = word()
+        if isinstance(failed, NotFinite):
+            said = replace(said, not_finite=str(failed))
+        elif failed is not None:
+            said = replace(said, failure=Failure.of(failed))
+        self._fill(made, said)
+        self._group.sum_(self._buffer)
+        numbers = self._tail.tolist()
+        self._tail.zero_()
+        if numbers[WORDS]:
+            words = self._group.exchange(said)
+            heed(words)
+            self._group.require_no_failure([w.failure for w in words], failed)
+            not_finite = next((w.not_finite for w in words if w.not_finite is not None), None)
+            if not_finite is not None:
+                raise NotFinite(not_finite)
+        assert made is not None
+        return replace(made, loss=numbers[LOSS], measures=dict(zip(made.measures, numbers[MEASURES:], strict=False)))
+
+    def _fill(self, made: Gradient | None, said: Word) -> None:
+        if made is None:
+            return self._write([float(not said.is_empty)])
+        if len(made.measures) > TAIL - MEASURES:
+            raise RunError(f"an objective has {len(made.measures)} measures, and {TAIL - MEASURES} can be shared")
+        return self._write([float(not said.is_empty), made.loss, *made.measures.values()])
+
+    def _write(self, numbers: Sequence[float]) -> None:
+        self._tail[: len(numbers)] = torch.tensor(numbers, dtype=torch.float32)
