@@ -153,6 +153,7 @@ def test_a_failing_system_does_not_stop_the_others(parts, capsys):
 # ── quality ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_quality_agrees_with_peft_at_toy_size(parts, tmp_path):
     assert parts("gpu_quality").main(["--toy", "--seeds", "1", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "gpu-quality-toy.json").read_text(encoding="utf-8"))
