@@ -152,11 +152,12 @@ def best_of(runs: dict[float, dict[str, Any]]) -> dict[str, Any]:
 
 
 def report(given: argparse.Namespace) -> None:
-    """The comparison of what is done, against all linear layers; written only where every arm has both seeds."""
-    arms = {choice.name: [done(given, choice, seed) for seed in SEEDS] for choice in choices()}
-    if not all(all(seeds) for seeds in arms.values()):
+    """The comparison against all linear layers, of the seeds that every arm has."""
+    seeds = [seed for seed in SEEDS if all(done(given, choice, seed) for choice in choices())]
+    if not seeds:
         return
-    best = {name: [best_of(runs) for runs in seeds] for name, seeds in arms.items()}
+    arms = {choice.name: [done(given, choice, seed) for seed in seeds] for choice in choices()}
+    best = {name: [best_of(runs) for runs in by_seed] for name, by_seed in arms.items()}
     base = best[f"all r{RANK}"]
     found = [compared(name, runs, base) for name, runs in best.items()]
     document = {
@@ -164,7 +165,7 @@ def report(given: argparse.Namespace) -> None:
         "model": "SmolLM2-135M-Instruct, NF4",
         **setting(given),
         "alpha": ALPHA,
-        "seeds": list(SEEDS),
+        "seeds": seeds,
         "held_out_rows": len(base[0]["held_out_sums"]),
         "arms": found,
     }
@@ -179,7 +180,7 @@ def report(given: argparse.Namespace) -> None:
 
 
 def compared(name: str, runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
-    """An arm at its best rates beside all linear layers, the mean of both seeds, row by row."""
+    """An arm at its best rates beside all linear layers, the mean of its seeds, row by row."""
     difference = [
         sum(a["held_out_sums"][i] - b["held_out_sums"][i] for a, b in zip(runs, base, strict=True)) / len(runs)
         for i in range(len(base[0]["held_out_sums"]))

@@ -47,7 +47,8 @@ def draw(arms: Sequence[Arm], title: str) -> str:
         parts.append(f'<rect x="{x0}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#999"/>')
     for loss in (low, (low + high) / 2, high):
         parts.append(_text(LEFT - 6, y_of(loss) + 4, f"{loss:.3f}", "end"))
-    for rate in sorted(set(xs)):
+    for k in range(int(math.log2(max(xs) / min(xs)) + 1.001)):
+        rate = min(xs) * 2**k
         parts.append(_text(x_of(rate), TOP + HEIGHT + 15, f"{rate:.3g}", "middle"))
     for i, arm in enumerate(arms):
         colour = COLOURS[i % len(COLOURS)]

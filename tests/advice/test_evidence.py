@@ -56,7 +56,7 @@ def test_bytes_of_nf4_state():
 
 
 ROOM = Path(law.__file__).parent
-WORDS = {"settle", "warn", "why", "page", "codec", "describe"}  # they print, and weigh warnings
+WORDS = {"settle", "warn", "why", "page", "codec", "describe", "reference", "contexts"}  # print, weigh warnings
 FORMULAS = {"batch": {6}, "effort": {4, 6, 7}, "plan": {4, 120, 1e9}}  # operations a weight, digits, columns, GB
 
 

@@ -200,6 +200,27 @@ except SystemExit as end:
     assert run_python(code).splitlines()[-1] == "exit 0 []"
 
 
+def test_a_command_that_is_ended_leaves_nothing_behind(tmp_path):
+    code = f"""
+import sys, time, types
+from pathlib import Path
+from welltuned.adapters.place import written_whole
+from welltuned.cli import main
+def run(_):
+    with written_whole(Path({str(tmp_path / "out")!r})) as folder:
+        (folder / "half").write_text("half")
+        print("writing", flush=True)
+        time.sleep(60)
+sys.modules["slow"] = types.SimpleNamespace(run=run)
+main.COMMANDS["why"] = ("slow", "")
+sys.exit(main.main(["why"]))
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "writing\n" and len(list(tmp_path.iterdir())) == 1
+        process.terminate()
+    assert process.returncode == 143 and list(tmp_path.iterdir()) == []
+
+
 def test_public_names():
     import welltuned
 

@@ -2,10 +2,14 @@
 
 import argparse
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from threading import current_thread, main_thread
+from types import FrameType
 from typing import NoReturn
 
 import welltuned
@@ -65,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command not in SHARED:
             require_one_process(f"welltuned {arguments.command}")
         run: Callable[[argparse.Namespace], int] = import_module(COMMANDS[arguments.command][0]).run
-        return run(arguments)
+        with _cleaning_up():
+            return run(arguments)
     except WelltunedError as error:
         if "--debug" in given:
             traceback.print_exc()
@@ -77,6 +82,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("welltuned: interrupted", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _cleaning_up() -> Iterator[None]:
+    """SIGTERM ends a command as an exception, so that what is half-written is removed. A run has its own handler."""
+
+    def end(number: int, _: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    if current_thread() is not main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -19,8 +19,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
 
 def run(arguments: argparse.Namespace) -> int:
     recipe = recipe_of(arguments)
-    from welltuned.training.prepare import prepare
-    from welltuned.training.prepare_together import ALONE_ONLY
+    from welltuned.training.prepare import ALONE_ONLY, prepare
 
     quiet_libraries()
     prepared = prepare(recipe, progress=RowsShown(), weights_needed=arguments.probe)

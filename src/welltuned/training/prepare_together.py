@@ -10,13 +10,8 @@ from welltuned.errors import InputError
 from welltuned.facts.machine import Device
 from welltuned.recipe import Method
 from welltuned.training.identity import differences, identity_of
-from welltuned.training.prepare import Prepared, prepare
+from welltuned.training.prepare import ALONE_ONLY, Prepared, prepare
 from welltuned.training.ranks import Ranks
-
-ALONE_ONLY = {
-    Method.GRPO: "its completions are sampled by one process",
-    Method.KTO: "its reference point is estimated over the whole update by one process",
-}
 
 
 def prepare_together(make: Callable[[], Prepared], ranks: Ranks) -> Prepared:
