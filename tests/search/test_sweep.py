@@ -143,8 +143,9 @@ def test_a_search_that_could_not_write_its_result_has_it(found, prepared_for, tm
     assert same(adapter(out), adapter(whole)) and again.found.advice == result.found.advice
 
 
-def test_pairs_share_their_reference(tiny_model_dir, pairs, tmp_path):
+def test_pairs_share_their_reference(tiny_model_dir, pairs, tmp_path, monkeypatch):
     """DPO: arms of a search against separate runs, and the reference is asked once."""
+    monkeypatch.setenv("WELLTUNED_CACHE", str(tmp_path / "cache"))  # other tests may have asked it before
     options = dict(model=str(tiny_model_dir), data=pairs, method="dpo", effective_batch_size=8, max_steps=4,
                    eval_fraction=0.2)  # fmt: skip
     told = []
