@@ -287,6 +287,8 @@ def test_figures_of_the_sweeps_guide_are_those_of_the_results():
         f"the best was {best}; the advice, 3.2e-3, ends {swept['regret_of_the_advice']:.2%}"[:-1] + " % above it"
         in text
     )
+    usual, spent = swept["regret_of_defaults"]["Unsloth, Axolotl"], swept["found"]["share_of_a_grid_of_seven"]
+    assert f"the usual 2e-4 {usual:.0%}.".replace("%", " %") in text and f"{100 * spent:.0f} % of the tokens" in text
 
 
 def test_every_figure_of_a_result_is_looked_at():
