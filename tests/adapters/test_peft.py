@@ -13,6 +13,7 @@ from welltuned.models.load import load_model
 peft = pytest.importorskip("peft")
 
 KINDS = {
+    "wide llama": dict(hidden_size=64, intermediate_size=128),  # rows of whole blocks of 4-bit codes
     "llama": {},
     "qwen2": {},  # biases in q, k and v
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
@@ -31,7 +32,7 @@ def folders(make_model_dir):
 
     def folder(kind):
         if kind not in made:
-            made[kind] = make_model_dir(kind, **KINDS[kind])
+            made[kind] = make_model_dir(kind.removeprefix("wide "), **KINDS[kind])
         return str(made[kind])
 
     return folder
@@ -259,10 +260,10 @@ def test_a_qlora_adapter_in_peft(folders, trained):
     from welltuned.api import load
     from welltuned.models.frozen import NF4Linear
 
-    out = trained("llama", tune="qlora")
+    out = trained("wide llama", tune="qlora")
     ours = load(out, device="cpu").model
-    dense = plain(folders("llama"))
-    quantised = load_model(folders("llama"), dtype=torch.float32, nf4=True)
+    dense = plain(folders("wide llama"))
+    quantised = load_model(folders("wide llama"), dtype=torch.float32, nf4=True)
     replaced = 0
     for name, module in quantised.named_modules():
         if isinstance(module, NF4Linear):
@@ -278,8 +279,8 @@ def test_a_qlora_adapter_in_peft(folders, trained):
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )  # fmt: skip
-    base = AutoModelForCausalLM.from_pretrained(folders("llama"), dtype=torch.float32, quantization_config=config)
-    # Not eval(): there bitsandbytes' CPU path packs the codes anew, for which 32 columns are too few.
+    base = AutoModelForCausalLM.from_pretrained(folders("wide llama"), dtype=torch.float32, quantization_config=config)
+    # Not eval(): there bitsandbytes' CPU path packs the codes anew.
     theirs = peft.PeftModel.from_pretrained(base, out / "adapter").train()
     assert same(logits(ours), logits(theirs))
 
