@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SAMPLE = 1_000  # rows from which the format is detected
-CHUNK_ROWS = 1024  # long enough to use all cores
+CHUNK_ROWS = 512  # long enough to use all cores
 CHUNK_CHARACTERS = 2**20  # short enough to bound the memory: a token's offsets cost a hundred times its id
 SMALLEST_CACHED = 10**6  # bytes; less than this is tokenised in a second
 RowsRead = Callable[[str, int], None]

@@ -5,7 +5,7 @@ tokenised as text (see `control`), at inference too. Texts that are rendered wit
 with completions for a base model, are taken as they are: what they spell are control tokens.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ __all__ = [
     "trained_texts",
 ]
 
-CHUNK = 128  # conversations tokenised at a time, while the ones before are marked: enough to use all cores
+CHUNK = 512  # conversations tokenised at a time: long enough to use all cores, short enough to bound the memory
 
 
 class Overlong(StrEnum):
@@ -79,10 +79,6 @@ class Rendering:
     cut: tuple[str, ...] = ()  # origins of the examples shortened to max_length
     dropped: tuple[Defect, ...] = ()
     boundary_splits: int = 0  # examples split between prompt and answer, since inference tokenises the prompt alone
-
-
-Finish = Callable[[], list[Example]]
-"""Gives what was begun: conversations rendered, and their texts being encoded meanwhile."""
 
 
 class Renderer:
@@ -124,66 +120,51 @@ class Renderer:
     def __call__(self, conversations: Sequence[Conversation]) -> list[Example]:
         """One example for each conversation, in order; InputError with the origin of one that cannot be rendered."""
         examples: list[Example] = []
-        finish: Finish = list
         for first in range(0, len(conversations), CHUNK):
-            try:
-                begun = self._chunk(conversations[first : first + CHUNK])
-            finally:  # an earlier row's error is the one to tell of
-                examples += finish()
-            finish = begun
-        return examples + finish()
+            examples += self._chunk(conversations[first : first + CHUNK])
+        return examples
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """As `render_prompt`, for whoever asks more than once: what rows with control tokens need is built once."""
         if self.chat is None:
             return _plain_prompt(conversation, self.tokenizer, self.tokeniser)
         hidden, row = self.chat.prompt(conversation)
-        return self._tokenised([row], [hidden])()[0].ids.tolist()
+        return self._tokenised([row], [hidden])[0].ids.tolist()
 
-    def _chunk(self, conversations: Sequence[Conversation]) -> Finish:
+    def _chunk(self, conversations: Sequence[Conversation]) -> list[Example]:
         chats = [i for i, c in enumerate(conversations) if self.chat is not None and c.format is not Format.TEXT]
         texts = sorted(set(range(len(conversations))) - set(chats))
-        finish_texts = self._texts([conversations[i] for i in texts])
-        finish_chats = self._chats([conversations[i] for i in chats])
+        examples = dict(zip(texts, self._texts([conversations[i] for i in texts]), strict=True))
+        examples |= dict(zip(chats, self._chats([conversations[i] for i in chats]), strict=True))
+        return [examples[i] for i in range(len(conversations))]
 
-        def finish() -> list[Example]:
-            examples = dict(zip(texts, finish_texts(), strict=True)) | dict(zip(chats, finish_chats(), strict=True))
-            return [examples[i] for i in range(len(conversations))]
-
-        return finish
-
-    def _chats(self, conversations: Sequence[Conversation]) -> Finish:
+    def _chats(self, conversations: Sequence[Conversation]) -> Iterator[Example]:
         if self.chat is None or not conversations:
-            return list
-        chat = self.chat
-        hidden = [chat.guard.hide(c) for c in conversations]
+            return
+        hidden = [self.chat.guard.hide(c) for c in conversations]
         shown = [c if h is None else h.conversation for c, h in zip(conversations, hidden, strict=True)]
-        rows, how = chat.rows(shown, self.loss_on, self.parts)
+        rows, how = self.chat.rows(shown, self.loss_on, self.parts)
         self.mask_from = MaskFrom.MARKERS if MaskFrom.MARKERS in (self.mask_from, how) else how
         for conversation, row, spelled in zip(conversations, rows, hidden, strict=True):
             if spelled is not None:
-                chat.guard.require_harmless(conversation, spelled, row.text)
+                self.chat.guard.require_harmless(conversation, spelled, row.text)
         tokenised = self._tokenised(rows, hidden)
-        return lambda: [self._chat_example(*one) for one in zip(shown, rows, hidden, tokenised(), strict=True)]
+        for conversation, row, spelled, tokens in zip(shown, rows, hidden, tokenised, strict=True):
+            self._require_one_start(tokens, row.origin)
+            found = {Kind.CONTROL_TOKEN} if spelled is not None else set()
+            trained = wanted(conversation, self.loss_on)
+            if findings.loses_thinking(conversation, row.text, row.answers, trained):
+                found.add(Kind.LOST_THINKING)
+            if findings.loses_message(conversation, row.text):
+                found.add(Kind.LOST_MESSAGE)
+            if conversation.tools and findings.loses_tools(conversation, row.text, self.chat.template):
+                found.add(Kind.LOST_TOOLS)
+            yield self._example(conversation, tokens, found)
 
-    def _chat_example(
-        self, conversation: Conversation, row: Rendered, spelled: Hidden | None, tokens: Tokenised
-    ) -> Example:
-        assert self.chat is not None
-        self._require_one_start(tokens, row.origin)
-        found = {Kind.CONTROL_TOKEN} if spelled is not None else set()
-        if findings.loses_thinking(conversation, row.text, row.answers, wanted(conversation, self.loss_on)):
-            found.add(Kind.LOST_THINKING)
-        if findings.loses_message(conversation, row.text):
-            found.add(Kind.LOST_MESSAGE)
-        if conversation.tools and findings.loses_tools(conversation, row.text, self.chat.template):
-            found.add(Kind.LOST_TOOLS)
-        return self._example(conversation, tokens, found)
-
-    def _texts(self, conversations: Sequence[Conversation]) -> Finish:
+    def _texts(self, conversations: Sequence[Conversation]) -> Iterator[Example]:
         """The text and an end token, with the start token once if the tokenizer adds one by itself."""
         if not conversations:
-            return list
+            return
         end = self.tokenizer.eos_token_id
         if end is None:
             raise InputError("the tokenizer has no end token, so the model would never learn to stop")
@@ -191,23 +172,16 @@ class Renderer:
         documents = all(c.format is Format.TEXT for c in conversations)
         self.mask_from = self.mask_from or (MaskFrom.EVERYTHING if documents else MaskFrom.PLAIN)
         opening = opening_ids(self.tokenizer)
-        tokenised = self.tokeniser.begin(rows)
-        return lambda: [
-            self._text_example(conversation, row, tokens, opening, end)
-            for conversation, row, tokens in zip(conversations, rows, tokenised(), strict=True)
-        ]
-
-    def _text_example(
-        self, conversation: Conversation, row: Rendered, tokens: Tokenised, opening: list[int], end: int
-    ) -> Example:
-        ids = opened(tokens.ids, opening)
-        added = len(ids) - len(tokens.ids)
-        mask = np.concatenate([np.zeros(added, bool), tokens.mask])
-        roles = np.concatenate([np.zeros(added, np.uint8), tokens.roles])
-        if ids[-1] != end:
-            ids, mask = np.append(ids, np.int32(end)), np.append(mask, bool(row.spans))
-            roles = np.append(roles, np.uint8(row.said[-1][2] if row.said else 0))
-        return self._example(conversation, Tokenised(ids, mask, roles), set())
+        for conversation, row, (ids, mask, roles) in zip(conversations, rows, self.tokeniser.rows(rows), strict=True):
+            added = len(ids)
+            ids = opened(ids, opening)
+            added = len(ids) - added
+            mask = np.concatenate([np.zeros(added, bool), mask])
+            roles = np.concatenate([np.zeros(added, np.uint8), roles])
+            if ids[-1] != end:
+                ids, mask = np.append(ids, np.int32(end)), np.append(mask, bool(row.spans))
+                roles = np.append(roles, np.uint8(row.said[-1][2] if row.said else 0))
+            yield self._example(conversation, Tokenised(ids, mask, roles), set())
 
     def _example(self, conversation: Conversation, tokens: Tokenised, found: set[Kind]) -> Example:
         tokens.mask[:1] = False  # nothing comes before the first token that it could be predicted from
@@ -215,18 +189,13 @@ class Renderer:
         found.update(findings.in_tokens(tokens.ids, tokens.mask, self.ends, self.loss_on is LossOn.EVERYTHING))
         return Example(tokens.ids, tokens.mask, conversation.origin, roles=tokens.roles, found=frozenset(found))
 
-    def _tokenised(self, rows: Sequence[Rendered], hidden: Sequence[Hidden | None]) -> Callable[[], list[Tokenised]]:
-        chat = self.chat
-        plain = self.tokeniser.begin([row for row, spelled in zip(rows, hidden, strict=True) if spelled is None])
-        spelling = [(row, spelled) for row, spelled in zip(rows, hidden, strict=True) if spelled is not None]
-        if not spelling or chat is None:
+    def _tokenised(self, rows: Sequence[Rendered], hidden: Sequence[Hidden | None]) -> list[Tokenised]:
+        plain = self.tokeniser.rows([row for row, spelled in zip(rows, hidden, strict=True) if spelled is None])
+        if len(plain) == len(rows) or self.chat is None:
             return plain
-
-        def finish() -> list[Tokenised]:
-            plain_tokens, tokens = iter(plain()), iter(chat.tokenised(spelling))
-            return [next(plain_tokens) if spelled is None else next(tokens) for spelled in hidden]
-
-        return finish
+        own = self.chat.tokenised([(r, h) for r, h in zip(rows, hidden, strict=True) if h is not None])
+        tokens, plain_tokens = iter(own), iter(plain)
+        return [next(plain_tokens) if spelled is None else next(tokens) for spelled in hidden]
 
     def _require_one_start(self, tokens: Tokenised, origin: str) -> None:
         start = self.tokenizer.bos_token_id

@@ -7,10 +7,8 @@ split there, so that the model is trained on the ids that it will see. That is d
 the ids of a row do not depend on what is trained of it.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from itertools import chain
-from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -59,14 +57,12 @@ class FastEncoder:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         self.backend = tokenizer.backend_tokenizer
         self.control_ids = frozenset(control_tokens(tokenizer).values())
-        self.alone = Lock()  # a tokenizer's settings cannot be changed while it encodes
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        with self.alone:
-            self.backend.no_truncation()  # whoever used the tokenizer last may have set these
-            self.backend.no_padding()
-            self.backend.encode_special_tokens = False
-            encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        self.backend.no_truncation()  # whoever used the tokenizer last may have set these
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = False
+        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
         return [(encoding.ids, encoding.offsets) for encoding in encodings]
 
 
@@ -76,23 +72,14 @@ class Tokeniser:
     def __init__(self, encoder: Encoder):
         self.encoder = encoder
         self.control_ids = encoder.control_ids
-        self.beside = ThreadPoolExecutor(1)
         self.boundary_splits = 0  # rows that were split where an answer begins
         self.headers: dict[str, list[int]] = {}  # ids of the short texts between a prompt's last control token and end
 
     def rows(self, rendered: Sequence[Rendered]) -> list[Tokenised]:
-        return self.begin(rendered)()
-
-    def begin(self, rendered: Sequence[Rendered]) -> Callable[[], list[Tokenised]]:
-        """Encoding needs no interpreter, so it begins on a thread; the function returned waits for it and marks."""
         if not rendered:  # transformers cannot encode an empty batch
-            return list
-        encoded = self.beside.submit(self.encoder.encode, [row.text for row in rendered])
-        return lambda: self._marked(rendered, encoded.result())
-
-    def _marked(self, rendered: Sequence[Rendered], encoded_rows: Sequence[Encoded]) -> list[Tokenised]:
+            return []
         rows = []
-        for row, encoded in zip(rendered, encoded_rows, strict=True):
+        for row, encoded in zip(rendered, self.encoder.encode([row.text for row in rendered]), strict=True):
             tokens = _tokens(*encoded)
             marked, cuts = self._mark(row, tokens)
             if cuts:
@@ -192,9 +179,6 @@ class SlowTokeniser:
 
     def rows(self, rendered: Sequence[Rendered]) -> list[Tokenised]:
         return [self._row(row) for row in rendered]
-
-    def begin(self, rendered: Sequence[Rendered]) -> Callable[[], list[Tokenised]]:
-        return lambda: self.rows(rendered)
 
     def _row(self, row: Rendered) -> Tokenised:
         ids: list[int] = []
