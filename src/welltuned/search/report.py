@@ -15,7 +15,7 @@ from welltuned.search.applied import RATE
 from welltuned.search.arms import Arm
 from welltuned.search.board import Board
 from welltuned.search.curve import Curve
-from welltuned.search.halving import ENOUGH, mean, paired
+from welltuned.search.halving import APART, ENOUGH, mean, paired
 from welltuned.search.state import RungRecord
 
 GRID = 7  # rates that a grid would try, each to its end
@@ -180,6 +180,8 @@ def _changes(winner: Arm, advised: float, best: float | None, error: float | Non
     where += f"(×/÷ {math.exp(error):.2f})"
     if regret < ENOUGH:
         return f"{where}: nothing changes. Staying with the advice is expected to cost {regret:.2%} of the loss."
+    if abs(math.log(chosen / advised)) < APART:
+        return f"{where}, and yet the advised rate did best of what was compared: nothing changes."
     tie = " The two cannot be told apart with certainty." if off < error else ""
     return (
         f"{where}. Staying with the advice would be expected to cost {regret:.2%} of the loss; "
