@@ -1,10 +1,12 @@
 """The search's decisions on synthetic curves whose best rate is known."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from welltuned.search import report
 from welltuned.search.curve import Point, Prior, fit
 from welltuned.search.halving import ENOUGH, Entry, Look, decide, rungs
 
@@ -69,6 +71,16 @@ def test_runs_that_do_not_repeat_are_seen_in_points_off_the_curve():
     assert abs(found.x) < found.x_error and found.x_error > 0.2
     smooth = [Point(p.x, losses(p.x, 0.0)) for p in points]
     assert fit(smooth, WEIGHTS, Prior(0.0, 0.5)).x_error < 0.2
+
+
+def test_the_advised_rate_that_did_best_stays():
+    """Whatever the curve says: what was measured is the rate itself."""
+    winner = SimpleNamespace(
+        name="2.2e-3", settings={"learning_rate": 2.2e-3}, plan=SimpleNamespace(value=lambda _: 2.2e-3)
+    )
+    said = report._changes(winner, 2.2e-3, 5.2e-3, 0.7, 0.06)
+    assert said.endswith("the advised rate did best of what was compared: nothing changes.")
+    assert "use 2.2e-3 for data like this" in report._changes(winner, 1.1e-3, 2.4e-3, 0.1, 0.06)
 
 
 def test_without_arms_that_tell_the_prior_stands():

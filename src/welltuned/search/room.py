@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from welltuned.advice.plan import Plan
 from welltuned.errors import RunError
-from welltuned.models.oom import is_out_of_memory, release_memory
+from welltuned.models.oom import retried
 from welltuned.training.healing import halved
 from welltuned.training.memory_guard import MemoryGuard
 
@@ -34,14 +34,7 @@ class Room:
         Raises:
             RunError: it does not suffice for one example.
         """
-        while True:
-            try:
-                return make()
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            # Here the failed pass is gone, which the traceback kept alive.
-            self._shrink(f"{where} ran out of memory")
+        return retried(make, lambda: self._shrink(f"{where} ran out of memory"))
 
     def learn(self, tokens: int) -> None:
         """A round of so many tokens is done within the budget."""
@@ -50,7 +43,6 @@ class Room:
 
     def _shrink(self, why: str) -> None:
         budget = self.budget
-        release_memory()
         if budget <= 1:
             raise RunError(f"{why}, though every example is computed by itself; search fewer arms, or a smaller model")
         self.budget = halved(budget, self._most_tokens or None)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from welltuned.errors import RunError
-from welltuned.models.oom import is_out_of_memory, release_memory
+from welltuned.models.oom import retried
 from welltuned.training.average import Average
 from welltuned.training.checkpoint import Checkpoint, Position, Snapshot
 from welltuned.training.events import Evaluated, Event, Note, Observer, Skipped, Updated
@@ -261,18 +261,10 @@ class Loop:
 
     def with_memory(self, make: Callable[[], T], where: str) -> T:
         """What `make` gives, tried again with a smaller token budget each time that memory is out."""
-        while True:
-            try:
-                return make()
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            # Here the failed pass is gone, which the traceback kept alive.
-            self._shrink(f"{where} ran out of memory")
+        return retried(make, lambda: self._shrink(f"{where} ran out of memory"))
 
     def _shrink(self, why: str) -> None:
         budget = self.engine.token_budget
-        release_memory()
         if budget <= 1:
             mend = "set gradient_checkpointing: true, a lower max_length, or use a smaller model"
             raise RunError(f"{why}, though every example is computed by itself; {mend}")
