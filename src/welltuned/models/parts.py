@@ -31,6 +31,13 @@ def idle_parts(model: PreTrainedModel) -> tuple[str, ...]:
     )
 
 
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The model's decoder layers in order; [] where it keeps them otherwise than in a list."""
+    count = model.config.num_hidden_layers
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    return list(next(lists, ()))
+
+
 def _note(reached: set[str], name: str, *_: Any) -> None:
     reached.add(name)
 
