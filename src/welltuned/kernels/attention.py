@@ -3,13 +3,14 @@
 An example may end in branches: continuations of one beginning (its trunk), each of which sees the trunk and itself, so
 that what several answers share is computed once (Wang & Hegde 2024, arXiv 2410.20305).
 
-Four ways to the same numbers: CUDA half precision runs torch's variable-length flash attention; short examples on the
+Four ways to the same numbers (and kernels/flex.py, of long trunks): CUDA half precision runs torch's variable-length
+flash attention; short examples on the
 CPU run blocks of queries against the keys they may see, in batched matrix products; elsewhere each example is a slice
 with its own causal SDPA, which skips padding and never builds an N x N mask; logit soft-capping and attention sinks,
 which SDPA lacks, take the plain product per slice.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import accumulate
@@ -253,7 +254,10 @@ def packed_attention(
         raise ValueError(f"lengths add up to {sum(lengths)}, not to {q_QND.shape[1]} rows")
     plain = softcap is not None or sinks_Q is not None
     if takes_varlen(q_QND) and not plain:
-        return varlen(q_QND, k_GND, v_GND, seen or seen_by(lengths, branches, q_QND.device), scale, window)
+        seen = seen or seen_by(lengths, branches, q_QND.device)
+        if seen.whole is not None and (window is None or window >= seen.longest[1]):
+            return seen.whole(q_QND, k_GND, v_GND, scale)
+        return varlen(q_QND, k_GND, v_GND, seen, scale, window)
     parts = list(spans(lengths, branches))
     longest = max(span.keys for span in parts)
     unwindowed = window is None or window >= longest
@@ -278,12 +282,14 @@ class Seen:
 
     Attributes:
         rows_K: the row of each key, None where keys are the rows as they lie (no branches).
+        whole: instead of all this, where trunks are read where they lie, their attention (kernels/flex.py).
     """
 
     query_B: Tensor
     key_B: Tensor
     longest: tuple[int, int]
     rows_K: Tensor | None = None
+    whole: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None
 
 
 def seen_by(lengths: Sequence[int], branches: Branches | None, device: torch.device) -> Seen:

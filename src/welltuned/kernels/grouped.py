@@ -240,7 +240,8 @@ def experts_backward(
     """(dx_NH, dweight_NT, dA and dB of the first product, dA and dB of the second)."""
     weight_S1 = weight_NT.flatten()[routing.order_S, None]
     g_SH = routing.spread(g_NH)
-    inner_SI, through_act = torch.func.vjp(experts.act, h_SO)
+    found = torch.func.vjp(experts.act, h_SO)  # also where autograd is not at work: within a node of the compiler
+    inner_SI, through_act = found[0], found[1]
     # Before the row's weight is applied: (W + s B A)^T g. Its product with what the experts took is g · y, the
     # weight's own gradient, so y itself is not needed again.
     di_SI, ds_SR = _project_backward(g_SH, experts.down, down, routing)
@@ -268,10 +269,10 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g_NH):  # type: ignore[no-untyped-def]
-        *saved, au, bu, ad, bd = ctx.saved_tensors
+        x, weight, h, su, sd, au, bu, ad, bd = ctx.saved_tensors
         up, down = _adapter(au, bu, ctx.scale_K[0]), _adapter(ad, bd, ctx.scale_K[1])
         parts = ctx.experts, ctx.routing, up, down, ctx.needs_input_grad[0]
-        dx, dweight, *grads = experts_backward(g_NH, *saved, *parts)
+        dx, dweight, *grads = experts_backward(g_NH, x, weight, h, su, sd, *parts)
         return dx, dweight, None, None, None, *grads
 
 

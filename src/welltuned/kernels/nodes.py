@@ -1,15 +1,15 @@
 """The fused ops as torch's compiler sees them: one node each, which it neither looks into nor runs a second time.
 
-The arithmetic is that of kernels/lora, gated_mlp, grouped and attention: a node finds what it needs and calls them. Only
-tensors and plain numbers reach a node, and a number would be part of the compiled code: so what a projection is stands
-behind a handle, a tensor of one number, and what a micro-batch's rows are in a ledger (kernels/ledger.py). All layers of
-a model, and all of its micro-batches, then share one compiled code.
+The arithmetic is that of kernels/lora, gated_mlp, grouped and attention: a node finds what it needs and calls them.
+Only tensors and plain numbers reach a node, and a number would be part of the compiled code: so what a projection is
+stands behind a handle, a tensor of one number, and what a micro-batch's rows are in a ledger (kernels/ledger.py). All
+layers of a model, and all of its micro-batches, then share one compiled code.
 
 Inductor before torch 2.11 miscompiled traced LoRA backward passes, and `add(alpha=...)` in 2.13: what is a node is not
 traced.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -166,7 +166,7 @@ def _back_mlp(ctx: Any, g: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ..
 _gated_mlp.register_autograd(_back_mlp, setup_context=_keep_mlp)
 
 
-def gated_mlp_node(x_NI: Tensor, pairs: list[tuple[Tensor, Tensor]], handle: Tensor, ledger: Tensor) -> Tensor:
+def gated_mlp_node(x_NI: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], handle: Tensor, ledger: Tensor) -> Tensor:
     """`kernels/gated_mlp.gated_mlp` of the GatedMLP behind the handle; pairs of gate, up and down."""
     y_NI: Tensor = _gated_mlp(autocast_input(x_NI), *(t for pair in pairs for t in pair), handle, ledger)[0]
     return y_NI
@@ -189,8 +189,8 @@ def _expert_shapes(
     x: Tensor, index: Tensor, weight: Tensor, au: Any, bu: Any, ad: Any, bd: Any, handle: Any, ledger: Any, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     routed = index.numel()
-    thin = [x.new_empty(routed if a is not None else 0, 0 if a is None else a.shape[2]) for a in (au, ad)]
-    return _new(x), x.new_empty(routed, width), *thin
+    su, sd = (x.new_empty(0, 0) if a is None else x.new_empty(routed, a.shape[2]) for a in (au, ad))
+    return _new(x), x.new_empty(routed, width), su, sd
 
 
 @_node("experts", _expert_shapes)
@@ -210,7 +210,7 @@ def _experts(
     routing = Routing.sort(index, experts.up.shape[0], rows_of(ledger))
     up, down = _adapter(au, bu, scale_K), _adapter(ad, bd, scale_K)
     y, h, su, sd = experts_forward(x, weight, experts, routing, up, down)
-    return y, h, *(x.new_empty(0, 0) if s is None else s for s in (su, sd))
+    return y, h, x.new_empty(0, 0) if su is None else su, x.new_empty(0, 0) if sd is None else sd
 
 
 def _expert_gradient_shapes(g: Tensor, x: Tensor, index: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -237,9 +237,9 @@ def _experts_backward(
     routing = Routing.sort(index, experts.up.shape[0], rows_of(ledger))
     up, down = _adapter(au, bu, scale_K), _adapter(ad, bd, scale_K)
     thin = (None if up is None else su), (None if down is None else sd)
-    dx, dweight, *grads = experts_backward(g, x, weight, h, *thin, experts, routing, up, down, True)
-    assert dx is not None
-    return dx, dweight, *(x.new_empty(0) if t is None else t.contiguous() for t in grads)
+    grads = experts_backward(g, x, weight, h, *thin, experts, routing, up, down, True)
+    dx, dweight, dau, dbu, dad, dbd = (x.new_empty(0) if t is None else t.contiguous() for t in grads)
+    return dx, dweight, dau, dbu, dad, dbd
 
 
 def _keep_experts(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -5,6 +5,7 @@ Only the layer is compiled, not the model: attention, LoRA projections, gated ML
 code is proven on the model in hand before it is used: same hidden states and same gradients as without it.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,13 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from welltuned.kernels.ledger import ledger_of
-from welltuned.kernels.lora import Dropout, Rows
+from welltuned.kernels.lora import Rows
 from welltuned.models.experts import LoraExperts, NF4Experts
 from welltuned.models.frozen import NF4Linear
 from welltuned.models.full import FullParameters
 from welltuned.models.fuse import Fused, fused_mlp_of
 from welltuned.models.lora import AdapterBank, LoraLinear, shared_rows
-from welltuned.models.packed import Packed, hidden_states, packed_model, packs
+from welltuned.models.packed import UNCOMPILED, Packed, hidden_states, packed_model, packs
 from welltuned.models.parts import decoder_layers
 from welltuned.models.static import Static, set_static
 
@@ -115,7 +116,7 @@ def _layer(
     if hidden.is_cuda:
         for bounds in (seen.query_B, seen.key_B, *(() if seen.rows_K is None else (seen.rows_K,))):
             _dynamic(bounds)
-        known["packed_seen"] = replace(seen, longest=(static.longest, static.longest))
+        known["packed_seen"] = replace(seen, longest=(static.longest, static.longest), whole=None)
     try:
         return compiled(layer, *args, **known)
     finally:
@@ -138,15 +139,13 @@ def warm_up(
     """
     if static.problem is not None:
         return WarmUp(0.0, (), 0, None, static.problem)
-    started, error = time.perf_counter(), 0.0
+    started, error = time.perf_counter(), math.nan
     try:
         _allow(KINDS * (len(lengths) + 1))
         with _random_adapters(trained), packed_model(model):
-            for length in lengths:
-                error = max(error, _difference(model, trained, static, length, longest))
+            error = max(_difference(model, trained, static, length, longest) for length in lengths)
     except Exception as problem:  # a compiler's faults are of every kind
-        static.lengths = ()
-        static.give_up(f"compiling failed ({_first_line(problem)})")
+        static.give_up(f"compiling failed ({_reason(problem)})")
     near = _NEAR[model.dtype]
     if static.problem is None and not error <= near:
         static.give_up(f"compiled layers give other numbers: {error:.1e} of their length apart, where {near:g} may be")
@@ -154,7 +153,8 @@ def warm_up(
         static.give_up(f"it compiles {static.graphs} times for {len(lengths)} lengths")
     static.lengths = () if static.problem is not None else tuple(lengths)
     static.longest, static.most, static.tokens, static.padding = longest, static.graphs, 0, 0
-    return WarmUp(time.perf_counter() - started, tuple(lengths), static.graphs, error, static.problem)
+    known = None if math.isnan(error) else error
+    return WarmUp(time.perf_counter() - started, tuple(lengths), static.graphs, known, static.problem)
 
 
 def _difference(
@@ -205,6 +205,8 @@ def _allow(codes: int) -> None:
     config.recompile_limit = max(config.recompile_limit, codes)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+def _reason(error: BaseException) -> str:
+    """In a line: what our own code refused, else the first of what the compiler says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    ours = [text for text in (UNCOMPILED,) if any(text in line for line in lines)]
+    return (ours or [f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__])[0]

@@ -76,7 +76,8 @@ class NF4Linear(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        held = self._parameters["bias"]
+        bias = None if held is None else held.to(x.dtype)
         if torch.compiler.is_compiling() and self.handle is not None:
             y_NO = frozen_node(x.reshape(-1, self.in_features), bias, self.handle, self.out_features)
             return y_NO.view(*x.shape[:-1], self.out_features)

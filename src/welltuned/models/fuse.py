@@ -125,7 +125,7 @@ def _fuse_mlp(module: nn.Module, fused: Fused) -> None:
     assert isinstance(gate, LoraLinear) and isinstance(up, LoraLinear) and isinstance(down, LoraLinear)
     mlp = GatedMLP(gate.projection, up.projection, down.projection, kind)
     original = module.forward
-    module.fused_gated_mlp = FusedMLP(mlp, original, (gate, up, down))
+    module.__dict__[_GATED] = FusedMLP(mlp, original, (gate, up, down))
     forward = MethodType(_fused_mlp, module)
     with torch.no_grad():
         x = _random(1, 5, gate.projection.weight.shape[1], like=gate.lora_A).to(_dtype(gate))
@@ -202,7 +202,7 @@ def _fuse_norm(module: nn.Module, fused: Fused) -> None:
     if norm is None:
         fused.plain[OTHER_NORMS] += 1
     else:
-        module.fused_rms_norm = norm
+        module.__dict__[_NORM] = norm
         fused.replace(module, MethodType(_fused_norm, module), "RMS norm")
 
 

@@ -7,7 +7,7 @@ along the row) is found out by trying, and runs its examples one at a time on it
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from welltuned.kernels.attention import Branches, Seen, on, packed_attention, seen_by, spans
+from welltuned.kernels.flex import block_mask, flex, wanted
 from welltuned.kernels.ledger import layout_of
 from welltuned.kernels.lora import Dropout
 from welltuned.kernels.nodes import attention_node
@@ -23,6 +24,7 @@ from welltuned.models.lora import shared_rows
 from welltuned.models.static import Static, static_of
 
 ATTENTION = "welltuned_packed"
+UNCOMPILED = "soft-capped logits and attention sinks are not compiled"
 _PACKABLE_LAYERS = {"full_attention", "sliding_attention"}  # not "linear_attention", "chunked_attention", "conv", ...
 _NOT_KNOWN = ("indices", "block_indices", "position_bias", "sinks")  # sparse or biased attention: not ours
 _PACKS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -90,7 +92,7 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if packed_ledger is not None and torch.compiler.is_compiling():
         if softcap is not None or s_aux is not None:
-            raise NotPackable("soft-capped logits and attention sinks are not compiled")
+            raise NotPackable(UNCOMPILED)
         parts = query[0], key[0], value[0]
         return attention_node(*parts, packed_ledger, packed_seen, scale, sliding_window)[None], None
     assert packed_lengths is not None
@@ -229,13 +231,18 @@ def _near(tried_NV: Tensor, known_NV: Tensor) -> bool:
 
 
 def _arguments(batch: Packed) -> dict[str, Any]:
+    device = batch.ids_N.device
+    seen = seen_by(batch.lengths, batch.branches, device)
+    if wanted(batch.lengths, batch.branches, device):
+        mask = block_mask(batch.lengths, batch.branches, device)
+        seen = replace(seen, whole=lambda q, k, v, scale: flex(q, k, v, mask, scale))
     return {
         "input_ids": batch.ids_N[None],
         "position_ids": batch.position_ids_N[None],
         "use_cache": False,
         "packed_lengths": batch.lengths,
         "packed_branches": batch.branches,
-        "packed_seen": seen_by(batch.lengths, batch.branches, batch.ids_N.device),
+        "packed_seen": seen,
     }
 
 

@@ -94,7 +94,10 @@ def static_lengths(sizes: Sequence[int], most: int, multiple: int = MULTIPLE) ->
         best = [
             best[0],
             *(
-                min((best[i][0] + (total[j] - total[i]) * distinct[j - 1], (*best[i][1], distinct[j - 1])) for i in range(j))
+                min(
+                    (best[i][0] + (total[j] - total[i]) * distinct[j - 1], (*best[i][1], distinct[j - 1]))
+                    for i in range(j)
+                )
                 for j in range(1, len(best))
             ),
         ]
