@@ -34,7 +34,7 @@ from welltuned.facts.adapter import AdapterFacts
 from welltuned.facts.data import DatasetFacts
 from welltuned.facts.machine import Device, MachineFacts
 from welltuned.facts.model import ModelFacts
-from welltuned.recipe import Method, PlainLoader, Recipe, Tune
+from welltuned.recipe import OPTIMIZERS_8BIT, Method, PlainLoader, Recipe, Tune
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,21 +303,38 @@ def _fitted(
         budget = user.get("token_budget")
         if budget is None and "per_device_train_batch_size" in user:
             budget = user["per_device_train_batch_size"] * epoch.sequences * longest
-        fitted = fit_memory(
-            model,
-            replace(setting, lengths=tuple(sorted({min(n, length) for n in data.length_percentiles}))),
-            limit=limit,
-            longest=epoch.sequences * longest,
-            update_tokens=epoch.sequences * min(batch * longest, max(longest, round(batch * epoch.typical))),
-            host_limit=machine.memory_available if machine.device is Device.CUDA else 0,
-            fixed=fixed_by(user, model, machine.device, budget),
-        )
-        tried.append((length, fitted))
-        if fitted.forecast.fits:
+        for eight_bit in _states(recipe):
+            fitted = fit_memory(
+                model,
+                replace(
+                    setting,
+                    lengths=tuple(sorted({min(n, length) for n in data.length_percentiles})),
+                    eight_bit=eight_bit,
+                ),
+                limit=limit,
+                longest=epoch.sequences * longest,
+                update_tokens=epoch.sequences * min(batch * longest, max(longest, round(batch * epoch.typical))),
+                host_limit=machine.memory_available if machine.device is Device.CUDA else 0,
+                fixed=fixed_by(user, model, machine.device, budget),
+            )
+            tried.append((length, fitted))
+            if fitted.forecast.fits:
+                break
+        if tried[-1][1].forecast.fits:
             break
     length, fitted = tried[-1] if tried[-1][1].forecast.fits else tried[0]
+    trained = trained_parameters(model, _memory_setting(choices, recipe, model, machine, targets))
+    optimizer = schedule.choose_optimizer(trained, eight_bit=fitted.eight_bit and "optim" not in user, limit=limit)
+    choices["optim"] = settle(recipe, "optim", optimizer)
     _memory_choices(choices, recipe, model, data, epoch, machine, length, whole, fitted, limit)
     return fitted
+
+
+def _states(recipe: Recipe) -> tuple[bool, ...]:
+    """Whether AdamW's moments are in 8 bits: the user's value, else in full fine-tuning where fp32 does not fit."""
+    if "optim" in recipe.hyperparameters:
+        return (recipe.hyperparameters["optim"] in OPTIMIZERS_8BIT,)
+    return (False, True) if recipe.tune is Tune.FULL else (False,)
 
 
 def _memory_choices(
@@ -398,7 +415,6 @@ def _rate_and_schedule(
         "lr_scheduler_type": shape,
         "warmup_steps": schedule.choose_warmup(updates, shape.value),
         "weight_decay": schedule.choose_weight_decay(rate, updates),
-        "optim": schedule.choose_optimizer(trained),
         "adam_beta1": beta1,
         "adam_beta2": beta2,
         "max_grad_norm": schedule.choose_clip(batch),

@@ -30,7 +30,8 @@ class Tracker(StrEnum):
 AUTO = "auto"
 ALL_LINEAR = "all-linear"
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
-OPTIMIZERS = ("adamw", "adamw_torch", "adamw_torch_fused")
+OPTIMIZERS_8BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
+OPTIMIZERS = ("adamw", "adamw_torch", "adamw_torch_fused", *OPTIMIZERS_8BIT)
 DTYPES = ("float32", "bfloat16")
 BIASES = ("none", "all", "lora_only")
 DENSE_BASES = ("cached", "rebuilt")
@@ -186,7 +187,7 @@ HYPERPARAMETERS: Mapping[str, Key] = MappingProxyType(
         "weight_decay": Key(float, "AdamW's pull of the trained weights towards 0."),
         "adam_beta1": Key(float, "AdamW's memory of the gradient."),
         "adam_beta2": Key(float, "AdamW's memory of the squared gradient."),
-        "optim": Key(str, "The optimiser: adamw (all names accepted mean the same AdamW)."),
+        "optim": Key(str, "The optimiser: adamw, or adamw_8bit with a quarter of its state; others' names do too."),
         "max_grad_norm": Key(float, "Gradients longer than this are scaled down to it."),
         "max_length": Key(int, "Longest example in tokens; what is longer is cut."),
         "packing": Key(bool, "Put several whole examples into one stream without padding."),

@@ -11,7 +11,7 @@ from welltuned.errors import RunError
 from welltuned.models.lora import AdapterBank
 from welltuned.training.average import Average
 from welltuned.training.checkpoint import Checkpoint, Position, Snapshot, named
-from welltuned.training.optimizer import FlatAdamW
+from welltuned.training.optimizer_8bit import Optimizer
 from welltuned.training.ranks import Ranks
 from welltuned.training.step import Trained
 
@@ -30,14 +30,15 @@ class Numbers:
     """All that updates change: weights, moments, step counts, and the average where the run keeps one."""
 
     trained: Trained
-    optimizer: FlatAdamW
+    optimizer: Optimizer
     average: Average | None
 
     @property
     def flat(self) -> list[torch.Tensor]:
         """The flat buffers, which are the same on every rank."""
         average = [] if self.average is None else [self.average.flat_KP]
-        return [self.trained.flat_KP, self.optimizer.exp_avg_KP, self.optimizer.exp_avg_sq_KP, *average]
+        moments = [self.optimizer.exp_avg_KP, self.optimizer.exp_avg_sq_KP, *self.optimizer.codes.values()]
+        return [self.trained.flat_KP, *moments, *average]
 
     def take(self, position: Position, origin: Origin, metrics_bytes: int, *, copied: bool) -> Snapshot:
         """The run at this position in host memory: a copy, or on a CPU the live buffers themselves.
@@ -45,14 +46,17 @@ class Numbers:
         Raises:
             RunError: a number is not finite; such a state is never saved.
         """
-        flat_KP, exp_avg_KP, exp_avg_sq_KP, *average = (tensor.to("cpu", copy=copied) for tensor in self.flat)
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in (flat_KP, exp_avg_KP, exp_avg_sq_KP)):
+        flat_KP, exp_avg_KP, exp_avg_sq_KP, *rest = (tensor.to("cpu", copy=copied) for tensor in self.flat)
+        codes = dict(zip(self.optimizer.codes, rest, strict=False))
+        wide = [tensor for tensor in codes.values() if tensor.is_floating_point()]
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in (flat_KP, exp_avg_KP, exp_avg_sq_KP, *wide)):
             raise RunError("trained weights or moments are not finite: they are not saved")
         return Snapshot(
             flat_KP=flat_KP,
             exp_avg_KP=exp_avg_KP,
             exp_avg_sq_KP=exp_avg_sq_KP,
-            average_KP=average[0] if average else None,
+            average_KP=rest[-1] if self.average is not None else None,
+            codes=codes,
             steps_G=self.optimizer.steps_G,
             slots=self.trained.slots,
             position=position,
@@ -77,7 +81,7 @@ class Numbers:
     def _read(self, found: Checkpoint | None) -> tuple[list[float], Mapping[str, Any]]:
         assert found is not None
         restore_weights(self.trained, found)
-        self.optimizer.restore(found.exp_avg_KP, found.exp_avg_sq_KP, found.steps_G)
+        self.optimizer.restore(found.exp_avg_KP, found.exp_avg_sq_KP, found.steps_G, found.codes)
         if self.average is not None:
             self.average.restore(found.average_KP, self.trained.flat_KP)
         return found.steps_G.tolist(), to_plain(found.position)
@@ -87,8 +91,7 @@ class Numbers:
         if not isinstance(self.trained, AdapterBank):
             return False
         self.trained.flat_KP.copy_(self.trained.start_KP)
-        zeros_KP, zeros_G = torch.zeros_like(self.trained.flat_KP), torch.zeros_like(self.optimizer.steps_G)
-        self.optimizer.restore(zeros_KP, zeros_KP, zeros_G)
+        self.optimizer.reset()
         if self.average is not None:
             self.average.restore(self.trained.start_KP, self.trained.flat_KP)
         return True
