@@ -228,6 +228,7 @@ _ORDER = (
     *("bias", "loss_type", "beta", "label_smoothing", "simpo_gamma", "desirable_weight"),
     *("undesirable_weight", "center_rewards_coefficient", "num_generations", "max_completion_length", "temperature"),
     *("top_p", "epsilon", "epsilon_high", "scale_rewards", "mask_truncated_completions", "num_iterations"),
+    "vllm_importance_sampling_clip_max",
     *("warmup_steps", "lr_scheduler_type", "weight_decay", "optim", "adam_beta1", "adam_beta2", "max_grad_norm"),
     *("max_length", "packing", "assistant_only_loss", "token_budget", "gradient_checkpointing"),
     *("checkpointed_layers", "offload_checkpoints", "dense_base", "dtype"),

@@ -29,6 +29,7 @@ from welltuned.recipe.keys import (
     POLICIES,
     REWARD_SCALES,
     SCHEDULERS,
+    UNSERVED,
     VARIANTS,
     Method,
     Tune,
@@ -234,6 +235,9 @@ _RULES: Mapping[str, _Rule] = MappingProxyType(
         "data_weights": _POSITIVE,
         "reward_weights": _Rule(math.isfinite, "a finite number"),
         "label_smoothing": _Rule(lambda value: 0 <= value < 0.5, "at least 0 and below 0.5"),
+        "vllm_server_base_url": _Rule(
+            lambda value: bool(re.fullmatch(r"https?://[^/\s]+(/\S*)?", value)), "a URL such as http://localhost:8000"
+        ),
         "num_generations": _Rule(lambda value: value >= 2, "2 or more: an answer is judged beside others"),
         "top_p": _Rule(lambda value: 0 < value <= 1, "above 0 and at most 1"),
         "epsilon": _Rule(lambda value: 0 < value < 1, "above 0 and below 1"),
@@ -281,6 +285,7 @@ def refuse_ignored_keys(given: Mapping[str, Setting]) -> None:
     _check_loss(given)
     _check_objective(given, method)
     _check_memory(given, tune)
+    _check_server(given, tune)
 
 
 def _check_memory(given: Mapping[str, Setting], tune: Tune) -> None:
@@ -295,6 +300,24 @@ def _check_memory(given: Mapping[str, Setting], tune: Tune) -> None:
     if "offload_checkpoints" in given and given["offload_checkpoints"].value and not all(again.values()):
         what = "offload_checkpoints moves what goes into recomputed layers, and none is recomputed"
         raise InputError(what, where=given["offload_checkpoints"].where, mend="remove it")
+
+
+def _check_server(given: Mapping[str, Setting], tune: Tune) -> None:
+    """A vLLM server samples with plain LoRA adapters on its own copy of the base."""
+    server, clip = "vllm_server_base_url", "vllm_importance_sampling_clip_max"
+    if server not in given:
+        if clip in given:
+            raise InputError(f"{clip} is read only with {server}", where=given[clip].where, mend="remove it")
+        return
+    if tune is Tune.FULL:
+        what = "a vLLM server is given adapters, and tune: full trains the base that it holds"
+        raise InputError(what, where=given[server].where, mend="use tune: lora, or remove it")
+    asked = {key: given[key].value for key in UNSERVED if key in given}
+    asked |= {"bias": given["bias"].value} if "bias" in given and given["bias"].value != "none" else {}
+    for key, value in asked.items():
+        if value:
+            what = f"vLLM does not load adapters with {key}"
+            raise InputError(what, where=given[key].where, mend=f"remove it, or {server}: this process samples then")
 
 
 def _check_variants(given: Mapping[str, Setting], method: Method, tune: Tune) -> None:

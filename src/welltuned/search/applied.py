@@ -56,6 +56,7 @@ OTHER_METHODS = frozenset(
     [
         *("rewards", "reward_weights", "num_generations", "max_completion_length", "temperature", "top_p", "epsilon"),
         *("epsilon_high", "scale_rewards", "mask_truncated_completions", "num_iterations"),
+        *("vllm_server_base_url", "vllm_importance_sampling_clip_max"),
         *("desirable_weight", "undesirable_weight", "center_rewards_coefficient"),
     ]
 )
