@@ -7,6 +7,7 @@ the sound range a warning says so.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from welltuned.advice.room import fixed_by, room_choices
 from welltuned.advice.rules import cited, number, rule
 from welltuned.advice.safekeeping import Course, safekeeping_choices
 from welltuned.advice.settle import counted, settle, shown
+from welltuned.advice.sharding import must_be_cut, parts_to_try, sharding_choices
 from welltuned.advice.warn import all_warnings, ways_to_fit
 from welltuned.choice import Choice
 from welltuned.data.stream import steps_per_run
@@ -34,7 +36,7 @@ from welltuned.facts.adapter import AdapterFacts
 from welltuned.facts.data import DatasetFacts
 from welltuned.facts.machine import Device, MachineFacts
 from welltuned.facts.model import ModelFacts
-from welltuned.recipe import Method, PlainLoader, Recipe, Tune
+from welltuned.recipe import FULL_SHARD, Method, PlainLoader, Recipe, Tune
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,13 +143,24 @@ def require_memory(plan: Plan) -> None:
     if plan.memory.fits is False:
         what = f"the run needs about {plan.memory.total_bytes / 1e9:.1f} GB and has "
         what += f"{(plan.memory.limit_bytes or 0) / 1e9:.1f} GB"
-        if max(plan.facts.machine.gpus, plan.facts.machine.processes) > 1:
-            what += " in each process, which holds the whole model: it is not sharded over several (FSDP2 is not built)"
+        what += _in_each(plan)
         raise InputError(
             what,
             where="memory",
             mend=ways_to_fit(plan.recipe, plan.facts.model, plan.facts.machine.device, plan.choices, plan.memory),
         )
+
+
+def _in_each(plan: Plan) -> str:
+    """What several processes would change, or did."""
+    machine = plan.facts.machine
+    if "fsdp" in plan.choices and plan.value("fsdp") == FULL_SHARD and machine.processes > 1:
+        return f" in each of {machine.processes} processes, though each keeps only a part of every weight"
+    if machine.processes > 1:
+        return " in each process, which holds the whole model"
+    if machine.gpus > 1:
+        return f"; {machine.gpus} GPUs could each keep a part of it: torchrun --nproc-per-node {machine.gpus}"
+    return ""
 
 
 # ── making one ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -167,7 +180,8 @@ def make_plan(
     Where LoRA does not fit, 4-bit weights do, and the recipe names no `tune`, the plan is QLoRA's.
     """
     plan = _plan(recipe, model, data, machine, flops_per_second, adapter)
-    if plan.memory.fits or recipe.tune_given or recipe.tune is not Tune.LORA:
+    given = recipe.hyperparameters.get("fsdp")
+    if plan.memory.fits or recipe.tune_given or recipe.tune is not Tune.LORA or given == FULL_SHARD:
         return plan
     smaller = _plan(replace(recipe, tune=Tune.QLORA), model, data, machine, flops_per_second, adapter)
     return smaller if smaller.memory.fits else plan
@@ -230,7 +244,7 @@ _ORDER = (
     *("top_p", "epsilon", "epsilon_high", "scale_rewards", "mask_truncated_completions", "num_iterations"),
     *("warmup_steps", "lr_scheduler_type", "weight_decay", "optim", "adam_beta1", "adam_beta2", "max_grad_norm"),
     *("max_length", "packing", "assistant_only_loss", "token_budget", "gradient_checkpointing"),
-    *("checkpointed_layers", "offload_checkpoints", "dense_base", "dtype"),
+    *("checkpointed_layers", "offload_checkpoints", "dense_base", "fsdp", "dtype"),
     *("eval_steps", "load_best_model_at_end", "early_stopping_patience", "save_steps", "save_total_limit", "seed"),
 )
 
@@ -265,6 +279,7 @@ def _memory_setting(
     model: ModelFacts,
     machine: MachineFacts,
     targets: tuple[str, ...] | None,
+    parts: int = 1,
 ) -> MemorySetting:
     return MemorySetting(
         tune=recipe.tune,
@@ -276,6 +291,7 @@ def _memory_setting(
         targets=targets,
         more=variants.more_parameters(model, choices, targets),
         average="ema_decay" in recipe.hyperparameters,
+        parts=parts,
     )
 
 
@@ -296,10 +312,10 @@ def _fitted(
     lengths = [user["max_length"]] if "max_length" in user else [whole]
     if "max_length" not in user and recipe.method is not Method.GRPO:
         lengths += [n for n in (data.length_p99, data.length_p95) if n < whole]
-    tried: list[tuple[int, Fitted]] = []
-    for length in lengths:
+    tried: list[tuple[int, int, Fitted]] = []
+    for length, parts in product(lengths, parts_to_try(recipe, machine)):
         longest = min(length, epoch.longest)
-        setting = _memory_setting(choices, recipe, model, machine, targets)
+        setting = _memory_setting(choices, recipe, model, machine, targets, parts)
         budget = user.get("token_budget")
         if budget is None and "per_device_train_batch_size" in user:
             budget = user["per_device_train_batch_size"] * epoch.sequences * longest
@@ -312,10 +328,15 @@ def _fitted(
             host_limit=machine.memory_available if machine.device is Device.CUDA else 0,
             fixed=fixed_by(user, model, machine.device, budget),
         )
-        tried.append((length, fitted))
-        if fitted.forecast.fits:
+        tried.append((length, parts, fitted))
+        if fitted.forecast.fits and (parts > 1 or not must_be_cut(recipe, machine)):
             break
-    length, fitted = tried[-1] if tried[-1][1].forecast.fits else tried[0]
+    most = max(parts for _, parts, _ in tried)
+    length, parts, fitted = (
+        tried[-1] if tried[-1][2].forecast.fits else next(t for t in tried if t[1] == most and t[0] == lengths[0])
+    )
+    whole_run = tried[0][2].forecast
+    choices |= sharding_choices(recipe, machine, limit, whole_run, fitted.forecast if parts > 1 else None)
     _memory_choices(choices, recipe, model, data, epoch, machine, length, whole, fitted, limit)
     return fitted
 

@@ -15,8 +15,11 @@ class FullParameters:
         frozen: names of parts that stay as they are.
 
     Attributes:
+        in_pieces: whether these are only this rank's parts of them (models/sharded.py).
         decayed: how many columns of the flat buffer weight decay applies to (matrices, not gains or biases).
     """
+
+    in_pieces = False
 
     def __init__(self, model: PreTrainedModel, frozen: tuple[str, ...] = ()):
         self.model = model.float()

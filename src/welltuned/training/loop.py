@@ -76,7 +76,7 @@ class Loop:
         )
         self.average = Average(plan.value("ema_decay"), self.trained.flat_KP) if "ema_decay" in plan.choices else None
         self.numbers = Numbers(self.trained, self.optimizer, self.average)
-        self._movement = Movement(self.trained)  # before a checkpoint is restored: it remembers the start
+        self._movement = Movement(self.trained, self.ranks)  # before a checkpoint is restored: it remembers the start
         self.schedule = schedule_of(plan)
         self.batch = plan.value("effective_batch_size")
         self._guard = MemoryGuard(plan, processes=self.ranks.here)
@@ -180,7 +180,7 @@ class Loop:
         keys = [dropout_key(self.plan.value("seed"), step, i) for i in chosen]
         try:
             made = self._gradient(rows, keys)
-            norm = clip_(self.trained.grad_KP, self.plan.value("max_grad_norm"))[0]
+            norm = clip_(self.trained.grad_KP, self.plan.value("max_grad_norm"), self._sum.lengths())[0]
             what = (
                 None
                 if is_sound(norm, made)
@@ -305,10 +305,10 @@ class Loop:
     def _left_out(self, what: str, rows: Sequence[Any], keys: Sequence[int]) -> bool:
         """Leave this update out: nothing of it reaches weights or moments. False where the run went back."""
         self.optimizer.zero_grad()
-        if not bool(torch.isfinite(self.trained.flat_KP).all()):
+        if not all(self.ranks.gather(lambda: bool(torch.isfinite(self.trained.flat_KP).all()))):
             back_or_stop(self, f"trained weights are not finite at update {self.at.step + 1}")
             return False
-        finite = finite_alone(self._gradient, self.trained.grad_KP, rows, keys)
+        finite = finite_alone(self._gradient, self._sum.lengths, self.trained.grad_KP, rows, keys)
         found = tuple(rows[i].origin for i in culprits(rows, finite))
         self.at = replace(self.at, step=self.at.step + 1, skipped=self.at.skipped + 1, in_a_row=self.at.in_a_row + 1)
         self.tell(Skipped(self.at.step, self.plan.updates, what, found))
@@ -373,7 +373,7 @@ class Loop:
         """
         self.at, self._clock = self.numbers.restore(found, self.ranks), time.monotonic()
         self.optimizer.zero_grad()
-        self.cut_to(self.at.token_budget)
+        self.cut_to(min(self.engine.token_budget, self.at.token_budget))  # the recipe's may be less by now
         self.watch = self._make_watch(self.plan, self.at.monitor)
         if found is None:
             return

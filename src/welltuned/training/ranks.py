@@ -204,9 +204,10 @@ class Group(Ranks):
         try:
             yield
         except RuntimeError as error:  # gloo's and NCCL's own, and what torch makes of them
-            raise self._lost(error) from error
+            raise self.lost(error) from error
 
-    def _lost(self, error: RuntimeError) -> Lost:
+    def lost(self, error: RuntimeError) -> Lost:
+        """What an error of the connection means: who is gone."""
         gone = self._who_is_gone()
         named = f"process {', '.join(map(str, gone))} of {self.size}" if gone else f"one of {self.size} processes"
         why = f"did not answer for {self._timeout:g} s" if "imed out" in str(error) else "is gone"

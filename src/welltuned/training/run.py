@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -34,6 +34,7 @@ from welltuned.training.checkpoint import Checkpoint
 from welltuned.training.events import Note, Observer, silent
 from welltuned.training.grpo_step import grpo_objective
 from welltuned.training.healing import halved
+from welltuned.training.in_pieces import lies_in_pieces, load_in_pieces
 from welltuned.training.identity import identity_of, versions
 from welltuned.training.interrupt import interruptible
 from welltuned.training.keeper import Keeper, require_disk
@@ -67,6 +68,9 @@ from welltuned.training.watch import is_divergence, monitor
 from welltuned.training.watcher import MakeWatch
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True, slots=True)
 class Ready:
     """A loaded model with what trains on it and by what objective, before the first update."""
@@ -91,24 +95,34 @@ def make_ready(plan: Plan, arms: Sequence[Plan] = (), ranks: Ranks = ALONE) -> R
     if recipe.tune is Tune.FULL and plan.value("dtype") != "float32":
         raise InputError("full fine-tuning trains float32 weights", where="dtype", mend="remove it, or use tune: lora")
     device = "cuda" if plan.facts.machine.device is Device.CUDA else "cpu"
-    dtype = torch.float32 if recipe.tune is Tune.FULL else DTYPES[plan.value("dtype")]
-    model = load_model(recipe.model, dtype=dtype, device=device, nf4=recipe.tune is Tune.QLORA, trust=recipe.trust)
-    room = room_of(plan)
-    make_room(model, dense=room.dense_base)
-    idle = idle_parts(model)
-    trained: Trained = trained_parts(model, plan, idle, arms)
-    lost = fill_loftq(trained, plan) if isinstance(trained, AdapterBank) else ()
-    fused = fuse(model, trained if isinstance(trained, AdapterBank) else None)
-    head = find_head(model)
+    room, shards, lost = room_of(plan), None, ()
+    if lies_in_pieces(plan, ranks):
+        cut = load_in_pieces(plan, ranks, torch.device(device))
+        trained, idle, shards = cut.trained, cut.idle, cut.shards
+        model = trained.model
+    else:
+        dtype = torch.float32 if recipe.tune is Tune.FULL else DTYPES[plan.value("dtype")]
+        model = load_model(recipe.model, dtype=dtype, device=device, nf4=recipe.tune is Tune.QLORA, trust=recipe.trust)
+        make_room(model, dense=room.dense_base)
+        idle = idle_parts(model)
+        trained = trained_parts(model, plan, idle, arms)
+        lost = fill_loftq(trained, plan) if isinstance(trained, AdapterBank) else ()
+    look = _look if shards is None else shards.ask
+    fused = look(lambda: fuse(model, trained if isinstance(trained, AdapterBank) else None))
+    head = look(lambda: find_head(model))
     notes = [*lost, *fused.sentences(), *(f"text never reaches {name}, which stays as it is" for name in idle)]
     if head is None:
         notes.append("the output head does something this engine does not know: the model's own logits are used")
-    if not packs(model):
+    if not look(lambda: packs(model)):
         notes.append("this model's own code carries state along a row, so examples run one at a time, not packed")
     if room.recompute:
         checkpoint_layers(model, fused, room.layers, HostCheckpoints(model.device) if room.offload else None)
     budget = plan.value("token_budget") if plan.value("packing") else 1  # 1: every example by itself
-    return Ready(Engine(model, trained, head, budget, ranks), Supervised(), fused, tuple(notes))
+    return Ready(Engine(model, trained, head, budget, ranks, shards), Supervised(), fused, tuple(notes))
+
+
+def _look(make: Callable[[], T]) -> T:
+    return make()
 
 
 def train(
@@ -151,7 +165,10 @@ def _require_place(prepared: Prepared, out: Path) -> None:
 def loaded(prepared: Prepared, ranks: Ranks, observer: Observer) -> Ready:
     """Model, adapters and objective of a prepared run, the same on all ranks."""
     with ranks.patient():
-        ready = ranks.each(lambda: make_ready(prepared.plan, ranks=ranks))
+        if lies_in_pieces(prepared.plan, ranks):  # its passes wait for other ranks
+            ready = make_ready(prepared.plan, ranks=ranks)
+        else:
+            ready = ranks.each(lambda: make_ready(prepared.plan, ranks=ranks))
         same_start(ready.engine.trained, ranks)
         return with_objective(ready, prepared, observer if ranks.is_first else silent)
 

@@ -1,0 +1,49 @@
+"""Whether several processes share the model too, each keeping a part of every weight: only where it does not fit whole."""
+
+from welltuned.advice.memory import MemoryForecast
+from welltuned.advice.rules import cited
+from welltuned.advice.settle import bytes_words, settle
+from welltuned.choice import Choice
+from welltuned.facts.machine import MachineFacts
+from welltuned.recipe import FSDP, FULL_SHARD, Method, Recipe, Tune
+
+WHOLE = FSDP[0]
+
+
+def must_be_cut(recipe: Recipe, machine: MachineFacts) -> bool:
+    """Whether the user says so, and there are processes to share it."""
+    return recipe.hyperparameters.get("fsdp") == FULL_SHARD and machine.processes > 1
+
+
+def parts_to_try(recipe: Recipe, machine: MachineFacts) -> list[int]:
+    """Into how many parts the model may be cut, in the order of preference; 1 is whole, and always looked at."""
+    given = recipe.hyperparameters.get("fsdp")
+    starts_whole = recipe.hyperparameters.get("init_lora_weights", True) not in (True, "gaussian")
+    cuttable = recipe.method is Method.SFT and recipe.tune is not Tune.QLORA and not starts_whole
+    return [1, machine.processes] if given != WHOLE and cuttable and machine.processes > 1 else [1]
+
+
+def sharding_choices(
+    recipe: Recipe, machine: MachineFacts, limit: int, whole: MemoryForecast, cut: MemoryForecast | None
+) -> dict[str, Choice]:
+    """What is said of it where several processes were started, or where the user says something.
+
+    Args:
+        whole, cut: what each process takes with all of the model, and with its part, where that is tried.
+    """
+    if machine.processes == 1 and "fsdp" not in recipe.hyperparameters:
+        return {}
+    room = bytes_words(limit)
+    value = FULL_SHARD if cut is not None and not whole.fits else WHOLE
+    if machine.processes == 1:
+        why = "there is one process, which holds the whole model whatever is said here"
+    elif whole.fits:
+        why = f"the whole model fits into the {room} of each process, and then only one sum an update passes between them"
+    elif cut is not None:
+        why = (
+            f"the whole model would take {bytes_words(whole.total_bytes)} of the {room} that each process has; with a "
+            f"part of every weight in each of {machine.processes} it is forecast to take {bytes_words(cut.total_bytes)}"
+        )
+    else:
+        why = "of a model in pieces only sft on weights of 16 or 32 bits is trained"
+    return {"fsdp": settle(recipe, "fsdp", Choice(value=value, reason=why, evidence=cited("fsdp")))}
