@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -28,12 +28,16 @@ from welltuned.training.monitor.movement import Movement
 from welltuned.training.optimizer import FlatAdamW, clip_
 from welltuned.training.prepare import Prepared
 from welltuned.training.process import memory_used
+from welltuned.training.ranks import Group
 from welltuned.training.reduce import GradientSum, Word
 from welltuned.training.rundir import RunDir
 from welltuned.training.settings import adamw_settings, rate_spans, schedule_of
 from welltuned.training.snapshot import Numbers, Origin
 from welltuned.training.step import Engine, Evaluation, Gradient, NotFinite, Objective
 from welltuned.training.watcher import MakeWatch
+
+if TYPE_CHECKING:
+    from welltuned.models.sharded import ShardedParameters
 
 T = TypeVar("T")
 
@@ -334,7 +338,8 @@ class Loop:
 
     def save(self, *, wait: bool = False) -> None:
         """Begin to save this position; with `wait`, until it is on the disk."""
-        self.ranks.require_equal(f"the weights or moments after update {self.at.step}", self.numbers.flat)
+        if self.numbers.pieces is None:
+            self.ranks.require_equal(f"the weights or moments after update {self.at.step}", self.numbers.flat)
         if not self.ranks.alone:
             self._heed(self.ranks.gather(self._word))
         now = time.monotonic()
@@ -345,14 +350,27 @@ class Loop:
             monitor=self.watch.state(),
         )
         self._clock = now
-        self.ranks.first(lambda: self._keep(wait))
+        if self.numbers.pieces is None:
+            self.ranks.first(lambda: self._keep(wait))
+        elif not self.ranks.first(lambda: self.setting.keeper.has(self.at.step)):
+            self._keep_pieces(self.numbers.pieces)
 
     def _keep(self, wait: bool) -> None:
         keeper = self.setting.keeper
         if wait:
             self.say(keeper.join())
-        if keeper.saved != self.at.step or keeper.failed is not None:
+        if not keeper.has(self.at.step):
             self.say(keeper.save(self._snapshot, wait=wait))
+
+    def _keep_pieces(self, trained: "ShardedParameters") -> None:
+        """All ranks write, and training waits for them."""
+        from welltuned.training.pieces import write_pieces
+
+        assert isinstance(self.ranks, Group)
+        self.ranks.first(self.setting.directory.sync_metrics)
+        snapshot = self.ranks.each(lambda: self._snapshot(copied=False))
+        failed = write_pieces(self.setting.directory.path, snapshot, trained, self.ranks)
+        self.ranks.first(lambda: self.say(self.setting.keeper.written(snapshot, failed)))
 
     def _snapshot(self, copied: bool) -> Snapshot:
         length = self.setting.directory.metrics_bytes

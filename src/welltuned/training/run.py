@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from welltuned.adapters.verify import sha256
+from welltuned.adapters.verify import TensorCheck, sha256
 from welltuned.advice.plan import Plan, plan_to_yaml, require_memory
 from welltuned.errors import InputError, RunError
 from welltuned.facts.machine import Device
 from welltuned.models.four_bit import make_room
+from welltuned.models.full import FullParameters
 from welltuned.models.fuse import Fused, find_head, fuse
 from welltuned.models.load import load_model
 from welltuned.models.lora import AdapterBank
@@ -43,7 +44,7 @@ from welltuned.training.preference import METHODS, preference_objective
 from welltuned.training.prepare import Prepared
 from welltuned.training.prepare_together import sharing_notes
 from welltuned.training.process import allocator_keeps_memory, memory_used, return_freed_memory
-from welltuned.training.ranks import ALONE, Ranks
+from welltuned.training.ranks import ALONE, Group, Ranks
 from welltuned.training.result import RunResult, beside, disk_errors, healed, summary_of, verify_and_save, watched
 from welltuned.training.rundir import (
     AVERAGE,
@@ -285,7 +286,7 @@ class Course:
     def _ask(self, loop: Loop, when: When) -> None:
         """Have some held-out prompts answered, for the report; that it fails is no reason to end a run."""
         asked = questions(self.prepared)
-        if not asked:
+        if not asked or self.ready.engine.shards is not None:  # one process alone cannot ask a model in pieces
             return
         try:
             keep_replies(self.directory.path, asked, when, ask(self.ready.model, self.prepared, asked))
@@ -308,7 +309,7 @@ class Course:
             updates=at.step,
             before=at.before,
             after=at.last if at.last is not None else at.before,
-            checks=loop.ranks.first(lambda: verify_and_save(engine, self.prepared, self.directory, start_hashes, at)),
+            checks=self._saved(loop, engine, start_hashes),
             seconds=at.elapsed + loop.since_save(),
             tokens_per_second=at.tokens / at.seconds if at.seconds else 0.0,
             peak_memory=max(loop.ranks.gather(lambda: memory_used(device).peak)),
@@ -316,6 +317,15 @@ class Course:
         )
         loop.ranks.first(lambda: self._write_summary(loop, result, averaged))
         return result
+
+    def _saved(self, loop: Loop, engine: Engine, start_hashes: dict[str, str]) -> tuple[TensorCheck, ...]:
+        prepared, directory, pieces = self.prepared, self.directory, loop.numbers.pieces
+        if pieces is None:
+            return loop.ranks.first(lambda: verify_and_save(engine, prepared, directory, start_hashes, loop.at))
+        from welltuned.training.gathered import save_gathered
+
+        assert isinstance(loop.ranks, Group)
+        return save_gathered(pieces, prepared, directory, loop.at, loop.ranks)
 
     def _write_summary(self, loop: Loop, result: RunResult, averaged: dict[str, Any] | None) -> None:
         summary = summary_of(self.prepared, self.ready.fused, self.ready.notes, result)
@@ -349,14 +359,16 @@ def on_this_machine(plan: Plan) -> Iterator[None]:
 
 
 def _require_disk(plan: Plan, ready: Ready, out: Path) -> tuple[str, ...]:
-    trained = ready.engine.trained.flat_KP.nbytes
+    trained, final = ready.engine.trained.flat_KP.nbytes, 1
+    if isinstance(ready.engine.trained, FullParameters) and ready.engine.trained.in_pieces:
+        trained, final = trained * ready.engine.ranks.size, 2  # gathered, and from there saved
     kept = 4 if "ema_decay" in plan.choices else 3  # weights, two moments, an average
-    note = require_disk(out, kept * trained, trained, plan.value("save_total_limit"))
+    note = require_disk(out, kept * trained, final * trained, plan.value("save_total_limit"))
     return () if note is None else (note,)
 
 
 def _hashes(trained: Trained) -> dict[str, str]:
     """What full fine-tuning starts from; an adapter bank remembers its own start."""
-    if isinstance(trained, AdapterBank):
+    if isinstance(trained, AdapterBank) or trained.in_pieces:  # of pieces the base's digest is compared
         return {}
     return {name: sha256(tensor) for name, tensor in trained.tensors().items()}
