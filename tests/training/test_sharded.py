@@ -1,10 +1,8 @@
 """A model in pieces (FSDP2) gives the run of one process: losses, adapters and weights to fp32 rounding."""
 
-import json
-
 import pytest
 from ranked import finished, in_ranks, trained
-from test_ranks import assert_same_run, notes
+from test_ranks import assert_same_run
 
 import welltuned
 
@@ -48,5 +46,5 @@ def test_adapters_on_a_base_in_pieces(options, straight, tmp_path, world):
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=SLOW)])
 def test_full_fine_tuning_in_pieces(options, straight, tmp_path, world):
-    ended = finished(in_ranks(trained(tmp_path / "run", **options, **FULL), world, tmp_path / "said"))
+    finished(in_ranks(trained(tmp_path / "run", **options, **FULL), world, tmp_path / "said"))
     assert_same_run(tmp_path / "run", straight("full"))

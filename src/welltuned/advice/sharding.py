@@ -1,4 +1,4 @@
-"""Whether several processes share the model too, each keeping a part of every weight: only where it does not fit whole."""
+"""Whether several processes share the model too, each with a part of every weight: only where it does not fit whole."""
 
 from welltuned.advice.memory import MemoryForecast
 from welltuned.advice.rules import cited
@@ -38,7 +38,9 @@ def sharding_choices(
     if machine.processes == 1:
         why = "there is one process, which holds the whole model whatever is said here"
     elif whole.fits:
-        why = f"the whole model fits into the {room} of each process, and then only one sum an update passes between them"
+        why = (
+            f"the whole model fits into the {room} of each process, and then only one sum an update passes between them"
+        )
     elif cut is not None:
         why = (
             f"the whole model would take {bytes_words(whole.total_bytes)} of the {room} that each process has; with a "

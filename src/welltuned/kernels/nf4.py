@@ -36,7 +36,7 @@ class DenseWeight:
 
 @dataclass(frozen=True, slots=True)
 class LiveWeight:
-    """A frozen matrix W_OI that is asked for anew each time: of a model in pieces it is whole in its layer's turn only."""
+    """A frozen matrix W_OI that is asked for anew each time: in a model in pieces it is whole in its turn only."""
 
     read: Callable[[], Tensor]
     shape: tuple[int, int]

@@ -42,7 +42,9 @@ def decoder_layers(model: PreTrainedModel, where: str) -> list[nn.Module]:
     count = model.config.num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not lists:
-        raise InputError("no list of decoder layers was found", where=where, mend=f"leave {where} out, or set it to false or none")
+        raise InputError(
+            "no list of decoder layers was found", where=where, mend=f"leave {where} out, or set it to false or none"
+        )
     return list(lists[0])
 
 

@@ -1,8 +1,8 @@
 """A model in pieces (FSDP2): every rank keeps a part of each weight, and a layer is whole only while its turn lasts.
 
-torch's `fully_shard` cuts each decoder layer, and what lies outside of them as one more group, along the first dimension;
-its hooks gather a group before its turn and, where it is trained, add up its gradient and leave each rank its own part.
-Adapters and vectors that are not trained (gains, biases) stay whole on every rank: they are small.
+torch's `fully_shard` cuts each decoder layer, and what lies outside of them as one more group, along the first
+dimension. Its hooks gather a group before its turn and, where it is trained, add up its gradient and leave each rank its
+own part. Adapters and vectors that are not trained (gains, biases) stay whole on every rank: they are small.
 
 All ranks must run equally many passes through `Whole`, in the same order.
 """
@@ -133,10 +133,10 @@ class ShardedParameters(FullParameters):
             for leaf, p in module._parameters.items()
             if p is not None and id(p) in names
         }
-        self.root = _cut(model, device, _small(model, device), torch.float32, self._adopt)
+        self.root = _cut(model, device, _small(model, device), torch.float32, self._take)
         self.claim_gradients()
 
-    def _adopt(self, module: nn.Module) -> None:
+    def _take(self, module: nn.Module) -> None:
         """Move the pieces that FSDP2 has just made into the flat buffer: their data, and what it gathers them from."""
         slots = {slot.name: slot for slot in self.slots}
         for piece in _pieces_of(module):
@@ -189,9 +189,7 @@ class ShardedParameters(FullParameters):
         for name, piece in self.pieces_of(flat_KP).items():
             shape = torch.Size(self.whole[name])
             stride = torch.empty(shape, device="meta").stride()
-            found[name] = DTensor.from_local(
-                piece, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
-            )
+            found[name] = DTensor.from_local(piece, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
         return found
 
 

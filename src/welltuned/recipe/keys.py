@@ -199,8 +199,8 @@ HYPERPARAMETERS: Mapping[str, Key] = MappingProxyType(
         "dense_base": Key(str, "The 4-bit base in training: expanded once and cached, or rebuilt for each product."),
         "fsdp": Key(
             str,
-            "Whether processes that torchrun started share the model too: full_shard (each keeps a part of every weight) "
-            "or none.",
+            "Whether processes that torchrun started share the model too: full_shard (each keeps a part of every "
+            "weight) or none.",
         ),
         "dtype": Key(str, "Number format of the base weights and activations: " + " or ".join(DTYPES) + "."),
         "ema_decay": Key(float, "Keep an average of the weights too, which each update moves by 1 - ema_decay."),

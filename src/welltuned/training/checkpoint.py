@@ -6,7 +6,7 @@
     state.json              position, monitor, what the run was (training/identity.py)
     manifest.json           written last: size and sha256 of the other three, and of itself
 
-Where the model lies in pieces, shard-…safetensors of every rank stand in the place of the first two (training/pieces.py).
+Where the model lies in pieces, files of every rank stand in the place of the first two (training/pieces.py).
 
 It is written beside its name, fsynced, read back and renamed, so that a folder with its name is whole. Everything
 random in a run is a function of (seed, update, row), so there is no random state to keep, and nothing in a checkpoint

@@ -55,8 +55,9 @@ def gathered_file(trained: ShardedParameters, run: Path, ranks: Group) -> Iterat
 
 
 def _gather(trained: ShardedParameters, file: Path, ranks: Group) -> None:
-    """Tensor by tensor, so that no more than one is whole in memory. What the disk refuses is raised at the end, on all:
-    the others wait for the first rank in every tensor."""
+    """Tensor by tensor, so that no more than one is whole in memory. What the disk refuses is raised at the end, on
+    all, since the others wait for the first rank in every tensor.
+    """
     failed: OSError | None = None
     number = -1
     try:
@@ -98,7 +99,7 @@ def _header(trained: ShardedParameters) -> bytes:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(-1).numpy()).cast("B")
+    return tensor.contiguous().view(-1).numpy().data.cast("B")
 
 
 def _write(number: int, data: bytes | memoryview) -> None:

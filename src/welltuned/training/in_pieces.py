@@ -68,7 +68,7 @@ def require_cuttable(recipe: Recipe) -> None:
 
 
 def stored_dtype(model: str) -> torch.dtype:
-    """The number format of all of a folder's weights, so that they are mapped and not copied; float32 if they differ."""
+    """The number format of all of a folder's weights, so that they need not be widened here; float32 if they differ."""
     source = resolve(model)
     if source.path is None or not source.path.is_dir():
         return torch.float32

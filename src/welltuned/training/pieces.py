@@ -1,10 +1,10 @@
 """A checkpoint in pieces: every rank writes and reads its own part of weights, moments and average.
 
-By torch.distributed.checkpoint (DCP), in its safetensors form, so that nothing is a pickle. Its files are shard-…: of
-rank r, with what they hold by the names trained/…, exp_avg/…, exp_avg_sq/… and average/… and each tensor's first row.
-Everything else is as in a whole checkpoint (training/checkpoint.py): state.json, a manifest with sizes and sha256, written
-beside its name, fsynced, read back by whoever wrote it, renamed by the first rank. Any number of ranks can read it, one
-among them.
+By torch.distributed.checkpoint (DCP), in its safetensors form, so that nothing is a pickle. Its files are shard-…, at
+least one of every rank, with tensors named trained/…, exp_avg/…, exp_avg_sq/… and average/… and the first row of each.
+Everything else is as in a whole checkpoint (training/checkpoint.py): state.json, a manifest with sizes and sha256,
+written beside its name, fsynced, read back by whoever wrote it, renamed by the first rank. Any number of ranks can read
+it, one among them.
 """
 
 import io
@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from welltuned.errors import RunError
 from welltuned.models.sharded import ShardedParameters
@@ -58,19 +60,18 @@ def write_pieces(run: Path, snapshot: Snapshot, trained: ShardedParameters, rank
         for name, piece in trained.dtensors(flat_KP).items()
     }
     needed = sum(4 * tensor.numel() for tensor in tensors.values())  # of whole tensors
-    place, failed = _agreed(ranks, lambda: begin_checkpoint(run, snapshot, needed) if ranks.is_first else None)
-    if failed is not None or place[0] is None:
+    begun: list[str | None]
+    begun, failed = _agreed(ranks, lambda: begin_checkpoint(run, snapshot, needed) if ranks.is_first else None)
+    if failed is not None or begun[0] is None:
         return failed
-    beside = Path(place[0])
-    written, failed = _agreed(ranks, lambda: _require_folder(beside, ranks))
+    beside = Path(begun[0])
+    _, failed = _agreed(ranks, lambda: _require_folder(beside, ranks))
+    files: dict[str, Written] = {}
     if failed is None:
-        written, failed = _written(beside, tensors, ranks)
+        files, failed = _written(beside, tensors, ranks)
     if failed is None:
-        files = {name: file for part in written for name, file in part.items()}
         shapes = {name: list(shape) for name, shape in trained.whole.items()}
-        _, failed = _agreed(
-            ranks, lambda: finish_checkpoint(run, snapshot, files, shapes) if ranks.is_first else None
-        )
+        _, failed = _agreed(ranks, lambda: finish_checkpoint(run, snapshot, files, shapes) if ranks.is_first else None)
     return failed
 
 
@@ -100,17 +101,17 @@ def _require_folder(beside: Path, ranks: Group) -> None:
         raise RunError(f"process {ranks.rank} does not see {beside}: a model in pieces needs a folder that all share")
 
 
-def _written(beside: Path, tensors: Mapping[str, Any], ranks: Group) -> tuple[list[Any], str | None]:
+def _written(beside: Path, tensors: Mapping[str, Any], ranks: Group) -> tuple[dict[str, Written], str | None]:
     """The files of every rank, each written by its own and read back."""
     files = _Files()
-    writer = dcp.HuggingFaceStorageWriter(str(beside), _file_of(tensors), save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(beside), _file_of(tensors), save_distributed=True)
     writer.fs, writer.sync_files = files, False  # ours are fsynced when they are closed
     try:
         with ranks.connected():
-            dcp.save(dict(tensors), storage_writer=writer, process_group=ranks.words)
+            save(dict(tensors), storage_writer=writer, process_group=ranks.words)
     except CheckpointException as error:  # on all ranks alike
         rank, (why, _) = next(iter(error.failures.items()))
-        return [], f"{why.strerror if isinstance(why, OSError) and why.strerror else why} (process {rank})"
+        return {}, f"{why.strerror if isinstance(why, OSError) and why.strerror else why} (process {rank})"
 
     def read_back() -> dict[str, Written]:
         for name, file in files.written.items():
@@ -118,7 +119,8 @@ def _written(beside: Path, tensors: Mapping[str, Any], ranks: Group) -> tuple[li
                 raise Damaged(f"{name} is not what was written")
         return files.written
 
-    return _agreed(ranks, read_back)
+    parts, failed = _agreed(ranks, read_back)
+    return {name: file for part in parts if part is not None for name, file in part.items()}, failed
 
 
 def _file_of(tensors: Mapping[str, Any]) -> dict[str, int]:
@@ -191,16 +193,14 @@ def read_own_part(folder: Path, kinds: Mapping[str, Tensor], trained: ShardedPar
     if (folder / TRAINED).is_file():
         return _read_rows(folder, kinds, trained)
     state = {
-        f"{kind}/{name}": piece
-        for kind, flat_KP in kinds.items()
-        for name, piece in trained.dtensors(flat_KP).items()
+        f"{kind}/{name}": piece for kind, flat_KP in kinds.items() for name, piece in trained.dtensors(flat_KP).items()
     }
     _load(folder, state)
 
 
 def _load(folder: Path, state: Mapping[str, Any]) -> None:
     try:
-        dcp.load(dict(state), storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+        load(dict(state), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except CheckpointException as error:
         why = next(iter(error.failures.values()))[0]
         raise RunError(f"{folder} does not hold what is trained here ({why})") from error

@@ -17,8 +17,8 @@ from welltuned.models.oom import is_out_of_memory
 from welltuned.training.ranks import Failure, Group, Lost, Ranks
 from welltuned.training.step import Gradient, NotFinite, Trained
 
-# Places behind the gradient: how many ranks have a word, the loss, the gradient's squares where each rank holds a part of
-# it, and an objective's own.
+# Places behind the gradient: how many ranks have a word, the loss, the gradient's squares where each rank holds a part
+# of it, and an objective's own.
 WORDS, LOSS, SQUARES, MEASURES = 0, 1, 2, 3
 TAIL = 32
 
@@ -77,7 +77,9 @@ class GradientSum:
         try:
             made = make()
         except Exception as error:
-            if is_out_of_memory(error) or isinstance(error, Lost):  # even example by example; the others hear of it when this process ends
+            if is_out_of_memory(error) or isinstance(
+                error, Lost
+            ):  # even example by example; the others hear of it when this process ends
                 raise
             failed = error
         said = word()

@@ -35,8 +35,8 @@ from welltuned.training.checkpoint import Checkpoint
 from welltuned.training.events import Note, Observer, silent
 from welltuned.training.grpo_step import grpo_objective
 from welltuned.training.healing import halved
-from welltuned.training.in_pieces import lies_in_pieces, load_in_pieces
 from welltuned.training.identity import identity_of, versions
+from welltuned.training.in_pieces import lies_in_pieces, load_in_pieces
 from welltuned.training.interrupt import interruptible
 from welltuned.training.keeper import Keeper, require_disk
 from welltuned.training.loop import Loop, Setting
@@ -68,7 +68,6 @@ from welltuned.training.trackers import require_trackers, tracked
 from welltuned.training.watch import is_divergence, monitor
 from welltuned.training.watcher import MakeWatch
 
-
 T = TypeVar("T")
 
 
@@ -96,7 +95,8 @@ def make_ready(plan: Plan, arms: Sequence[Plan] = (), ranks: Ranks = ALONE) -> R
     if recipe.tune is Tune.FULL and plan.value("dtype") != "float32":
         raise InputError("full fine-tuning trains float32 weights", where="dtype", mend="remove it, or use tune: lora")
     device = "cuda" if plan.facts.machine.device is Device.CUDA else "cpu"
-    room, shards, lost = room_of(plan), None, ()
+    room, shards = room_of(plan), None
+    lost: tuple[str, ...] = ()
     if lies_in_pieces(plan, ranks):
         cut = load_in_pieces(plan, ranks, torch.device(device))
         trained, idle, shards = cut.trained, cut.idle, cut.shards

@@ -87,7 +87,7 @@ class Shards:
 
 def _live(head: Head, module: nn.Module) -> Head:
     """The head with its weights as they are in this pass."""
-    return replace(head, w_VH=module._parameters["weight"], bias_V=module._parameters.get("bias"))
+    return replace(head, w_VH=module.get_parameter("weight"), bias_V=module._parameters.get("bias"))
 
 
 def _is_connection(error: RuntimeError) -> bool:
