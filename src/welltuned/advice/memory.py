@@ -35,7 +35,7 @@ class Fitted:
     Attributes:
         layers: how many layers are recomputed. share: of all layers.
         offload: whether what goes into them waits on the host, and `host_bytes` what that takes there.
-        dense_base: whether 4-bit weights stay expanded.
+        dense_base: whether 4-bit weights stay expanded. eight_bit: whether AdamW's moments are in 8 bits.
     """
 
     token_budget: int
@@ -43,6 +43,7 @@ class Fitted:
     share: float
     offload: bool
     dense_base: bool
+    eight_bit: bool
     host_bytes: int
     forecast: MemoryForecast
 
@@ -82,7 +83,10 @@ def _state(model: ModelFacts, s: MemorySetting) -> Iterator[tuple[str, float]]:
     if s.average:
         yield "average", trained * master / own
     yield "gradients", trained * master / own
-    yield "optimizer", trained * number("memory_adam_bytes") / own
+    if s.eight_bit:
+        yield "optimizer", trained * number("memory_adam_8bit_bytes") + number(f"memory_adam_8bit_work_{s.device}")
+    else:
+        yield "optimizer", trained * number("memory_adam_bytes") / own
     if s.parts > 1:
         yield "gathered", _gathered(model, s)
 
@@ -226,6 +230,7 @@ def _fitted(
         share=layers / model.layers,
         offload=offload,
         dense_base=dense,
+        eight_bit=setting.eight_bit,
         host_bytes=host_bytes(model, setting) if offload else 0,
         forecast=forecast_memory(model, setting, limit),
     )

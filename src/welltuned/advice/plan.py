@@ -27,7 +27,7 @@ from welltuned.advice.room import fixed_by, room_choices
 from welltuned.advice.rules import cited, number, rule
 from welltuned.advice.safekeeping import Course, safekeeping_choices
 from welltuned.advice.settle import counted, settle, shown
-from welltuned.advice.sharding import must_be_cut, parts_to_try, sharding_choices
+from welltuned.advice.sharding import must_be_cut, sharding_choices, ways_to_hold
 from welltuned.advice.warn import all_warnings, ways_to_fit
 from welltuned.choice import Choice
 from welltuned.data.stream import steps_per_run
@@ -36,7 +36,7 @@ from welltuned.facts.adapter import AdapterFacts
 from welltuned.facts.data import DatasetFacts
 from welltuned.facts.machine import Device, MachineFacts
 from welltuned.facts.model import ModelFacts
-from welltuned.recipe import FULL_SHARD, Method, PlainLoader, Recipe, Tune
+from welltuned.recipe import FULL_SHARD, OPTIMIZERS_8BIT, Method, PlainLoader, Recipe, Tune
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,6 +242,7 @@ _ORDER = (
     *("bias", "loss_type", "beta", "label_smoothing", "simpo_gamma", "desirable_weight"),
     *("undesirable_weight", "center_rewards_coefficient", "num_generations", "max_completion_length", "temperature"),
     *("top_p", "epsilon", "epsilon_high", "scale_rewards", "mask_truncated_completions", "num_iterations"),
+    "vllm_importance_sampling_clip_max",
     *("warmup_steps", "lr_scheduler_type", "weight_decay", "optim", "adam_beta1", "adam_beta2", "max_grad_norm"),
     *("max_length", "packing", "assistant_only_loss", "token_budget", "gradient_checkpointing"),
     *("checkpointed_layers", "offload_checkpoints", "dense_base", "fsdp", "dtype"),
@@ -313,15 +314,18 @@ def _fitted(
     if "max_length" not in user and recipe.method is not Method.GRPO:
         lengths += [n for n in (data.length_p99, data.length_p95) if n < whole]
     tried: list[tuple[int, int, Fitted]] = []
-    for length, parts in product(lengths, parts_to_try(recipe, machine)):
+    for length, (parts, eight_bit) in product(lengths, ways_to_hold(recipe, machine, _states(recipe))):
         longest = min(length, epoch.longest)
         setting = _memory_setting(choices, recipe, model, machine, targets, parts)
         budget = user.get("token_budget")
         if budget is None and "per_device_train_batch_size" in user:
             budget = user["per_device_train_batch_size"] * epoch.sequences * longest
+        setting = replace(
+            setting, lengths=tuple(sorted({min(n, length) for n in data.length_percentiles})), eight_bit=eight_bit
+        )
         fitted = fit_memory(
             model,
-            replace(setting, lengths=tuple(sorted({min(n, length) for n in data.length_percentiles}))),
+            setting,
             limit=limit,
             longest=epoch.sequences * longest,
             update_tokens=epoch.sequences * min(batch * longest, max(longest, round(batch * epoch.typical))),
@@ -331,14 +335,27 @@ def _fitted(
         tried.append((length, parts, fitted))
         if fitted.forecast.fits and (parts > 1 or not must_be_cut(recipe, machine)):
             break
-    most = max(parts for _, parts, _ in tried)
-    length, parts, fitted = (
-        tried[-1] if tried[-1][2].forecast.fits else next(t for t in tried if t[1] == most and t[0] == lengths[0])
-    )
-    whole_run = tried[0][2].forecast
-    choices |= sharding_choices(recipe, machine, limit, whole_run, fitted.forecast if parts > 1 else None)
+    length, parts, fitted = tried[-1] if tried[-1][2].forecast.fits else _first_of_most_parts(tried)
+    cut = fitted.forecast if parts > 1 else None
+    choices |= sharding_choices(recipe, machine, limit, tried[0][2].forecast, cut)
+    trained = trained_parameters(model, _memory_setting(choices, recipe, model, machine, targets))
+    optimizer = schedule.choose_optimizer(trained, eight_bit=fitted.eight_bit and "optim" not in user, limit=limit)
+    choices["optim"] = settle(recipe, "optim", optimizer)
     _memory_choices(choices, recipe, model, data, epoch, machine, length, whole, fitted, limit)
     return fitted
+
+
+def _states(recipe: Recipe) -> tuple[bool, ...]:
+    """Whether AdamW's moments are in 8 bits: the user's value, else in full fine-tuning where fp32 does not fit."""
+    if "optim" in recipe.hyperparameters:
+        return (recipe.hyperparameters["optim"] in OPTIMIZERS_8BIT,)
+    return (False, True) if recipe.tune is Tune.FULL else (False,)
+
+
+def _first_of_most_parts(tried: Sequence[tuple[int, int, Fitted]]) -> tuple[int, int, Fitted]:
+    """Where nothing fits: what comes nearest without cutting rows."""
+    most = max(parts for _, parts, _ in tried)
+    return next(found for found in tried if found[1] == most)
 
 
 def _memory_choices(
@@ -419,7 +436,6 @@ def _rate_and_schedule(
         "lr_scheduler_type": shape,
         "warmup_steps": schedule.choose_warmup(updates, shape.value),
         "weight_decay": schedule.choose_weight_decay(rate, updates),
-        "optim": schedule.choose_optimizer(trained),
         "adam_beta1": beta1,
         "adam_beta2": beta2,
         "max_grad_norm": schedule.choose_clip(batch),

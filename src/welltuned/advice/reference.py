@@ -52,7 +52,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
     "Learning from rewards": (
         *("num_generations", "max_completion_length", "temperature", "top_p", "epsilon", "epsilon_high"),
-        *("scale_rewards", "mask_truncated_completions", "num_iterations"),
+        *("scale_rewards", "mask_truncated_completions", "num_iterations", "vllm_importance_sampling_clip_max"),
     ),
 }
 SMALL: dict[str, Any] = dict(

@@ -1,5 +1,7 @@
 """Whether several processes share the model too, each with a part of every weight: only where it does not fit whole."""
 
+from collections.abc import Sequence
+
 from welltuned.advice.memory import MemoryForecast
 from welltuned.advice.rules import cited
 from welltuned.advice.settle import bytes_words, settle
@@ -15,12 +17,23 @@ def must_be_cut(recipe: Recipe, machine: MachineFacts) -> bool:
     return recipe.hyperparameters.get("fsdp") == FULL_SHARD and machine.processes > 1
 
 
-def parts_to_try(recipe: Recipe, machine: MachineFacts) -> list[int]:
-    """Into how many parts the model may be cut, in the order of preference; 1 is whole, and always looked at."""
+def ways_to_hold(recipe: Recipe, machine: MachineFacts, states: Sequence[bool]) -> list[tuple[int, bool]]:
+    """(into how many parts the model is cut, whether moments take 8 bits) to try, in the order of preference.
+
+    The first is a whole model's. Pieces come before 8 bits, since they change no number, and beside full fine-tuning's
+    8 bits they do not stand: their blocks would depend on the number of processes.
+
+    Args:
+        states: whether moments take 8 bits, in the order of preference.
+    """
     given = recipe.hyperparameters.get("fsdp")
     starts_whole = recipe.hyperparameters.get("init_lora_weights", True) not in (True, "gaussian")
     cuttable = recipe.method is Method.SFT and recipe.tune is not Tune.QLORA and not starts_whole
-    return [1, machine.processes] if given != WHOLE and cuttable and machine.processes > 1 else [1]
+    if given == WHOLE or not cuttable or machine.processes == 1:
+        return [(1, eight_bit) for eight_bit in states]
+    cut = [(machine.processes, e) for e in states if not e or recipe.tune is not Tune.FULL]
+    whole = [(1, e) for e in states]
+    return [*whole[:1], *cut, *(() if must_be_cut(recipe, machine) else whole[1:])]
 
 
 def sharding_choices(

@@ -14,7 +14,7 @@ from welltuned.choice import Choice, SetBy
 from welltuned.facts.data import DatasetFacts
 from welltuned.facts.machine import Device, MachineFacts
 from welltuned.facts.model import ModelFacts
-from welltuned.recipe import Method, Recipe, Tune
+from welltuned.recipe import OPTIMIZERS_8BIT, Method, Recipe, Tune
 
 _Weighed = tuple[float, str]
 
@@ -65,8 +65,10 @@ def ways_to_fit(
         checkpointing=True,
         r=choices["r"].value if "r" in choices else int(number("lora_rank_floor")),
     )
+    yours = choices["optim"].set_by is SetBy.USER
+    eight_bit = choices["optim"].value in OPTIMIZERS_8BIT if yours else recipe.tune is Tune.FULL
     ways = [
-        ("shorter examples and recomputed activations", base),
+        ("shorter examples and recomputed activations", replace(base, eight_bit=eight_bit)),
         ("--tune lora with them", replace(base, tune=Tune.LORA)),
         ("--tune qlora with them", replace(base, tune=Tune.QLORA)),
     ]
@@ -127,6 +129,9 @@ def _of_run(
 ) -> Iterator[_Weighed]:
     if not data.heldout_rows:
         yield 70, "no held-out rows: nothing will show overfitting"
+    if choices["optim"].value.startswith("paged"):
+        where = "the GPU" if machine.device is Device.CUDA else "memory"
+        yield 20, f"optim {choices['optim'].value} (yours): its 8-bit state stays in {where}, nothing is paged out"
     batch = choices["effective_batch_size"].value
     group = choices["num_generations"].value if "num_generations" in choices else 1
     if batch > data.rows * group:

@@ -28,9 +28,11 @@ from welltuned.recipe.keys import (
     NEVER_KEPT,
     ON_NONFINITE,
     OPTIMIZERS,
+    OPTIMIZERS_8BIT,
     POLICIES,
     REWARD_SCALES,
     SCHEDULERS,
+    UNSERVED,
     VARIANTS,
     Method,
     Tune,
@@ -234,6 +236,9 @@ _RULES: Mapping[str, _Rule] = MappingProxyType(
         "data_weights": _POSITIVE,
         "reward_weights": _Rule(math.isfinite, "a finite number"),
         "label_smoothing": _Rule(lambda value: 0 <= value < 0.5, "at least 0 and below 0.5"),
+        "vllm_server_base_url": _Rule(
+            lambda value: bool(re.fullmatch(r"https?://[^/\s]+(/\S*)?", value)), "a URL such as http://localhost:8000"
+        ),
         "num_generations": _Rule(lambda value: value >= 2, "2 or more: an answer is judged beside others"),
         "top_p": _Rule(lambda value: 0 < value <= 1, "above 0 and at most 1"),
         "epsilon": _Rule(lambda value: 0 < value < 1, "above 0 and below 1"),
@@ -282,6 +287,7 @@ def refuse_ignored_keys(given: Mapping[str, Setting]) -> None:
     _check_loss(given)
     _check_objective(given, method)
     _check_memory(given, tune)
+    _check_server(given, tune)
     _check_pieces(given, method, tune)
 
 
@@ -297,6 +303,9 @@ def _check_pieces(given: Mapping[str, Setting], method: Method, tune: Tune) -> N
     if method is not Method.SFT:
         what = f"fsdp: full_shard trains method sft; {method} asks more of a model than a pass"
         raise InputError(what, where=where, mend="use fsdp: none; tune: qlora needs a quarter of the memory")
+    if tune is Tune.FULL and "optim" in given and given["optim"].value in OPTIMIZERS_8BIT:
+        what = "of a model in pieces the blocks of 8-bit moments would depend on the number of processes"
+        raise InputError(what, where=where, mend="use optim: adamw, whose moments are shared by the processes")
     if start not in (True, "gaussian"):
         what = f"init_lora_weights {start} starts at a part of whole weights, and with fsdp: full_shard none is whole"
         raise InputError(what, where=where, mend="remove one of the two")
@@ -314,6 +323,24 @@ def _check_memory(given: Mapping[str, Setting], tune: Tune) -> None:
     if "offload_checkpoints" in given and given["offload_checkpoints"].value and not all(again.values()):
         what = "offload_checkpoints moves what goes into recomputed layers, and none is recomputed"
         raise InputError(what, where=given["offload_checkpoints"].where, mend="remove it")
+
+
+def _check_server(given: Mapping[str, Setting], tune: Tune) -> None:
+    """A vLLM server samples with plain LoRA adapters on its own copy of the base."""
+    server, clip = "vllm_server_base_url", "vllm_importance_sampling_clip_max"
+    if server not in given:
+        if clip in given:
+            raise InputError(f"{clip} is read only with {server}", where=given[clip].where, mend="remove it")
+        return
+    if tune is Tune.FULL:
+        what = "a vLLM server is given adapters, and tune: full trains the base that it holds"
+        raise InputError(what, where=given[server].where, mend="use tune: lora, or remove it")
+    asked = {key: given[key].value for key in UNSERVED if key in given}
+    asked |= {"bias": given["bias"].value} if "bias" in given and given["bias"].value != "none" else {}
+    for key, value in asked.items():
+        if value:
+            what = f"vLLM does not load adapters with {key}"
+            raise InputError(what, where=given[key].where, mend=f"remove it, or {server}: this process samples then")
 
 
 def _check_variants(given: Mapping[str, Setting], method: Method, tune: Tune) -> None:

@@ -1,8 +1,8 @@
 """One checkpoint: a folder of safetensors and JSON, no pickle, with a manifest by which every byte is verified.
 
     trained.safetensors     the trained tensors by name
-    optimizer.safetensors   AdamW's two moments in the flat layout, its step counts, and the average of the weights
-                            where the run keeps one (ema_decay)
+    optimizer.safetensors   AdamW's two moments in the flat layout (of 8-bit AdamW codes and scales), its step counts,
+                            and the average of the weights where the run keeps one (ema_decay)
     state.json              position, monitor, what the run was (training/identity.py)
     manifest.json           written last: size and sha256 of the other three, and of itself
 
@@ -48,6 +48,8 @@ CHECKPOINTS, DAMAGED = "checkpoints", "damaged"
 TRAINED, OPTIMIZER, STATE, MANIFEST = "trained.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"step-(\d{6,})")
 _SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+_DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
+_NO_CODES = {"trained", "exp_avg", "exp_avg_sq", "step", "average"}
 _NO_STATE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -105,6 +107,7 @@ class Snapshot:
 
     Attributes:
         flat_KP, exp_avg_KP, exp_avg_sq_KP: trained numbers and AdamW's moments, fp32. steps_G: AdamW's step counts.
+        codes: moments in 8 bits by name, and their scales.
         average_KP: the average of the weights, where the run keeps one.
         slots: names and places in a row of flat_KP.
         run: the run's id.
@@ -118,6 +121,7 @@ class Snapshot:
     steps_G: Tensor
     slots: Sequence[Slot]
     average_KP: Tensor | None = None
+    codes: Mapping[str, Tensor] = field(default_factory=dict)
     position: Position
     run: str
     metrics_bytes: int
@@ -128,7 +132,8 @@ class Snapshot:
     def bytes(self) -> int:
         """About what its checkpoint takes on disk."""
         average = 0 if self.average_KP is None else self.average_KP.nbytes
-        return sum(t.nbytes for t in (self.flat_KP, self.exp_avg_KP, self.exp_avg_sq_KP)) + average + 2**16
+        buffers = (self.flat_KP, self.exp_avg_KP, self.exp_avg_sq_KP, *self.codes.values())
+        return sum(t.nbytes for t in buffers) + average + 2**16
 
 
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -212,7 +217,8 @@ def named(flat_KP: Tensor, slots: Sequence[Slot]) -> dict[str, Tensor]:
 
 
 def _optimizer_tensors(snapshot: Snapshot) -> dict[str, Tensor]:
-    found = {"exp_avg": snapshot.exp_avg_KP, "exp_avg_sq": snapshot.exp_avg_sq_KP, "step": snapshot.steps_G}
+    fp32 = {"exp_avg": snapshot.exp_avg_KP, "exp_avg_sq": snapshot.exp_avg_sq_KP, "step": snapshot.steps_G}
+    found = {**fp32, **snapshot.codes}
     return found if snapshot.average_KP is None else {**found, "average": snapshot.average_KP}
 
 
@@ -229,10 +235,15 @@ def _state(snapshot: Snapshot, format_: int = FORMAT, more: Mapping[str, Any] = 
 
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file of fp32 tensors, piece by piece: safetensors' own writer would hold all of it once more."""
+    """A safetensors file of fp32 numbers and bytes, piece by piece: safetensors' own writer would hold all of it again.
+
+    Bytes come last, so that every number lies where its size divides.
+    """
     header, at = {}, 0
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
     for name, tensor in tensors.items():
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        place = [at, at + tensor.nbytes]
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
         at += tensor.nbytes
     text = json.dumps(header).encode("utf-8")
     text += b" " * (-len(text) % 8)
@@ -342,6 +353,7 @@ class Checkpoint:
     identity: Mapping[str, Any]
     versions: Mapping[str, Any]
     average_KP: Tensor | None = None
+    codes: Mapping[str, Tensor] = field(default_factory=dict)
     extra: tuple[str, ...] = ()
 
 
@@ -359,6 +371,7 @@ def read_checkpoint(folder: Path, *, tensors: bool = True) -> Checkpoint:
             exp_avg_sq_KP=held.get("exp_avg_sq", torch.empty(0)),
             steps_G=held["step"],
             average_KP=held.get("average"),
+            codes={name: tensor for name, tensor in held.items() if name not in _NO_CODES},
             position=Position.from_json(state["position"]),
             run=state["run"],
             metrics_bytes=state["metrics_bytes"],

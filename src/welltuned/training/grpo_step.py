@@ -1,7 +1,8 @@
 """Reinforcement learning in groups: an update samples, has its completions rewarded, and follows what they teach.
 
-Sampling uses the model as it is at that update, in this process. Log-probabilities of the policy that sampled are those
-of the training forward pass, not the sampler's, so that every ratio of the first iteration is exactly 1.
+Sampling uses the model as it is at that update, in this process, or a vLLM server that is given the adapter as it is.
+Log-probabilities of the policy that sampled are those of the training forward pass, not the sampler's, so that every
+ratio of the first iteration is exactly 1; how far another engine's are from them is measured, and corrected for.
 """
 
 import math
@@ -21,6 +22,7 @@ from welltuned.models.generate import stop_ids
 from welltuned.models.lora import AdapterBank
 from welltuned.models.packed import shares
 from welltuned.models.sample import Completion, Sampling, complete
+from welltuned.models.vllm import VllmServer
 from welltuned.objectives.completions import Group, cut, lay, token_logprobs
 from welltuned.objectives.grpo import (
     GrpoSettings,
@@ -32,6 +34,8 @@ from welltuned.objectives.grpo import (
     token_weights,
 )
 from welltuned.objectives.rewards import Fault, Judged, Reward, Scores, score
+from welltuned.training.grpo_measures import lengths, measures_of, per_reward
+from welltuned.training.grpo_server import require_near, server_of
 from welltuned.training.prepare import Prepared
 from welltuned.training.step import Engine, Evaluation, Gradient, NotFinite
 
@@ -47,7 +51,8 @@ class Sampled:
     Attributes:
         groups: the completions that have a gradient, by prompt.
         tokens: of all sequences, each with its prompt, however often that is computed: as plans count them.
-        old, reference: log-probabilities of a completion's tokens by its number, once they are known.
+        old, reference: log-probabilities of a completion's tokens by its number, once they are known; sampler: those
+            that another engine drew them with, none where the model itself did.
     """
 
     groups: tuple[Group, ...]
@@ -60,6 +65,7 @@ class Sampled:
     notes: tuple[str, ...]
     old: dict[int, Tensor] = field(default_factory=dict)
     reference: dict[int, Tensor] = field(default_factory=dict)
+    sampler: dict[int, Tensor] = field(default_factory=dict)
 
 
 def grpo_objective(prepared: Prepared, engine: Engine) -> "Grpo":
@@ -89,6 +95,8 @@ def grpo_objective(prepared: Prepared, engine: Engine) -> "Grpo":
         generations=value("num_generations"),
         iterations=value("num_iterations"),
         whole_budget=engine.token_budget,
+        server=server_of(prepared.plan),
+        clip=value("vllm_importance_sampling_clip_max") if prepared.recipe.vllm_server_base_url else math.inf,
     )
     objective.remember_start(engine)  # now, before a checkpoint may be restored
     return objective
@@ -103,6 +111,7 @@ class Grpo:
             caller must ask for the same rows; a run that goes on within a set samples it anew.
         whole_budget: the engine's token budget for which `sampling.tokens_at_once` was chosen; with a smaller one
             fewer completions are sampled at a time. None: always as many.
+        server: samples in the model's place. clip: the most that a token counts because it drew it too rarely.
     """
 
     def __init__(
@@ -115,7 +124,10 @@ class Grpo:
         generations: int,
         iterations: int = 1,
         whole_budget: int | None = None,
+        server: VllmServer | None = None,
+        clip: float = math.inf,
     ):
+        self._server, self._clip = server, clip
         self._whole_budget = whole_budget
         self.settings, self.sampling, self.rewards, self.tokenizer = settings, sampling, tuple(rewards), tokenizer
         self.generations, self.iterations = generations, iterations
@@ -181,8 +193,9 @@ class Grpo:
             tokens=self.generations * sum(len(row.ids) for row in rows) + int(lengths_S.sum()),
             supervised_tokens=int(counted_S.sum()),
             origins=tuple(row.origin for row in rows),
-            measures=_measures(every, reward_PG, found.std_P, found.silent_P, scores),
+            measures=measures_of(every, reward_PG, found.std_P, found.silent_P, scores),
             notes=self._fault_notes(scores.faults),
+            sampler={s: torch.from_numpy(c.logprobs) for s, c in enumerate(every) if c.logprobs is not None},
         )
 
     def _follow(self, engine: Engine, sampled: Sampled) -> tuple[float, dict[str, float]]:
@@ -191,8 +204,9 @@ class Grpo:
         if self.settings.beta > 0 and not sampled.reference:
             self._ask_reference(engine, batches, sampled)
         parts: list[PolicyLoss] = []
+        apart: list[Tensor] = []
         for batch in batches:
-            found = self._batch_loss(engine, batch, sampled)
+            found = self._batch_loss(engine, batch, sampled, apart)
             found.value.backward()
             parts.append(PolicyLoss(found.value.detach(), found.kl, found.clipped))
         if not parts:
@@ -210,9 +224,12 @@ class Grpo:
         measures = {"clip_ratio": clipped / tokens}
         if self.settings.beta > 0:
             measures["kl"] = kl / tokens
+        if apart:
+            measures["sampler_gap"] = require_near(float(torch.cat(apart).mean()))
         return sum(loss), measures
 
-    def _batch_loss(self, engine: Engine, batch: Sequence[Group], sampled: Sampled) -> PolicyLoss:
+    def _batch_loss(self, engine: Engine, batch: Sequence[Group], sampled: Sampled, apart: list[Tensor]) -> PolicyLoss:
+        """`apart` is given how far another sampler's log-probabilities are from ours, a number a token."""
         laid = lay(batch, shared=shares(engine.model), device=engine.model.device)
         engine.trained.use_rows(None, laid.spans)
         logprob_M = token_logprobs(engine.model, engine.head, laid, self.sampling.temperature)
@@ -225,9 +242,14 @@ class Grpo:
             old_M = torch.cat([sampled.old[s] for s in numbers])
         ref_M = torch.cat([sampled.reference[s] for s in numbers]) if sampled.reference else None
         device = logprob_M.device
+        correction_M = None
+        if sampled.sampler:
+            above_M = old_M - torch.cat([sampled.sampler[s] for s in numbers]).to(old_M)
+            apart.append(above_M.abs())
+            correction_M = above_M.exp().clamp_max(self._clip)
         return policy_loss(
             *(logprob_M, old_M, ref_M, laid.sequence_M),
-            *(sampled.advantage_S.to(device), sampled.weight_S.to(device), self.settings),
+            *(sampled.advantage_S.to(device), sampled.weight_S.to(device), self.settings, correction_M),
         )
 
     @torch.no_grad()
@@ -265,6 +287,9 @@ class Grpo:
     def _complete(
         self, engine: Engine, rows: Sequence[Prompt], names: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Completion]]:
+        if self._server is not None:
+            assert isinstance(engine.trained, AdapterBank)
+            return self._server.complete(engine.trained, [row.ids for row in rows], names, sampling)
         engine.trained.no_dropout()
         if self._whole_budget is not None:  # where memory was short, in smaller batches
             at_once = sampling.tokens_at_once * engine.token_budget // self._whole_budget
@@ -323,8 +348,8 @@ class Grpo:
         mean = float(known.mean()) if len(known) else math.nan
         error = float(known.std() / math.sqrt(len(known))) if len(known) > 1 else math.nan
         measures = {"eval_reward": mean, "eval_reward_se": error}
-        measures |= {f"eval_{name}": value for name, value in _per_reward(scores).items()}
-        measures |= {f"eval_{name}": value for name, value in _lengths(made).items()}
+        measures |= {f"eval_{name}": value for name, value in per_reward(scores).items()}
+        measures |= {f"eval_{name}": value for name, value in lengths(made).items()}
         return Evaluation(
             loss=-mean,
             standard_error=error,
@@ -357,35 +382,3 @@ def _by_sequence(value_M: Tensor, batch: Sequence[Group]) -> dict[int, Tensor]:
     pairs = [(s, len(ids)) for group in batch for s, ids in zip(group.sequences, group.completions, strict=True)]
     parts = value_M.split([n for _, n in pairs])
     return {s: part for (s, _), part in zip(pairs, parts, strict=True)}
-
-
-def _measures(
-    every: Sequence[Completion], reward_PG: Tensor, std_P: Tensor, silent_P: Tensor, scores: Scores
-) -> dict[str, float]:
-    known = reward_PG[~reward_PG.isnan()]
-    tokens = sum(len(c.ids) for c in every)
-    return {
-        "reward": float(known.mean()) if len(known) else math.nan,
-        "reward_std": float(std_P.mean()),
-        **_per_reward(scores),
-        "reward_faults": float(len(scores.faults)),
-        "frac_reward_zero_std": float(silent_P.double().mean()),
-        "entropy": sum(c.entropy for c in every) / max(1, tokens),
-        **_lengths(every),
-    }
-
-
-def _per_reward(scores: Scores) -> dict[str, float]:
-    """Each reward's own mean, where it applies."""
-    found = {}
-    for name, values in scores.each.items():
-        known = [value for value in values if not math.isnan(value)]
-        found[f"rewards/{name}/mean"] = sum(known) / len(known) if known else math.nan
-    return found
-
-
-def _lengths(every: Sequence[Completion]) -> dict[str, float]:
-    return {
-        "completions/mean_length": sum(len(c.ids) for c in every) / max(1, len(every)),
-        "completions/clipped_ratio": sum(not c.ended for c in every) / max(1, len(every)),
-    }

@@ -25,7 +25,8 @@ from welltuned.training.interrupt import Asked, Interrupted, name_of
 from welltuned.training.keeper import Keeper
 from welltuned.training.memory_guard import MemoryGuard
 from welltuned.training.monitor.movement import Movement
-from welltuned.training.optimizer import FlatAdamW, clip_
+from welltuned.training.optimizer import clip_
+from welltuned.training.optimizer_8bit import make_optimizer
 from welltuned.training.prepare import Prepared
 from welltuned.training.process import memory_used
 from welltuned.training.ranks import Group
@@ -71,7 +72,8 @@ class Loop:
         self.at = Position(token_budget=setting.engine.token_budget)
         self.watch = make_watch(plan, self.at.monitor)
         self._sum = GradientSum(self.trained, self.ranks)
-        self.optimizer = FlatAdamW(
+        self.optimizer = make_optimizer(
+            plan.value("optim"),
             self.trained.flat_KP,
             self.trained.grad_KP,
             self.trained.decayed,

@@ -60,11 +60,15 @@ def write_pieces(run: Path, snapshot: Snapshot, trained: ShardedParameters, rank
         for name, piece in trained.dtensors(flat_KP).items()
     }
     needed = sum(4 * tensor.numel() for tensor in tensors.values())  # of whole tensors
-    begun: list[str | None]
-    begun, failed = _agreed(ranks, lambda: begin_checkpoint(run, snapshot, needed) if ranks.is_first else None)
-    if failed is not None or begun[0] is None:
+
+    def begin() -> str | None:
+        return begin_checkpoint(run, snapshot, needed) if ranks.is_first else None
+
+    begun, failed = _agreed(ranks, begin)
+    place = begun[0]
+    if failed is not None or place is None:
         return failed
-    beside = Path(begun[0])
+    beside = Path(place)
     _, failed = _agreed(ranks, lambda: _require_folder(beside, ranks))
     files: dict[str, Written] = {}
     if failed is None:
@@ -80,7 +84,7 @@ def _kinds(snapshot: Snapshot) -> dict[str, Tensor]:
     return found if snapshot.average_KP is None else {**found, "average": snapshot.average_KP}
 
 
-def _agreed(ranks: Group, make: Callable[[], T]) -> tuple[list[T | None], str | None]:
+def _agreed(ranks: Group, make: Callable[[], T | None]) -> tuple[list[T | None], str | None]:
     """What it gives on every rank, or the first reason for which a disk refused it on one."""
 
     def tried() -> tuple[T | None, str | None]:

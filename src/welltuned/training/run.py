@@ -33,6 +33,7 @@ from welltuned.training.best import take_best
 from welltuned.training.bystander import NoKeeper, run_files
 from welltuned.training.checkpoint import Checkpoint
 from welltuned.training.events import Note, Observer, silent
+from welltuned.training.grpo_server import require_server
 from welltuned.training.grpo_step import grpo_objective
 from welltuned.training.healing import halved
 from welltuned.training.identity import identity_of, versions
@@ -160,6 +161,7 @@ def train(
 
 def _require_place(prepared: Prepared, out: Path) -> None:
     require_trackers(prepared.recipe)
+    require_server(prepared.plan)
     require_free(out)
 
 

@@ -13,7 +13,7 @@ from welltuned.models.full import FullParameters
 from welltuned.models.lora import AdapterBank
 from welltuned.training.average import Average
 from welltuned.training.checkpoint import Checkpoint, Position, Snapshot, named
-from welltuned.training.optimizer import FlatAdamW
+from welltuned.training.optimizer_8bit import Optimizer
 from welltuned.training.ranks import Ranks
 from welltuned.training.step import Trained
 
@@ -35,14 +35,15 @@ class Numbers:
     """All that updates change: weights, moments, step counts, and the average where the run keeps one."""
 
     trained: Trained
-    optimizer: FlatAdamW
+    optimizer: Optimizer
     average: Average | None
 
     @property
     def flat(self) -> list[torch.Tensor]:
         """The flat buffers, which are the same on every rank unless the model lies in pieces."""
         average = [] if self.average is None else [self.average.flat_KP]
-        return [self.trained.flat_KP, self.optimizer.exp_avg_KP, self.optimizer.exp_avg_sq_KP, *average]
+        moments = [self.optimizer.exp_avg_KP, self.optimizer.exp_avg_sq_KP, *self.optimizer.codes.values()]
+        return [self.trained.flat_KP, *moments, *average]
 
     @property
     def pieces(self) -> "ShardedParameters | None":
@@ -61,14 +62,17 @@ class Numbers:
             RunError: a number is not finite; such a state is never saved.
         """
         flat = self.flat if self.pieces is not None else [tensor.to("cpu", copy=copied) for tensor in self.flat]
-        flat_KP, exp_avg_KP, exp_avg_sq_KP, *average = flat
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in (flat_KP, exp_avg_KP, exp_avg_sq_KP)):
+        flat_KP, exp_avg_KP, exp_avg_sq_KP, *rest = flat
+        codes = dict(zip(self.optimizer.codes, rest, strict=False))
+        wide = [tensor for tensor in codes.values() if tensor.is_floating_point()]
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in (flat_KP, exp_avg_KP, exp_avg_sq_KP, *wide)):
             raise RunError("trained weights or moments are not finite: they are not saved")
         return Snapshot(
             flat_KP=flat_KP,
             exp_avg_KP=exp_avg_KP,
             exp_avg_sq_KP=exp_avg_sq_KP,
-            average_KP=average[0] if average else None,
+            average_KP=rest[-1] if self.average is not None else None,
+            codes=codes,
             steps_G=self.optimizer.steps_G,
             slots=self.trained.slots,
             position=position,
@@ -104,7 +108,7 @@ class Numbers:
     def _read(self, found: Checkpoint | None) -> tuple[list[float], Mapping[str, Any]]:
         assert found is not None
         restore_weights(self.trained, found)
-        self.optimizer.restore(found.exp_avg_KP, found.exp_avg_sq_KP, found.steps_G)
+        self.optimizer.restore(found.exp_avg_KP, found.exp_avg_sq_KP, found.steps_G, found.codes)
         if self.average is not None:
             self.average.restore(found.average_KP, self.trained.flat_KP)
         return found.steps_G.tolist(), to_plain(found.position)
@@ -114,8 +118,7 @@ class Numbers:
         if not isinstance(self.trained, AdapterBank):
             return False
         self.trained.flat_KP.copy_(self.trained.start_KP)
-        zeros_KP, zeros_G = torch.zeros_like(self.trained.flat_KP), torch.zeros_like(self.optimizer.steps_G)
-        self.optimizer.restore(zeros_KP, zeros_KP, zeros_G)
+        self.optimizer.reset()
         if self.average is not None:
             self.average.restore(self.trained.start_KP, self.trained.flat_KP)
         return True
