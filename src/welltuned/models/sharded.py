@@ -1,8 +1,8 @@
 """A model in pieces (FSDP2): every rank keeps a part of each weight, and a layer is whole only while its turn lasts.
 
 torch's `fully_shard` cuts each decoder layer, and what lies outside of them as one more group, along the first
-dimension. Its hooks gather a group before its turn and, where it is trained, add up its gradient and leave each rank its
-own part. Adapters and vectors that are not trained (gains, biases) stay whole on every rank: they are small.
+dimension. Its hooks gather a group before its turn and, where it is trained, add up its gradient and leave each rank
+its own part. Adapters and vectors that are not trained (gains, biases) stay whole on every rank: they are small.
 
 All ranks must run equally many passes through `Whole`, in the same order.
 """

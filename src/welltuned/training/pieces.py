@@ -9,6 +9,7 @@ it, one among them.
 
 import io
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
@@ -204,7 +205,9 @@ def read_own_part(folder: Path, kinds: Mapping[str, Tensor], trained: ShardedPar
 
 def _load(folder: Path, state: Mapping[str, Any]) -> None:
     try:
-        load(dict(state), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+        with warnings.catch_warnings():  # that it reads for itself alone, as it is told to
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load(dict(state), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except CheckpointException as error:
         why = next(iter(error.failures.values()))[0]
         raise RunError(f"{folder} does not hold what is trained here ({why})") from error
