@@ -27,7 +27,7 @@ from welltuned.advice.room import fixed_by, room_choices
 from welltuned.advice.rules import cited, number, rule
 from welltuned.advice.safekeeping import Course, safekeeping_choices
 from welltuned.advice.settle import counted, settle, shown
-from welltuned.advice.sharding import must_be_cut, sharding_choices, ways_to_hold
+from welltuned.advice.sharding import more_processes, must_be_cut, sharding_choices, ways_to_hold
 from welltuned.advice.warn import all_warnings, ways_to_fit
 from welltuned.choice import Choice
 from welltuned.data.stream import steps_per_run
@@ -147,7 +147,8 @@ def require_memory(plan: Plan) -> None:
         raise InputError(
             what,
             where="memory",
-            mend=ways_to_fit(plan.recipe, plan.facts.model, plan.facts.machine.device, plan.choices, plan.memory),
+            mend=more_processes(plan.recipe, plan.facts.machine)
+            + ways_to_fit(plan.recipe, plan.facts.model, plan.facts.machine.device, plan.choices, plan.memory),
         )
 
 
@@ -158,8 +159,6 @@ def _in_each(plan: Plan) -> str:
         return f" in each of {machine.processes} processes, though each keeps only a part of every weight"
     if machine.processes > 1:
         return " in each process, which holds the whole model"
-    if machine.gpus > 1:
-        return f"; {machine.gpus} GPUs could each keep a part of it: torchrun --nproc-per-node {machine.gpus}"
     return ""
 
 

@@ -27,13 +27,25 @@ def ways_to_hold(recipe: Recipe, machine: MachineFacts, states: Sequence[bool]) 
         states: whether moments take 8 bits, in the order of preference.
     """
     given = recipe.hyperparameters.get("fsdp")
-    starts_whole = recipe.hyperparameters.get("init_lora_weights", True) not in (True, "gaussian")
-    cuttable = recipe.method is Method.SFT and recipe.tune is not Tune.QLORA and not starts_whole
-    if given == WHOLE or not cuttable or machine.processes == 1:
+    if given == WHOLE or not is_cuttable(recipe) or machine.processes == 1:
         return [(1, eight_bit) for eight_bit in states]
     cut = [(machine.processes, e) for e in states if not e or recipe.tune is not Tune.FULL]
     whole = [(1, e) for e in states]
     return [*whole[:1], *cut, *(() if must_be_cut(recipe, machine) else whole[1:])]
+
+
+def is_cuttable(recipe: Recipe) -> bool:
+    """Whether what this recipe trains can be trained of a model in pieces."""
+    starts_whole = recipe.hyperparameters.get("init_lora_weights", True) not in (True, "gaussian")
+    return recipe.method is Method.SFT and recipe.tune is not Tune.QLORA and not starts_whole
+
+
+def more_processes(recipe: Recipe, machine: MachineFacts) -> str:
+    """The way out of too little memory that several GPUs are, where there are some and one process was started."""
+    if machine.gpus < 2 or machine.processes > 1 or not is_cuttable(recipe):
+        return ""
+    start = f"torchrun --nproc-per-node {machine.gpus} -m welltuned train"
+    return f"each of {machine.gpus} GPUs can keep a part of the model ({start} …); or "
 
 
 def sharding_choices(

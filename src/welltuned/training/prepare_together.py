@@ -64,7 +64,7 @@ def sharing_notes(prepared: Prepared, ranks: Ranks) -> tuple[str, ...]:
     notes = [f"{ranks.size} processes share every update of {size} rows"]
     if lies_in_pieces(prepared.plan, ranks):
         notes.append(
-            f"a model in pieces: each of {ranks.size} processes keeps a part of every weight (FSDP2), so no one alone can "
+            f"a model in pieces: each of {ranks.size} processes keeps a part of every weight (FSDP2): none alone can "
             "answer prompts for the report; welltuned chat does it afterwards"
         )
     given = ("per_device_train_batch_size", "gradient_accumulation_steps")
