@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from welltuned.errors import InputError
+
 
 @torch.no_grad()
 def idle_parts(model: PreTrainedModel) -> tuple[str, ...]:
@@ -29,6 +31,21 @@ def idle_parts(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(
         name for name, part in children if _is_large(part) and not any(within(other, (name,)) for other in reached)
     )
+
+
+def decoder_layers(model: PreTrainedModel, where: str) -> list[nn.Module]:
+    """The model's decoder layers, in their order.
+
+    Raises:
+        InputError: no list of as many modules as the configuration names was found, which the key `where` needs.
+    """
+    count = model.config.num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not lists:
+        raise InputError(
+            "no list of decoder layers was found", where=where, mend=f"leave {where} out, or set it to false or none"
+        )
+    return list(lists[0])
 
 
 def _note(reached: set[str], name: str, *_: Any) -> None:

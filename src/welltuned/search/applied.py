@@ -39,6 +39,7 @@ APPLIED = frozenset(
 
 REFUSED: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
+        "fsdp": ("a search runs in one process", "remove it"),
         "adapter": ("a search begins with new adapters", "remove it"),
         "ema_decay": (
             "a search keeps averages of its own, to compare arms by",

@@ -9,6 +9,7 @@ from welltuned.choice import SetBy
 from welltuned.errors import InputError
 from welltuned.facts.machine import Device
 from welltuned.training.identity import differences, identity_of
+from welltuned.training.in_pieces import lies_in_pieces
 from welltuned.training.prepare import Prepared, prepare
 from welltuned.training.ranks import Ranks
 
@@ -52,6 +53,11 @@ def sharing_notes(prepared: Prepared, ranks: Ranks) -> tuple[str, ...]:
         return ()
     size = prepared.plan.value("effective_batch_size")
     notes = [f"{ranks.size} processes share every update of {size} rows"]
+    if lies_in_pieces(prepared.plan, ranks):
+        notes.append(
+            f"a model in pieces: each of {ranks.size} processes keeps a part of every weight (FSDP2): none alone can "
+            "answer prompts for the report; welltuned chat does it afterwards"
+        )
     given = ("per_device_train_batch_size", "gradient_accumulation_steps")
     if any(prepared.plan.choices[name].set_by is SetBy.USER for name in given):
         product = " × ".join(str(prepared.plan.value(name)) for name in given)
