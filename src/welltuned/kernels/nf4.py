@@ -64,7 +64,7 @@ class Workspace:
         return self.flat[:size].view(shape)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class NF4Weight:
     """A frozen matrix as packed 4-bit codes and bitsandbytes' QuantState (block 64, scales quantised again in 256s).
 
