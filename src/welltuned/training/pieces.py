@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -39,11 +39,26 @@ from welltuned.training.checkpoint import (
 from welltuned.training.durable import Written, checksum
 from welltuned.training.ranks import Group
 
+if TYPE_CHECKING:
+    from welltuned.training.loop import Loop
+
 T = TypeVar("T")
 FILE_BYTES = 2**30  # of one file of one rank: each is laid out in memory once more before it is written
 
 
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def keep_pieces(loop: "Loop", trained: ShardedParameters) -> None:
+    """Save the loop's position, unless that is done: all ranks write, and training waits for them."""
+    ranks, directory, keeper = loop.ranks, loop.setting.directory, loop.setting.keeper
+    assert isinstance(ranks, Group)
+    if ranks.first(lambda: keeper.has(loop.at.step)):
+        return
+    snapshot = ranks.each(lambda: loop.snapshot(copied=False))
+    ranks.first(directory.sync_metrics)
+    failed = write_pieces(directory.path, snapshot, trained, ranks)
+    ranks.first(lambda: loop.say(keeper.written(snapshot, failed)))
 
 
 def write_pieces(run: Path, snapshot: Snapshot, trained: ShardedParameters, ranks: Group) -> str | None:
