@@ -9,6 +9,7 @@ it, one among them.
 
 import io
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from welltuned.errors import RunError
 from welltuned.models.sharded import ShardedParameters
 from welltuned.training import durable
 from welltuned.training.checkpoint import (
+    CHECKPOINTS,
     OPTIMIZER,
     TRAINED,
     Damaged,
@@ -55,10 +57,13 @@ def keep_pieces(loop: "Loop", trained: ShardedParameters) -> None:
     assert isinstance(ranks, Group)
     if ranks.first(lambda: keeper.has(loop.at.step)):
         return
+    started = time.perf_counter()
     snapshot = ranks.each(lambda: loop.snapshot(copied=False))
-    ranks.first(directory.sync_metrics)
-    failed = write_pieces(directory.path, snapshot, trained, ranks)
-    ranks.first(lambda: loop.say(keeper.written(snapshot, failed)))
+    _, failed = _agreed(ranks, directory.sync_metrics)  # metrics.jsonl must not be behind its checkpoint
+    if failed is None:
+        failed = write_pieces(directory.path, snapshot, trained, ranks)
+    seconds = time.perf_counter() - started
+    ranks.first(lambda: loop.say(keeper.written(snapshot, failed, seconds)))
 
 
 def write_pieces(run: Path, snapshot: Snapshot, trained: ShardedParameters, ranks: Group) -> str | None:
@@ -78,7 +83,10 @@ def write_pieces(run: Path, snapshot: Snapshot, trained: ShardedParameters, rank
     needed = sum(4 * tensor.numel() for tensor in tensors.values())  # of whole tensors
 
     def begin() -> str | None:
-        return begin_checkpoint(run, snapshot, needed) if ranks.is_first else None
+        if not ranks.is_first:
+            return None
+        durable.sweep(run / CHECKPOINTS)
+        return begin_checkpoint(run, snapshot, needed)
 
     begun, failed = _agreed(ranks, begin)
     place = begun[0]
