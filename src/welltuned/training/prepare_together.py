@@ -8,10 +8,9 @@ from welltuned.advice.plan import plan_from_yaml, plan_to_yaml
 from welltuned.choice import SetBy
 from welltuned.errors import InputError
 from welltuned.facts.machine import Device
-from welltuned.recipe import Method
 from welltuned.training.identity import differences, identity_of
 from welltuned.training.in_pieces import lies_in_pieces
-from welltuned.training.prepare import ALONE_ONLY, Prepared, prepare
+from welltuned.training.prepare import Prepared, prepare
 from welltuned.training.ranks import Ranks
 
 
@@ -21,8 +20,8 @@ def prepare_together(make: Callable[[], Prepared], ranks: Ranks) -> Prepared:
     The first goes ahead, so that on one machine the others find its rows in the cache.
 
     Raises:
-        InputError: on all ranks, what `make` raises; the method cannot be shared; or ranks do not see the same model,
-            rows or tokenizer, as machines with other files would.
+        InputError: on all ranks, what `make` raises; or ranks do not see the same model, rows or tokenizer, as machines
+            with other files would.
     """
     if ranks.alone:
         return make()
@@ -30,7 +29,6 @@ def prepare_together(make: Callable[[], Prepared], ranks: Ranks) -> Prepared:
 
     def planned() -> str:
         made.append(make())
-        require_shareable(made[0].recipe.method, ranks)
         return plan_to_yaml(made[0].plan)
 
     def read() -> Prepared:
@@ -47,13 +45,6 @@ def prepare_together(make: Callable[[], Prepared], ranks: Ranks) -> Prepared:
             mend = "give every machine the same files"
             raise InputError(f"process {rank} sees other input than process 0: {changed[0]}", mend=mend)
     return prepared
-
-
-def require_shareable(method: Method, ranks: Ranks) -> None:
-    """Refuse what several processes cannot do together."""
-    if method in ALONE_ONLY:
-        what = f"{method} trains in one process: {ALONE_ONLY[method]}, and {ranks.size} were started"
-        raise InputError(what, where="method", mend="start it without torchrun")
 
 
 def sharing_notes(prepared: Prepared, ranks: Ranks) -> tuple[str, ...]:
