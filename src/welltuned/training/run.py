@@ -123,12 +123,14 @@ def make_ready(plan: Plan, arms: Sequence[Plan] = (), ranks: Ranks = ALONE) -> R
     notes = [*lost, *fused.sentences(), *(f"text never reaches {name}, which stays as it is" for name in idle)]
     if head is None:
         notes.append("the output head does something this engine does not know: the model's own logits are used")
-    if not look(lambda: packs(model)):
+    packed = look(lambda: packs(model))
+    if not packed:
         notes.append("this model's own code carries state along a row, so examples run one at a time, not packed")
     static = compile_layers(model, fused) if room.compiled else None
     if room.recompute:
         checkpoint_layers(model, fused, room.layers, HostCheckpoints(model.device) if room.offload else None)
-    budget = plan.value("token_budget") if plan.value("packing") else 1  # 1: every example by itself
+    alone = not plan.value("packing") or (shards is not None and not packed)  # so that all ranks pass equally often
+    budget = 1 if alone else plan.value("token_budget")  # 1: every example by itself
     return Ready(Engine(model, trained, head, budget, ranks, shards), Supervised(), fused, tuple(notes), static)
 
 
