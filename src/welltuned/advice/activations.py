@@ -32,6 +32,7 @@ class MemorySetting:
         layers: how many layers are recomputed with `checkpointing`, the first ones; None for all.
         offload: whether what goes into a recomputed layer waits on the host.
         dense_base: whether 4-bit weights are expanded once and for all.
+        parts: into how many the model is cut, of which a process holds one.
         lengths: lengths of the rows, as many as tell short rows from long ones; () for one row of micro_tokens.
     """
 
@@ -49,6 +50,7 @@ class MemorySetting:
     offload: bool = False
     dense_base: bool = False
     lengths: tuple[int, ...] = ()
+    parts: int = 1
 
     @property
     def word(self) -> float:

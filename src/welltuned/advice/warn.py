@@ -10,6 +10,7 @@ from welltuned.advice.memory import MemoryForecast, forecast_memory
 from welltuned.advice.rate import moves_nothing, rate_setting
 from welltuned.advice.rules import number, rule
 from welltuned.advice.settle import counted, shown
+from welltuned.advice.sharding import more_processes
 from welltuned.choice import Choice, SetBy
 from welltuned.facts.data import DatasetFacts
 from welltuned.facts.machine import Device, MachineFacts
@@ -31,7 +32,7 @@ def all_warnings(
 ) -> tuple[str, ...]:
     """Sentences, the weightiest first. `problems` are the audit's, weighed; without them the facts must do."""
     found = [
-        *_of_memory(recipe, model, machine.device, choices, memory),
+        *_of_memory(recipe, model, machine, choices, memory),
         *(_of_data(model, data, choices) if problems is None else problems),
         *_of_user_values(choices, updates),
         *_of_run(recipe, model, data, machine, choices, updates),
@@ -40,11 +41,11 @@ def all_warnings(
 
 
 def _of_memory(
-    recipe: Recipe, model: ModelFacts, device: Device, choices: Mapping[str, Choice], memory: MemoryForecast
+    recipe: Recipe, model: ModelFacts, machine: MachineFacts, choices: Mapping[str, Choice], memory: MemoryForecast
 ) -> Iterator[_Weighed]:
     if memory.fits is False:
         need, limit = memory.total_bytes / 1e9, (memory.limit_bytes or 0) / 1e9
-        ways = ways_to_fit(recipe, model, device, choices, memory)
+        ways = more_processes(recipe, machine) + ways_to_fit(recipe, model, machine.device, choices, memory)
         yield 100, f"does not fit: needs about {need:.1f} GB of {limit:.1f} GB; {ways}"
     if recipe.tune is Tune.QLORA and not recipe.tune_given:
         limit = (memory.limit_bytes or 0) / 1e9

@@ -35,6 +35,8 @@ OPTIMIZERS = ("adamw", "adamw_torch", "adamw_torch_fused", *OPTIMIZERS_8BIT)
 DTYPES = ("float32", "bfloat16")
 BIASES = ("none", "all", "lora_only")
 DENSE_BASES = ("cached", "rebuilt")
+FULL_SHARD = "full_shard"
+FSDP = ("none", FULL_SHARD)
 ON_NONFINITE = ("back", "stop")
 LOSS_ON = ("assistant", "last", "everything")
 DPO_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "simpo")
@@ -199,6 +201,14 @@ HYPERPARAMETERS: Mapping[str, Key] = MappingProxyType(
         "checkpointed_layers": Key(int, "How many layers are recomputed, the first ones; the rest keep activations."),
         "offload_checkpoints": Key(bool, "What goes into recomputed layers waits in the host's memory, not the GPU's."),
         "dense_base": Key(str, "The 4-bit base in training: expanded once and cached, or rebuilt for each product."),
+        "fsdp": Key(
+            str,
+            "Whether processes that torchrun started share the model too: full_shard (each keeps a part of every "
+            "weight) or none.",
+        ),
+        "torch_compile": Key(
+            bool, "Decoder layers are compiled: less time an update, after a warm-up; CUDA, long runs."
+        ),
         "dtype": Key(str, "Number format of the base weights and activations: " + " or ".join(DTYPES) + "."),
         "ema_decay": Key(float, "Keep an average of the weights too, which each update moves by 1 - ema_decay."),
         "seed": Key(int, "Seed of everything random."),

@@ -39,9 +39,14 @@ APPLIED = frozenset(
 
 REFUSED: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
+        "fsdp": ("a search runs in one process", "remove it"),
         "adapter": ("a search begins with new adapters", "remove it"),
         "ema_decay": (
             "a search keeps averages of its own, to compare arms by",
+            "remove it; train with it once the search has chosen",
+        ),
+        "torch_compile": (
+            "how the rows of a search's arms lie changes from round to round",
             "remove it; train with it once the search has chosen",
         ),
         **dict.fromkeys(

@@ -6,6 +6,8 @@
     state.json              position, monitor, what the run was (training/identity.py)
     manifest.json           written last: size and sha256 of the other three, and of itself
 
+Where the model lies in pieces, files of every rank stand in the place of the first two (training/pieces.py).
+
 It is written beside its name, fsynced, read back and renamed, so that a folder with its name is whole. Everything
 random in a run is a function of (seed, update, row), so there is no random state to keep, and nothing in a checkpoint
 depends on how many devices share the work.
@@ -22,7 +24,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -41,12 +43,13 @@ from welltuned.training.durable import (
 )
 from welltuned.training.step import Evaluation
 
-FORMAT = 1
+FORMAT, IN_PIECES = 1, 2  # the latter where every rank writes its part
 CHECKPOINTS, DAMAGED = "checkpoints", "damaged"
 TRAINED, OPTIMIZER, STATE, MANIFEST = "trained.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"step-(\d{6,})")
+_SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 _DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
-_FP32 = {"exp_avg", "exp_avg_sq", "step", "average"}
+_NO_CODES = {"trained", "exp_avg", "exp_avg_sq", "step", "average"}
 _NO_STATE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -147,13 +150,35 @@ def write_checkpoint(run: Path, snapshot: Snapshot) -> Path:
         OSError: as the disk says. Damaged: what was read back is not what was written.
     """
     target = folder_of(run, snapshot.position.step)
+    place = begin_checkpoint(run, snapshot, snapshot.bytes)
+    if place is None:
+        return target
+    beside = Path(place)
+    files = {
+        TRAINED: write_file(beside / TRAINED, _safetensors(named(snapshot.flat_KP, snapshot.slots))),
+        OPTIMIZER: write_file(beside / OPTIMIZER, _safetensors(_optimizer_tensors(snapshot))),
+        STATE: write_file(beside / STATE, [_json(_state(snapshot))]),
+    }
+    write_file(beside / MANIFEST, [_manifest(snapshot, files, FORMAT)])
+    verify(beside)
+    publish_folder(beside, target)
+    return target
+
+
+def begin_checkpoint(run: Path, snapshot: Snapshot, needed: int) -> str | None:
+    """An empty folder beside the checkpoint's name; None where one with that name is there already and whole.
+
+    Raises:
+        OSError: as the disk says, or where it has no room for `needed` bytes.
+    """
+    target = folder_of(run, snapshot.position.step)
     if target.exists():
         try:
             verify(target)
-            return target
+            return None
         except Damaged as damage:
             set_aside(target, str(damage))
-    durable.require_room(run, snapshot.bytes)
+    durable.require_room(run, needed)
     beside = target.with_name(target.name + BESIDE)
     if beside.exists():
         remove_folder(beside)
@@ -161,15 +186,24 @@ def write_checkpoint(run: Path, snapshot: Snapshot) -> Path:
         durable.SYSTEM.make_folder(target.parent)
         sync_folder(run)
     durable.SYSTEM.make_folder(beside)
-    files = {
-        TRAINED: write_file(beside / TRAINED, _safetensors(named(snapshot.flat_KP, snapshot.slots))),
-        OPTIMIZER: write_file(beside / OPTIMIZER, _safetensors(_optimizer_tensors(snapshot))),
-        STATE: write_file(beside / STATE, [_json(_state(snapshot))]),
-    }
-    write_file(beside / MANIFEST, [_manifest(snapshot, files)])
-    verify(beside)
+    return str(beside)
+
+
+def finish_checkpoint(run: Path, snapshot: Snapshot, files: Mapping[str, Written], shapes: Mapping[str, Any]) -> None:
+    """Give a checkpoint in pieces its name, once every rank has written its files and read them back.
+
+    Args:
+        shapes: of all that is trained, in the order of a whole flat buffer.
+    """
+    target = folder_of(run, snapshot.position.step)
+    beside = target.with_name(target.name + BESIDE)
+    more = {"trained": shapes, "step": snapshot.steps_G.tolist(), "average": snapshot.average_KP is not None}
+    state = write_file(beside / STATE, [_json(_state(snapshot, IN_PIECES, more))])
+    write_file(beside / MANIFEST, [_manifest(snapshot, {STATE: state, **files}, IN_PIECES)])
+    if checksum(beside / STATE) != state:
+        raise Damaged(f"{STATE} is not what was written")
+    _read_manifest(beside)
     publish_folder(beside, target)
-    return target
 
 
 def named(flat_KP: Tensor, slots: Sequence[Slot]) -> dict[str, Tensor]:
@@ -188,14 +222,15 @@ def _optimizer_tensors(snapshot: Snapshot) -> dict[str, Tensor]:
     return found if snapshot.average_KP is None else {**found, "average": snapshot.average_KP}
 
 
-def _state(snapshot: Snapshot) -> dict[str, Any]:
+def _state(snapshot: Snapshot, format_: int = FORMAT, more: Mapping[str, Any] = _NO_STATE) -> dict[str, Any]:
     return {
-        "format": FORMAT,
+        "format": format_,
         "run": snapshot.run,
         "position": to_plain(snapshot.position),
         "metrics_bytes": snapshot.metrics_bytes,
         "identity": dict(snapshot.identity),
         "versions": dict(snapshot.versions),
+        **more,
     }
 
 
@@ -223,9 +258,9 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, ensure_ascii=True, indent=1) + "\n").encode("utf-8")
 
 
-def _manifest(snapshot: Snapshot, files: Mapping[str, Written]) -> bytes:
+def _manifest(snapshot: Snapshot, files: Mapping[str, Written], format_: int) -> bytes:
     body = {
-        "format": FORMAT,
+        "format": format_,
         "run": snapshot.run,
         "step": snapshot.position.step,
         "files": {name: asdict(file) for name, file in files.items()},
@@ -275,8 +310,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         plain: dict[str, Any] = json.loads(text)
         body = {key: value for key, value in plain.items() if key != "sha256"}
         whole = text == _json({**body, "sha256": sha256(_json(body)).hexdigest()})
-        newer = whole and plain["format"] > FORMAT
-        known = whole and not newer and plain["files"].keys() == {TRAINED, OPTIMIZER, STATE}
+        newer = whole and plain["format"] > IN_PIECES
+        known = whole and not newer and _are_known(plain["format"], plain["files"])
     except FileNotFoundError as error:
         raise Damaged(f"{MANIFEST} is missing: the save was cut short") from error
     except OSError as error:
@@ -284,18 +319,30 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{MANIFEST} is not what was written ({error})") from error
     if newer:
-        what = f"the checkpoint has format {plain['format']}, and this version reads up to {FORMAT}"
+        what = f"the checkpoint has format {plain['format']}, and this version reads up to {IN_PIECES}"
         raise InputError(what, where=str(folder), mend="use the version of welltuned that wrote it, or a newer one")
     if not known:
         raise Damaged(f"{MANIFEST} is not what was written: its sha256 differs")
     return plain
 
 
+def _are_known(format_: int, files: Mapping[str, Any]) -> bool:
+    """Whether these are the files of such a checkpoint, all by their own names in its folder."""
+    if format_ == FORMAT:
+        return files.keys() == {TRAINED, OPTIMIZER, STATE}
+    return STATE in files and all(name == STATE or _SHARD.fullmatch(name) for name in files)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A verified checkpoint, read. `trained` are the tensors by name."""
+    """A verified checkpoint, read.
+
+    Attributes:
+        shapes: of the trained tensors by name; `trained` are they themselves, empty where only the position was read.
+    """
 
     folder: Path
+    shapes: Mapping[str, tuple[int, ...]]
     trained: Mapping[str, Tensor]
     exp_avg_KP: Tensor
     exp_avg_sq_KP: Tensor
@@ -310,20 +357,21 @@ class Checkpoint:
     extra: tuple[str, ...] = ()
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Verify and read. Raises as `verify` does."""
+def read_checkpoint(folder: Path, *, tensors: bool = True) -> Checkpoint:
+    """Verify and read; without `tensors` only its position, step counts and shapes. Raises as `verify` does."""
     manifest = verify(folder)
     try:
         state = json.loads((folder / STATE).read_bytes())
-        optimizer = load_file(folder / OPTIMIZER)
+        shapes, held = _held(folder, state, tensors)
         return Checkpoint(
             folder=folder,
-            trained=load_file(folder / TRAINED),
-            exp_avg_KP=optimizer["exp_avg"],
-            exp_avg_sq_KP=optimizer["exp_avg_sq"],
-            steps_G=optimizer["step"],
-            average_KP=optimizer.get("average"),
-            codes={name: tensor for name, tensor in optimizer.items() if name not in _FP32},
+            shapes=shapes,
+            trained=held.get("trained", {}),
+            exp_avg_KP=held.get("exp_avg", torch.empty(0)),
+            exp_avg_sq_KP=held.get("exp_avg_sq", torch.empty(0)),
+            steps_G=held["step"],
+            average_KP=held.get("average"),
+            codes={name: tensor for name, tensor in held.items() if name not in _NO_CODES},
             position=Position.from_json(state["position"]),
             run=state["run"],
             metrics_bytes=state["metrics_bytes"],
@@ -333,6 +381,23 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         )
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"it cannot be read ({error})") from error
+
+
+def _held(folder: Path, state: Mapping[str, Any], tensors: bool) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """The trained tensors' shapes, and what of the rest is asked for."""
+    if state["format"] == IN_PIECES:
+        from welltuned.training.pieces import read_whole
+
+        shapes = {name: tuple(shape) for name, shape in state["trained"].items()}
+        held = read_whole(folder, shapes, state["average"]) if tensors else {}
+        return shapes, {**held, "step": torch.tensor(state["step"])}
+    if tensors:
+        trained = load_file(folder / TRAINED)
+        shapes = {name: tuple(tensor.shape) for name, tensor in trained.items()}
+        return shapes, {"trained": trained, **load_file(folder / OPTIMIZER)}
+    with safe_open(folder / TRAINED, "pt") as file, safe_open(folder / OPTIMIZER, "pt") as moments:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+        return shapes, {"step": moments.get_tensor("step")}
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
@@ -357,12 +422,16 @@ def set_aside(folder: Path, reason: str) -> Path:
     return place
 
 
-def newest(run: Path, run_id: str | None) -> tuple[Checkpoint | None, tuple[str, ...]]:
-    """The newest checkpoint that verifies and belongs to this run; sentences on those that were set aside for it."""
+def newest(run: Path, run_id: str | None, *, tensors: bool = True) -> tuple[Checkpoint | None, tuple[str, ...]]:
+    """The newest checkpoint that verifies and belongs to this run; sentences on those that were set aside for it.
+
+    Args:
+        tensors: whether they are read as well, and not by each rank for itself.
+    """
     notes = []
     for step, folder in checkpoints(run):
         try:
-            found = read_checkpoint(folder)
+            found = read_checkpoint(folder, tensors=tensors)
             if found.position.step != step:
                 raise Damaged(f"it holds update {found.position.step} under the name of update {step}")
             if run_id is not None and found.run != run_id:

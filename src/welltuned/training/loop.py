@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -29,12 +29,16 @@ from welltuned.training.optimizer import clip_
 from welltuned.training.optimizer_8bit import make_optimizer
 from welltuned.training.prepare import Prepared
 from welltuned.training.process import memory_used
+from welltuned.training.ranks import Group
 from welltuned.training.reduce import GradientSum, Word
 from welltuned.training.rundir import RunDir
 from welltuned.training.settings import adamw_settings, rate_spans, schedule_of
 from welltuned.training.snapshot import Numbers, Origin
 from welltuned.training.step import Engine, Evaluation, Gradient, NotFinite, Objective
 from welltuned.training.watcher import MakeWatch
+
+if TYPE_CHECKING:
+    from welltuned.models.sharded import ShardedParameters
 
 T = TypeVar("T")
 
@@ -78,7 +82,7 @@ class Loop:
         )
         self.average = Average(plan.value("ema_decay"), self.trained.flat_KP) if "ema_decay" in plan.choices else None
         self.numbers = Numbers(self.trained, self.optimizer, self.average)
-        self._movement = Movement(self.trained)  # before a checkpoint is restored: it remembers the start
+        self._movement = Movement(self.trained, self.ranks)  # before a checkpoint is restored: it remembers the start
         self.schedule = schedule_of(plan)
         self.batch = plan.value("effective_batch_size")
         self._guard = MemoryGuard(plan, processes=self.ranks.here)
@@ -182,7 +186,7 @@ class Loop:
         keys = [dropout_key(self.plan.value("seed"), step, i) for i in chosen]
         try:
             made = self._gradient(rows, keys)
-            norm = clip_(self.trained.grad_KP, self.plan.value("max_grad_norm"))[0]
+            norm = clip_(self.trained.grad_KP, self.plan.value("max_grad_norm"), self._sum.lengths())[0]
             what = (
                 None
                 if is_sound(norm, made)
@@ -307,10 +311,10 @@ class Loop:
     def _left_out(self, what: str, rows: Sequence[Any], keys: Sequence[int]) -> bool:
         """Leave this update out: nothing of it reaches weights or moments. False where the run went back."""
         self.optimizer.zero_grad()
-        if not bool(torch.isfinite(self.trained.flat_KP).all()):
+        if not all(self.ranks.gather(lambda: bool(torch.isfinite(self.trained.flat_KP).all()))):
             back_or_stop(self, f"trained weights are not finite at update {self.at.step + 1}")
             return False
-        finite = finite_alone(self._gradient, self.trained.grad_KP, rows, keys)
+        finite = finite_alone(self._gradient, self._sum.lengths, self.trained.grad_KP, rows, keys)
         found = tuple(rows[i].origin for i in culprits(rows, finite))
         self.at = replace(self.at, step=self.at.step + 1, skipped=self.at.skipped + 1, in_a_row=self.at.in_a_row + 1)
         self.tell(Skipped(self.at.step, self.plan.updates, what, found))
@@ -336,7 +340,8 @@ class Loop:
 
     def save(self, *, wait: bool = False) -> None:
         """Begin to save this position; with `wait`, until it is on the disk."""
-        self.ranks.require_equal(f"the weights or moments after update {self.at.step}", self.numbers.flat)
+        if self.numbers.pieces is None:
+            self.ranks.require_equal(f"the weights or moments after update {self.at.step}", self.numbers.flat)
         if not self.ranks.alone:
             self._heed(self.ranks.gather(self._word))
         now = time.monotonic()
@@ -347,14 +352,27 @@ class Loop:
             monitor=self.watch.state(),
         )
         self._clock = now
-        self.ranks.first(lambda: self._keep(wait))
+        if self.numbers.pieces is None:
+            self.ranks.first(lambda: self._keep(wait))
+        elif not self.ranks.first(lambda: self.setting.keeper.has(self.at.step)):
+            self._keep_pieces(self.numbers.pieces)
 
     def _keep(self, wait: bool) -> None:
         keeper = self.setting.keeper
         if wait:
             self.say(keeper.join())
-        if keeper.saved != self.at.step or keeper.failed is not None:
+        if not keeper.has(self.at.step):
             self.say(keeper.save(self._snapshot, wait=wait))
+
+    def _keep_pieces(self, trained: "ShardedParameters") -> None:
+        """All ranks write, and training waits for them."""
+        from welltuned.training.pieces import write_pieces
+
+        assert isinstance(self.ranks, Group)
+        self.ranks.first(self.setting.directory.sync_metrics)
+        snapshot = self.ranks.each(lambda: self._snapshot(copied=False))
+        failed = write_pieces(self.setting.directory.path, snapshot, trained, self.ranks)
+        self.ranks.first(lambda: self.say(self.setting.keeper.written(snapshot, failed)))
 
     def _snapshot(self, copied: bool) -> Snapshot:
         length = self.setting.directory.metrics_bytes
@@ -375,7 +393,7 @@ class Loop:
         """
         self.at, self._clock = self.numbers.restore(found, self.ranks), time.monotonic()
         self.optimizer.zero_grad()
-        self.cut_to(self.at.token_budget)
+        self.cut_to(min(self.engine.token_budget, self.at.token_budget))  # the recipe's may be less by now
         self.watch = self._make_watch(self.plan, self.at.monitor)
         if found is None:
             return

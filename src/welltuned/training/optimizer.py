@@ -184,10 +184,14 @@ def require_same_state(
         raise RunError(f"{what}: go on with the optim that it was begun with, or begin a new run")
 
 
-def clip_(grad_KP: Tensor, limit: float) -> list[float]:
-    """Scale every adapter's gradient down to `limit` where it is longer (0: never); the norms before that."""
-    norm_K = torch.linalg.vector_norm(grad_KP, dim=1)
+def clip_(grad_KP: Tensor, limit: float, norm_K: Tensor | None = None) -> list[float]:
+    """Scale every adapter's gradient down to `limit` where it is longer (0: never); the norms before that.
+
+    Args:
+        norm_K: where grad_KP is only a part of it: the norm of the whole.
+    """
+    norm_K = torch.linalg.vector_norm(grad_KP, dim=1) if norm_K is None else norm_K
     if limit > 0:
-        grad_KP.mul_((limit / norm_K.clamp_min(1e-12)).clamp_max(1.0)[:, None])
+        grad_KP.mul_((limit / norm_K.clamp_min(1e-12)).clamp_max(1.0)[:, None].to(grad_KP.device))
     norms: list[float] = norm_K.tolist()
     return norms

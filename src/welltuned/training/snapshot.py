@@ -2,18 +2,23 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from welltuned.advice.codec import to_plain
 from welltuned.errors import RunError
+from welltuned.models.full import FullParameters
 from welltuned.models.lora import AdapterBank
 from welltuned.training.average import Average
 from welltuned.training.checkpoint import Checkpoint, Position, Snapshot, named
 from welltuned.training.optimizer_8bit import Optimizer
 from welltuned.training.ranks import Ranks
 from welltuned.training.step import Trained
+
+if TYPE_CHECKING:
+    from welltuned.models.sharded import ShardedParameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +40,29 @@ class Numbers:
 
     @property
     def flat(self) -> list[torch.Tensor]:
-        """The flat buffers, which are the same on every rank."""
+        """The flat buffers, which are the same on every rank unless the model lies in pieces."""
         average = [] if self.average is None else [self.average.flat_KP]
         moments = [self.optimizer.exp_avg_KP, self.optimizer.exp_avg_sq_KP, *self.optimizer.codes.values()]
         return [self.trained.flat_KP, *moments, *average]
 
+    @property
+    def pieces(self) -> "ShardedParameters | None":
+        """What is trained, where each rank holds and saves a part of it."""
+        if not (isinstance(self.trained, FullParameters) and self.trained.in_pieces):
+            return None
+        from welltuned.models.sharded import ShardedParameters
+
+        assert isinstance(self.trained, ShardedParameters)
+        return self.trained
+
     def take(self, position: Position, origin: Origin, metrics_bytes: int, *, copied: bool) -> Snapshot:
-        """The run at this position in host memory: a copy, or on a CPU the live buffers themselves.
+        """The run at this position in host memory: a copy, or the live buffers, on a CPU and where all ranks write.
 
         Raises:
             RunError: a number is not finite; such a state is never saved.
         """
-        flat_KP, exp_avg_KP, exp_avg_sq_KP, *rest = (tensor.to("cpu", copy=copied) for tensor in self.flat)
+        flat = self.flat if self.pieces is not None else [tensor.to("cpu", copy=copied) for tensor in self.flat]
+        flat_KP, exp_avg_KP, exp_avg_sq_KP, *rest = flat
         codes = dict(zip(self.optimizer.codes, rest, strict=False))
         wide = [tensor for tensor in codes.values() if tensor.is_floating_point()]
         if not all(bool(torch.isfinite(tensor).all()) for tensor in (flat_KP, exp_avg_KP, exp_avg_sq_KP, *wide)):
@@ -72,10 +88,21 @@ class Numbers:
         Raises:
             RunError: it holds other tensors than the model has.
         """
+        if self.pieces is not None:
+            return self._restore_pieces(found, ranks, self.pieces)
         steps, position = ranks.first(lambda: self._read(found))
         ranks.spread_(self.flat)
         if found is None:
             self.optimizer.restore_steps(steps)
+        return Position.from_json(position)
+
+    def _restore_pieces(self, found: Checkpoint | None, ranks: Ranks, trained: "ShardedParameters") -> Position:
+        from welltuned.training.pieces import read_own_part
+
+        place, steps, position = ranks.first(lambda: _told(found))
+        names = ("trained", "exp_avg", "exp_avg_sq", "average")
+        ranks.each(lambda: read_own_part(Path(place), dict(zip(names, self.flat, strict=False)), trained))
+        self.optimizer.restore_steps(steps)
         return Position.from_json(position)
 
     def _read(self, found: Checkpoint | None) -> tuple[list[float], Mapping[str, Any]]:
@@ -97,10 +124,17 @@ class Numbers:
         return True
 
 
+def _told(found: Checkpoint | None) -> tuple[str, list[float], Mapping[str, Any]]:
+    assert found is not None
+    return str(found.folder), found.steps_G.tolist(), to_plain(found.position)
+
+
 def same_tensors(found: Checkpoint, trained: Trained) -> bool:
     """Whether a checkpoint holds exactly what is trained here, by names and shapes."""
-    places = named(trained.flat_KP, trained.slots)
-    return {n: t.shape for n, t in places.items()} == {n: t.shape for n, t in found.trained.items()}
+    shapes = {name: tuple(t.shape) for name, t in named(trained.flat_KP, trained.slots).items()}
+    if isinstance(trained, FullParameters):
+        shapes = {name: trained.whole[name] for name in shapes}
+    return shapes == dict(found.shapes)
 
 
 def restore_weights(trained: Trained, found: Checkpoint) -> None:
