@@ -38,7 +38,8 @@ ROWS = 64
 # Of the made-up curves: relative loss per square of ln(rate) at the end, and what equal runs differ by, relative.
 CURVES = (0.015, 0.06, 0.15, 0.3)
 REPEATS = (0.0002, 0.003, 0.011)
-OFFSETS = (-0.7, -0.35, -0.1, 0.1, 0.35, 0.7)  # of the best rate from the advice, in ln(rate)
+# Of the best rate from the advice, in ln(rate): a deviation of 0.33, as the law has for families it does not know (E022).
+OFFSETS = (-0.5, -0.25, -0.1, 0.1, 0.25, 0.5)
 DOUBT = 0.65  # the advice's own, as the plans of both measured cases have it
 ROW_NOISE, HARD = 0.06, 0.35  # of a row, relative: its own in each arm, and in common; 64 rows: 1 % paired
 MOVES = 0.15  # of the lowest point until the end, times sqrt(ln(1 / share))
@@ -191,7 +192,7 @@ def summary(regrets: Sequence[float], runs: Sequence[float], count: Sequence[int
 
 
 def of_grid(grid: dict[str, Any], arms: int, doubt: float = DOUBT) -> dict[str, Any]:
-    """Searches whose advice lies up to a factor of two beside the grid's."""
+    """Searches whose advice lies up to a factor of 1.65 beside the grid's."""
     runs = sorted((a for a in grid["arms"] if a["status"] == "done"), key=lambda a: a["learning_rate"])
     x_A, weights = np.log([a["learning_rate"] for a in runs]), grid["weights"]
     shares = [look["share"] for look in runs[0]["looks"]]
@@ -206,7 +207,7 @@ def of_grid(grid: dict[str, Any], arms: int, doubt: float = DOUBT) -> dict[str, 
     weight_I = np.asarray(weights, dtype=np.float64) / sum(weights)
     best = float((loss_SAI[-1] @ weight_I).min())
     found = {}
-    for offset in np.linspace(-0.7, 0.7, 15):
+    for offset in np.linspace(-0.5, 0.5, 11):
         centre = math.log(grid["advised"]) + float(offset)
         one = searched(losses, centre, doubt, weights, updates=grid["updates"], arms=arms)
         regret = float(losses(one.x, 1.0, 0) @ weight_I) / best - 1

@@ -143,6 +143,7 @@ def test_what_a_later_look_is_worth():
     sure, unsure = (replace(now, repeats=np.full_like(now.repeats, r)) for r in (0.0001, 0.05))
     assert sure.gain(0.0, others, 1.0) > 1.5 * unsure.gain(0.0, others, 1.0)
     assert now.gain(0.0, others, 1.0) > now.gain(0.0, others, 0.6) > now.gain(0.0, others, 0.4) >= 0.0
+    assert now.gain(0.0, others, 0.6, new=0.0001) > now.gain(0.0, others, 0.6, new=0.01) >= now.gain(0.0, others, 0.6)
 
 
 def bracket(optimum, **how):

@@ -93,11 +93,14 @@ class Curve:
         """The place that is expected to cost least: steep draws count more, since to be off costs more there."""
         return float(np.average(self.lowest, weights=self.curves))
 
-    def gain(self, chosen: float, others: Sequence[float], share: float) -> float:
+    def gain(self, chosen: float, others: Sequence[float], share: float, new: float = math.inf) -> float:
         """By how much less the best of all these is expected to cost, chosen after `share` of the run, than `chosen`.
 
         Until then the lowest point moves; what arms say of that is blurred by what equal runs differ by, which more
         arms do not take away (expected value of sample information; Raiffa and Schlaifer, 1961, chapter 5).
+
+        Args:
+            new: the price, as relative loss, at which an arm may begin then wherever the lowest point has come to lie.
         """
         x_A = np.array([chosen, *others])
         curves, repeats = self.curves[::THIN], self.repeats[::THIN]
@@ -108,7 +111,7 @@ class Curve:
             told = moves / np.sqrt(moves + repeats**2 / (curves**2 * apart))
         news, odds = NEWS
         then_DN = self.cheapest + told[:, None] * news
-        nearest_DN = ((x_A - then_DN[:, :, None]) ** 2).min(-1)
+        nearest_DN = np.minimum(((x_A - then_DN[:, :, None]) ** 2).min(-1), 2 * new / curves[:, None])
         saved_D = ((chosen - then_DN) ** 2 - nearest_DN) @ (odds / odds.sum())
         return float(np.mean(curves * saved_D) / 2)
 

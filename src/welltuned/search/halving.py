@@ -18,8 +18,9 @@ from welltuned.search.curve import Curve, Point, Prior, fit
 from welltuned.training.monitor.robust import Difference, difference
 
 ENOUGH = 0.002  # expected regret, relative to the loss, at which there is nothing left to find out
-# Relative loss that a whole run's training must be expected to save: what is worth less is not compared any further.
-PRICE = 0.002
+# Relative loss that a whole run's training must be expected to save; what saves less is not compared any further. On
+# made-up curves and recorded grids (benchmarks/results/sweep_policy.json) less buys hardly anything, more loses it.
+PRICE = 0.001
 ERRORS = 2.0  # paired standard errors
 CHANCE = 0.05  # that the best rate moves so far until the end that the arm would be the better one
 # Assumed: relative deviation of what a group comes to at the end from what its lead now says, times
@@ -276,8 +277,9 @@ def _steps(
     """
     now, following = shares
     others = [e.x for e in going if e.group == leader.group and e.arm != leader.arm]
+    new = PRICE * following if following < 1 else math.inf  # of an arm that would be added at the next look
     runs = (len(going) - 1) * (following - now)
-    saves = apart + (curve.gain(leader.x, others, following) if curve is not None else 0.0)
+    saves = apart + (curve.gain(leader.x, others, following, new) if curve is not None else 0.0)
     told = f"comparing {len(going)} arms as far as {following:.0%} is expected to save {saves:.2%} of the loss"
     if len(going) == 1:
         told = "of the arms only the best is left"
@@ -288,7 +290,7 @@ def _steps(
             return [Step(Kind.ADD, math.inf, AT_EDGE, edge)]
         xs = sorted(e.x for e in entries if e.group == leader.group)
         if xs[0] < curve.cheapest < xs[-1] and min(abs(curve.cheapest - x) for x in xs) > APART:
-            more = apart + curve.gain(leader.x, [*others, curve.cheapest], following)
+            more = apart + curve.gain(leader.x, [*others, curve.cheapest], following, new)
             why = f"the lowest point of the curve through the arms, expected to save {more - saves:.2%} of the loss"
             steps.append(Step(Kind.ADD, more - PRICE * (runs + following), why, curve.cheapest))
             told += f", and {len(going) + 1} with one at the lowest point of the curve {more:.2%}"
