@@ -38,7 +38,7 @@ ROWS = 64
 # Of the made-up curves: relative loss per square of ln(rate) at the end, and what equal runs differ by, relative.
 CURVES = (0.015, 0.06, 0.15, 0.3)
 REPEATS = (0.0002, 0.003, 0.011)
-# Of the best rate from the advice, in ln(rate): a deviation of 0.33, as the law has for families it does not know (E022).
+# Of the best rate from the advice, in ln(rate): a deviation of 0.33, the law's for families that it does not know (E022).
 OFFSETS = (-0.5, -0.25, -0.1, 0.1, 0.25, 0.5)
 DOUBT = 0.65  # the advice's own, as the plans of both measured cases have it
 ROW_NOISE, HARD = 0.06, 0.35  # of a row, relative: its own in each arm, and in common; 64 rows: 1 % paired
