@@ -16,8 +16,10 @@ lr_law.jsonl.
 """
 
 import argparse
+import itertools
 import json
 import math
+import statistics
 import subprocess
 import sys
 import time
@@ -81,12 +83,24 @@ def case_options(case: str, model: str, gsm8k: str, work: Path) -> dict[str, Any
 def prepared_of(arguments: argparse.Namespace) -> Prepared:
     arguments.work.mkdir(parents=True, exist_ok=True)
     options = case_options(arguments.case, arguments.model, arguments.gsm8k, arguments.work)
+    if arguments.dtype:
+        options["dtype"] = arguments.dtype
     return prepare(load_recipe(None, {**options, "save_steps": 10}))
+
+
+def case_of(arguments: argparse.Namespace) -> str:
+    """The name of a case's results: with the number format where one was asked for."""
+    return f"{arguments.case}_{arguments.dtype}" if arguments.dtype else str(arguments.case)
+
+
+def grid_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"sweep_grid_{case_of(arguments)}.json").read_text(encoding="utf-8"))
+    return found
 
 
 def searched(arguments: argparse.Namespace, question: Question, name: str, *, grid: bool) -> SweepResult:
     """Begin, or go on."""
-    out, started = arguments.work / f"{arguments.case}-{name}", time.time()
+    out, started = arguments.work / f"{case_of(arguments)}-{name}", time.time()
 
     def tell(event: object) -> None:
         kind = type(event).__name__
@@ -104,6 +118,7 @@ def run_grid(arguments: argparse.Namespace) -> None:
     result = {
         "machine": describe_machine(),
         "case": arguments.case,
+        "dtype": prepared_of(arguments).plan.value("dtype"),
         "advised": advised,
         "updates": found.found.rows[0].total_updates,
         "seconds": round(found.run.seconds, 1),
@@ -112,15 +127,15 @@ def run_grid(arguments: argparse.Namespace) -> None:
         "start_loss": None if found.run.before is None else found.run.before.loss,
         "arms": arms_of(found),
     }
-    print(write_result(f"sweep_grid_{arguments.case}", result))
+    print(write_result(f"sweep_grid_{case_of(arguments)}", result))
 
 
 def run_defaults(arguments: argparse.Namespace) -> None:
     rates = sorted(DEFAULTS.values())
-    grid = json.loads((RESULTS / f"sweep_grid_{arguments.case}.json").read_text(encoding="utf-8"))
+    grid = grid_of(arguments)
     others = [arm for arm in grid["arms"] if arm["learning_rate"] not in rates]
     found = arms_of(to_the_end(arguments, "defaults", rates))
-    print(write_result(f"sweep_grid_{arguments.case}", {**grid, "arms": [*others, *found]}))
+    print(write_result(f"sweep_grid_{case_of(arguments)}", {**grid, "arms": [*others, *found]}))
 
 
 def to_the_end(arguments: argparse.Namespace, name: str, rates: list[float]) -> SweepResult:
@@ -146,12 +161,12 @@ def arms_of(found: SweepResult) -> list[dict[str, Any]]:
 
 def run_sweep(arguments: argparse.Namespace) -> None:
     """A real search, judged on the same rows as the grid; and searches replayed on the grid's own recordings."""
-    out = arguments.work / f"{arguments.case}-sweep"
+    out = arguments.work / f"{case_of(arguments)}-sweep"
     if not (out / "run.json").exists():
         searched(arguments, question_of(None, []), "sweep", grid=False)
     run = json.loads((out / "run.json").read_text(encoding="utf-8"))
     found = run["sweep"]
-    grid = json.loads((RESULTS / f"sweep_grid_{arguments.case}.json").read_text(encoding="utf-8"))
+    grid = grid_of(arguments)
     weights = grid["weights"]
     whole = {arm["learning_rate"]: final(arm, weights) for arm in grid["arms"] if arm["status"] == "done"}
     best = min(whole, key=lambda rate: whole[rate])
@@ -175,7 +190,7 @@ def run_sweep(arguments: argparse.Namespace) -> None:
         "arms": [{name: arm[name] for name in ("learning_rate", "status", "updates", "why")} for arm in found["arms"]],
         "replayed": replay(grid),
     }
-    print(write_result(f"sweep_{arguments.case}", result))
+    print(write_result(f"sweep_{case_of(arguments)}", result))
 
 
 def final(arm: dict[str, Any], weights: list[int]) -> float:
@@ -249,8 +264,9 @@ def run_cells() -> None:
 
 def run_bank(arguments: argparse.Namespace) -> None:
     """K arms at once and single runs, in turn, each in a process of its own."""
-    measured = []
-    for arms in (int(k) for k in arguments.arms.split(",")):
+    kept = RESULTS / "sweep_bank.json"
+    measured = json.loads(kept.read_text(encoding="utf-8"))["measured"] if arguments.more else []
+    for _, arms in itertools.product(range(arguments.rounds), (int(k) for k in arguments.arms.split(","))):
         for mode in ("alone", "bank"):
             command = [sys.executable, __file__, mode, "--arms", str(arms), "--model", arguments.model]
             child = subprocess.run(
@@ -261,7 +277,25 @@ def run_bank(arguments: argparse.Namespace) -> None:
             )
             measured.append(json.loads(child.stdout.splitlines()[-1]))
             print(measured[-1], flush=True)
-    print(write_result("sweep_bank", {"machine": describe_machine(), "measured": measured}))
+    print(write_result("sweep_bank", {"machine": describe_machine(), **in_short(measured), "measured": measured}))
+
+
+def in_short(measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of tokens a second and memory; a bank's speed is compared with the single run just before it."""
+    pairs = list(zip(measured[::2], measured[1::2], strict=True))  # alone, then the bank
+
+    def of(runs: list[dict[str, Any]]) -> dict[str, Any]:
+        speed, memory = (statistics.median(run[key] for run in runs) for key in ("tokens_per_second", "peak_bytes"))
+        return {"tokens_per_second": round(speed, 1), "peak_gb": round(memory / 1e9, 2)}
+
+    alone, banks = of([single for single, _ in pairs]), {}
+    for k in sorted({bank["arms"] for _, bank in pairs}):
+        chosen = [(single, bank) for single, bank in pairs if bank["arms"] == k]
+        ratios = [bank["tokens_per_second"] / single["tokens_per_second"] for single, bank in chosen]
+        found = of([bank for _, bank in chosen])
+        memory = found["peak_gb"] / (k * alone["peak_gb"])
+        banks[k] = {**found, "speed_ratio": round(statistics.median(ratios), 2), "memory_of_k_runs": round(memory, 2)}
+    return {"alone": alone, "bank": banks}
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -325,9 +359,12 @@ def main() -> None:
     parser.add_argument("--case", choices=("gsm8k", "tickets"), default="tickets")
     parser.add_argument("--model", default=DEMO_ALIAS, help="SmolLM2-135M-Instruct, or a folder with it")
     parser.add_argument("--gsm8k", default="gsm8k_train.jsonl", help="GSM8K's training rows, as JSONL")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="where not the plan's own")
     parser.add_argument("--work", type=Path, default=Path("sweep-work"))
     parser.add_argument("--arms", default="1,2,4,8")
     parser.add_argument("--seconds", type=float, default=6.0, help="of measuring, for each token budget")
+    parser.add_argument("--rounds", type=int, default=1, help="of the bank's comparison")
+    parser.add_argument("--more", action="store_true", help="add them to those of the last result")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     if arguments.what == "grid":

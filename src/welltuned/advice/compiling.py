@@ -7,8 +7,8 @@ from welltuned.facts.machine import Device
 from welltuned.recipe import Method
 
 
-def choose_compile(device: Device, method: Method, seconds: float | None, *, dora: bool) -> Choice:
-    """`torch_compile`; `seconds` is the forecast of the whole run, None where there is none."""
+def choose_compile(device: Device, method: Method, seconds: float | None, *, dora: bool, cut: bool) -> Choice:
+    """`torch_compile`; `seconds` is the forecast of the whole run, None where there is none; `cut` by FSDP2."""
     least = compiling_pays_from()
     gain, warm_up = f"{number('compile_gain'):.0%}", duration_words(number("compile_seconds"))
     unmeasured = f"its gain is put at {gain}, by bytes and not measured"
@@ -18,6 +18,8 @@ def choose_compile(device: Device, method: Method, seconds: float | None, *, dor
         reason = "how long answers will be is not known, and layers are compiled for a few lengths of packed rows"
     elif dora:
         reason = "DoRA takes the norms of its rows anew in each pass, which is not compiled"
+    elif cut:
+        reason = "a layer of a model in pieces is gathered as its turn comes, which is not compiled"
     elif seconds is None:
         reason = f"how long the run will take is not known; {unmeasured}"
     else:

@@ -7,6 +7,7 @@ another device.
 """
 
 import math
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,20 @@ class DenseWeight:
     @property
     def shape(self) -> tuple[int, int]:
         return self.w_OI.shape[0], self.w_OI.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class LiveWeight:
+    """A frozen matrix W_OI that is asked for anew each time: in a model in pieces it is whole in its turn only."""
+
+    read: Callable[[], Tensor]
+    shape: tuple[int, int]
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.read().to(dtype)
+
+    def lent(self, dtype: torch.dtype) -> Tensor:
+        return self.dense(dtype)
 
 
 @dataclass(slots=True)
@@ -142,4 +157,4 @@ def nf4_reference(weight: NF4Weight) -> Tensor:
     return dense
 
 
-FrozenWeight = DenseWeight | NF4Weight
+FrozenWeight = DenseWeight | NF4Weight | LiveWeight

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from welltuned.errors import InputError
-from welltuned.kernels.nf4 import DenseWeight, FrozenWeight, NF4Weight
+from welltuned.kernels.nf4 import DenseWeight, FrozenWeight, LiveWeight, NF4Weight
 from welltuned.kernels.nodes import frozen_node, handle_of
 
 # Routers pick experts: "all linear" does not mean them. State-space layers use dt_proj's weight without calling it.
@@ -94,6 +94,20 @@ def frozen_weight(module: nn.Module) -> FrozenWeight:
     if isinstance(module, nn.Linear):
         return DenseWeight(module.weight.detach())
     raise InputError(f"{type(module).__name__} is not a projection that LoRA can stand on", where="target_modules")
+
+
+def live_weight(module: nn.Module) -> LiveWeight:
+    """The same, read from the module whenever it is asked for; where it lies in pieces, all ranks must ask together."""
+    before, transposed = frozen_weight(module), isinstance(module, Conv1D)
+
+    def read() -> Tensor:
+        from torch.distributed.tensor import DTensor
+
+        weight = module.get_parameter("weight").detach()
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        return whole.t() if transposed else whole
+
+    return LiveWeight(read, before.shape)
 
 
 def quantisable(model: PreTrainedModel) -> list[str]:

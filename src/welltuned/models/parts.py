@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from welltuned.errors import InputError
+
 
 @torch.no_grad()
 def idle_parts(model: PreTrainedModel) -> tuple[str, ...]:
@@ -36,6 +38,19 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     count = model.config.num_hidden_layers
     lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
     return list(next(lists, ()))
+
+
+def require_layers(model: PreTrainedModel, where: str) -> list[nn.Module]:
+    """The same for a key, `where`, that needs them.
+
+    Raises:
+        InputError: there is no such list.
+    """
+    found = decoder_layers(model)
+    if not found:
+        mend = f"leave {where} out, or set it to false or none"
+        raise InputError("no list of decoder layers was found", where=where, mend=mend)
+    return found
 
 
 def _note(reached: set[str], name: str, *_: Any) -> None:

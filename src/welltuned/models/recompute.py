@@ -22,7 +22,7 @@ from welltuned.errors import InputError
 from welltuned.kernels.lora import Rows
 from welltuned.models.fuse import Fused
 from welltuned.models.lora import shared_rows
-from welltuned.models.parts import decoder_layers
+from welltuned.models.parts import require_layers
 
 
 def checkpoint_layers(
@@ -36,10 +36,8 @@ def checkpoint_layers(
     Args:
         host: keep what goes into them there, instead of on the device.
     """
-    found = decoder_layers(model)
-    if not found:
-        raise InputError("no list of decoder layers was found", where="gradient_checkpointing", mend="set it to false")
-    chosen = found[:layers]
+    found = require_layers(model, "gradient_checkpointing")
+    chosen = found[: len(found) if layers is None else layers]
     for layer in chosen:
         again = partial(
             checkpoint,

@@ -16,6 +16,8 @@ from welltuned.recipe.keys import (
     DENSE_BASES,
     DPO_LOSSES,
     DTYPES,
+    FSDP,
+    FULL_SHARD,
     GRPO_LOSSES,
     HYPERPARAMETERS,
     KEYS,
@@ -26,9 +28,11 @@ from welltuned.recipe.keys import (
     NEVER_KEPT,
     ON_NONFINITE,
     OPTIMIZERS,
+    OPTIMIZERS_8BIT,
     POLICIES,
     REWARD_SCALES,
     SCHEDULERS,
+    UNSERVED,
     VARIANTS,
     Method,
     Tune,
@@ -42,13 +46,11 @@ class Setting(NamedTuple):
     where: str
 
 
-SHARDING = "several GPUs share the updates here (torchrun), and each holds the whole base; for a larger one"
+SHARDING = "start it with torchrun and say fsdp: full_shard, which cuts every weight (FSDP2)"
 NOT_BUILT = MappingProxyType(
     {
-        "fsdp": f"{SHARDING} --tune qlora needs a quarter of the memory",
-        "fsdp_config": f"{SHARDING} --tune qlora needs a quarter of the memory",
-        "deepspeed": f"{SHARDING} --tune qlora needs a quarter of the memory; ZeRO-3 would gather frozen weights again "
-        "and again",
+        "fsdp_config": f"{SHARDING}; layers are cut one by one, and nothing else is to be set",
+        "deepspeed": f"{SHARDING}; ZeRO-3 has been seen to save adapters of 40 bytes",
     }
 )
 """What other trainers' keys ask for, that shard one model over several GPUs; and what there is instead."""
@@ -59,7 +61,7 @@ def refuse_unknown(key: str, where: str) -> None:
     if key in KEYS:
         return
     if key in NOT_BUILT:
-        raise InputError(f"'{key}' is not built: a model is never cut in pieces", where=where, mend=NOT_BUILT[key])
+        raise InputError(f"'{key}' is not built", where=where, mend=NOT_BUILT[key])
     nearest = get_close_matches(key, list(KEYS), n=1, cutoff=0.6)
     mend = f"did you mean '{nearest[0]}'?" if nearest else "`welltuned plan --help` lists the keys"
     raise InputError(f"unknown key '{key}'", where=where, mend=mend)
@@ -234,6 +236,9 @@ _RULES: Mapping[str, _Rule] = MappingProxyType(
         "data_weights": _POSITIVE,
         "reward_weights": _Rule(math.isfinite, "a finite number"),
         "label_smoothing": _Rule(lambda value: 0 <= value < 0.5, "at least 0 and below 0.5"),
+        "vllm_server_base_url": _Rule(
+            lambda value: bool(re.fullmatch(r"https?://[^/\s]+(/\S*)?", value)), "a URL such as http://localhost:8000"
+        ),
         "num_generations": _Rule(lambda value: value >= 2, "2 or more: an answer is judged beside others"),
         "top_p": _Rule(lambda value: 0 < value <= 1, "above 0 and at most 1"),
         "epsilon": _Rule(lambda value: 0 < value < 1, "above 0 and below 1"),
@@ -245,6 +250,7 @@ _RULES: Mapping[str, _Rule] = MappingProxyType(
         "optim": _one_of(OPTIMIZERS),
         "dtype": _one_of(DTYPES),
         "dense_base": _one_of(DENSE_BASES),
+        "fsdp": _one_of(FSDP),
         "bias": _one_of(BIASES),
         "loss_on": _one_of(LOSS_ON),
         "on_nonfinite": _one_of(ON_NONFINITE),
@@ -281,6 +287,31 @@ def refuse_ignored_keys(given: Mapping[str, Setting]) -> None:
     _check_loss(given)
     _check_objective(given, method)
     _check_memory(given, tune)
+    _check_server(given, tune)
+    _check_pieces(given, method, tune)
+
+
+def _check_pieces(given: Mapping[str, Setting], method: Method, tune: Tune) -> None:
+    """What cannot be trained of a model in pieces."""
+    if "fsdp" not in given or given["fsdp"].value != FULL_SHARD:
+        return
+    start = given["init_lora_weights"].value if "init_lora_weights" in given else True
+    where = given["fsdp"].where
+    if tune is Tune.QLORA:
+        what = "fsdp: full_shard would change 4-bit weights on their way between processes (bitsandbytes #1945)"
+        raise InputError(what, where=where, mend="use tune: lora with it, or tune: qlora with fsdp: none")
+    if method is not Method.SFT:
+        what = f"fsdp: full_shard trains method sft; {method} asks more of a model than a pass"
+        raise InputError(what, where=where, mend="use fsdp: none; tune: qlora needs a quarter of the memory")
+    if tune is Tune.FULL and "optim" in given and given["optim"].value in OPTIMIZERS_8BIT:
+        what = "of a model in pieces the blocks of 8-bit moments would depend on the number of processes"
+        raise InputError(what, where=where, mend="use optim: adamw, whose moments are shared by the processes")
+    if "torch_compile" in given and given["torch_compile"].value:
+        what = "layers of a model in pieces are not compiled"
+        raise InputError(what, where=given["torch_compile"].where, mend="remove one of the two")
+    if start not in (True, "gaussian"):
+        what = f"init_lora_weights {start} starts at a part of whole weights, and with fsdp: full_shard none is whole"
+        raise InputError(what, where=where, mend="remove one of the two")
 
 
 def _check_memory(given: Mapping[str, Setting], tune: Tune) -> None:
@@ -295,6 +326,24 @@ def _check_memory(given: Mapping[str, Setting], tune: Tune) -> None:
     if "offload_checkpoints" in given and given["offload_checkpoints"].value and not all(again.values()):
         what = "offload_checkpoints moves what goes into recomputed layers, and none is recomputed"
         raise InputError(what, where=given["offload_checkpoints"].where, mend="remove it")
+
+
+def _check_server(given: Mapping[str, Setting], tune: Tune) -> None:
+    """A vLLM server samples with plain LoRA adapters on its own copy of the base."""
+    server, clip = "vllm_server_base_url", "vllm_importance_sampling_clip_max"
+    if server not in given:
+        if clip in given:
+            raise InputError(f"{clip} is read only with {server}", where=given[clip].where, mend="remove it")
+        return
+    if tune is Tune.FULL:
+        what = "a vLLM server is given adapters, and tune: full trains the base that it holds"
+        raise InputError(what, where=given[server].where, mend="use tune: lora, or remove it")
+    asked = {key: given[key].value for key in UNSERVED if key in given}
+    asked |= {"bias": given["bias"].value} if "bias" in given and given["bias"].value != "none" else {}
+    for key, value in asked.items():
+        if value:
+            what = f"vLLM does not load adapters with {key}"
+            raise InputError(what, where=given[key].where, mend=f"remove it, or {server}: this process samples then")
 
 
 def _check_variants(given: Mapping[str, Setting], method: Method, tune: Tune) -> None:

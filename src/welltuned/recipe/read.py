@@ -38,6 +38,7 @@ class Recipe:
     adapter: str | None = None
     rewards: tuple[str, ...] | None = None
     reward_weights: tuple[float, ...] | None = None
+    vllm_server_base_url: str | None = None
     tune_given: bool = field(default=False, compare=False)
     data_weights: tuple[float, ...] | None = None
     data_rows: tuple[int, ...] | None = None
@@ -116,6 +117,7 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
         "adapter": recipe.adapter,
         "rewards": recipe.rewards,
         "reward_weights": recipe.reward_weights,
+        "vllm_server_base_url": recipe.vllm_server_base_url,
         "data_weights": recipe.data_weights,
         "data_rows": recipe.data_rows,
         "eval_data": recipe.eval_data,
