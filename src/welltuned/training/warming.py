@@ -1,10 +1,9 @@
-"""Compiling before the first update: for which lengths of packed rows, and whether their padding is worth it."""
+"""Compiling before the first update: for which lengths of packed rows, or for any, where padding costs too much."""
 
 from collections.abc import Sequence
 from itertools import islice
 
 from welltuned.advice.compiling import most_lengths, most_padding
-from welltuned.choice import SetBy
 from welltuned.data.packing import pack
 from welltuned.models.compiled import warm_up
 from welltuned.models.static import MULTIPLE, Static, padded_share, static_lengths
@@ -18,30 +17,30 @@ LOOKED_AT = 64  # updates whose micro-batches are laid out to choose lengths by
 
 
 def warmed(engine: Engine, static: Static, prepared: Prepared, *, shared: bool) -> Compiled:
-    """Compile the layers for the lengths that this run's micro-batches ask for.
+    """Compile the layers for the lengths that this run's micro-batches ask for: the fewest that pad next to nothing.
 
-    Where compiling is the plan's own choice it is left off if the padding would cost more than it is said to bring.
+    Where even the most lengths pad more than compiling is put to bring, or lengths are not known before (sampled
+    answers), one code takes every length as it is.
 
     Args:
         shared: whether the prompt of a pair is laid out once.
     """
-    most, gain = most_lengths(), most_padding()
-    sizes = micro_batches(engine, prepared, shared=shared)
-    choices = [static_lengths(sizes, count) for count in range(1, most + 1)]
+    known, gain = prepared.recipe.method is not Method.GRPO, most_padding()
+    sizes = micro_batches(engine, prepared, shared=shared) if known else [engine.token_budget]
+    choices = [static_lengths(sizes, count) for count in range(1, most_lengths() + 1)]
     lengths = next((c for c in choices if padded_share(sizes, c) <= gain / 2), choices[-1])
     padding = padded_share(sizes, lengths)
-    own = prepared.plan.choices["torch_compile"].set_by is not SetBy.USER
-    if own and padding > gain and static.problem is None:
-        static.give_up(f"its micro-batches would be {padding:.1%} padding, and compiling is said to bring {gain:.0%}")
-    found = warm_up(engine.model, engine.trained, static, lengths, _longest(engine, prepared, sizes))
+    any_length = padding > gain or not known
+    if any_length:
+        largest = -(-max(sizes) // MULTIPLE) * MULTIPLE
+        lengths, padding = (largest, largest // 2 + 1), 0.0  # two that show that one code does for both
+    longest = _longest(engine, prepared, sizes)
+    found = warm_up(engine.model, engine.trained, static, lengths, longest, any_length=any_length)
     return Compiled(found.seconds, found.lengths, found.graphs, found.error, padding, found.problem)
 
 
 def micro_batches(engine: Engine, prepared: Prepared, *, shared: bool) -> list[int]:
-    """Tokens of this process's micro-batches in the first updates; of sampled answers, steps up to the budget."""
-    if prepared.recipe.method is Method.GRPO:
-        most = most_lengths()
-        return [max(MULTIPLE, engine.token_budget * step // most) for step in range(1, most + 1)]
+    """Tokens of this process's micro-batches in the first updates."""
     batch, mixture = prepared.plan.value("effective_batch_size"), prepared.mixture
     sizes: list[int] = []
     for step in islice(range(prepared.plan.updates), LOOKED_AT):
