@@ -111,7 +111,10 @@ def _layer(
     hidden = args[0] if args else kwargs["hidden_states"]
     if ledger is None or not hidden.requires_grad or not torch.is_grad_enabled():
         return plain(*args, **kwargs)
-    rows.ledger = _dynamic(ledger_of(rows))
+    noted = static.noted  # layers of one micro-batch share it
+    if noted is None or noted[0] is not rows.per_adapter or noted[1] is not rows.dropout:
+        noted = static.noted = rows.per_adapter, rows.dropout, _dynamic(ledger_of(rows))
+    rows.ledger = noted[2]
     seen = kwargs["packed_seen"]
     known: dict[str, Any] = {name: value for name, value in kwargs.items() if name not in _DROPPED}
     _dynamic(ledger)

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from welltuned.kernels.lora import Dropout
 
 MULTIPLE = 64  # lengths are multiples of this, which is as fine as a GPU's tiles
 
@@ -25,6 +27,7 @@ class Static:
         graphs: how often something was compiled. `most`: as often as lengths and kinds of layers ask for.
         tokens, padding: of micro-batches that ran compiled. `plain`: micro-batches that did not.
         problem: why compiled code is no longer used.
+        noted: adapters and dropout of the latest micro-batch, and their ledger.
     """
 
     lengths: tuple[int, ...] = ()
@@ -36,6 +39,7 @@ class Static:
     plain: int = 0
     problem: str | None = None
     any_length: bool = False
+    noted: tuple[tuple[int, ...] | None, Dropout, Tensor] | None = None
 
     @property
     def ready(self) -> bool:

@@ -5,27 +5,28 @@ from itertools import islice
 
 from welltuned.advice.compiling import most_lengths, most_padding
 from welltuned.data.packing import pack
-from welltuned.models.compiled import warm_up
+from welltuned.models.compiled import LAYER, warm_up
+from welltuned.models.fuse import Fused
+from welltuned.models.packed import shares
 from welltuned.models.static import MULTIPLE, Static, padded_share, static_lengths
 from welltuned.objectives.answers import laid_length
 from welltuned.recipe import Method
 from welltuned.training.events import Compiled
+from welltuned.training.preference import METHODS
 from welltuned.training.prepare import Prepared
 from welltuned.training.step import Engine
 
 LOOKED_AT = 64  # updates whose micro-batches are laid out to choose lengths by
 
 
-def warmed(engine: Engine, static: Static, prepared: Prepared, *, shared: bool) -> Compiled:
+def warmed(engine: Engine, static: Static, fused: Fused, prepared: Prepared) -> Compiled:
     """Compile the layers for the lengths that this run's micro-batches ask for: the fewest that pad next to nothing.
 
     Where even the most lengths pad more than compiling is put to bring, or lengths are not known before (sampled
-    answers), one code takes every length as it is.
-
-    Args:
-        shared: whether the prompt of a pair is laid out once.
+    answers), one code takes every length as it is. Layers that run uncompiled are not counted among what is fused.
     """
-    known, gain = prepared.recipe.method is not Method.GRPO, most_padding()
+    method, gain = prepared.recipe.method, most_padding()
+    known, shared = method is not Method.GRPO, method in METHODS and method is not Method.KTO and shares(engine.model)
     sizes = micro_batches(engine, prepared, shared=shared) if known else [engine.token_budget]
     choices = [static_lengths(sizes, count) for count in range(1, most_lengths() + 1)]
     lengths = next((c for c in choices if padded_share(sizes, c) <= gain / 2), choices[-1])
@@ -36,6 +37,8 @@ def warmed(engine: Engine, static: Static, prepared: Prepared, *, shared: bool) 
         lengths, padding = (largest, largest // 2 + 1), 0.0  # two that show that one code does for both
     longest = _longest(engine, prepared, sizes)
     found = warm_up(engine.model, engine.trained, static, lengths, longest, any_length=any_length)
+    if found.problem is not None:
+        fused.done.pop(LAYER, None)
     return Compiled(found.seconds, found.lengths, found.graphs, found.error, padding, found.problem)
 
 
@@ -58,10 +61,12 @@ def _longest(engine: Engine, prepared: Prepared, sizes: Sequence[int]) -> int:
     return -(-min(longest, max(sizes)) // MULTIPLE) * MULTIPLE
 
 
-def report_of(found: Compiled, static: Static) -> dict[str, object]:
-    """What run.json says of it."""
+def report_of(found: Compiled | None, static: Static | None) -> dict[str, dict[str, object]]:
+    """What run.json says of it; nothing where it was not asked for."""
+    if found is None or static is None:
+        return {}
     laid = static.tokens + static.padding
-    return {
+    told = {
         "seconds": round(found.seconds, 1),
         "lengths": list(found.lengths),
         "graphs": static.graphs,
@@ -70,3 +75,4 @@ def report_of(found: Compiled, static: Static) -> dict[str, object]:
         "micro_batches_uncompiled": static.plain,
         "problem": static.problem,
     }
+    return {"torch_compile": told}
