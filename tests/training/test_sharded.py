@@ -16,7 +16,6 @@ from test_ranks import assert_same_run, lines, notes
 import welltuned
 from welltuned.errors import InputError
 from welltuned.recipe import load_recipe
-from welltuned.training import durable
 from welltuned.training import gathered as gathered_module
 from welltuned.training import loop as loop_module
 from welltuned.training import pieces as pieces_module
@@ -220,7 +219,7 @@ def full(*_, **__):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_part_that_the_disk_refuses(options, straight, tmp_path, monkeypatch, rank):
     """One rank's disk is full: no checkpoint, which is told, and all go on; the next one is there."""
-    at_call(monkeypatch, durable.System, "fsync", rank, 4 if rank == 0 else 1, full)
+    at_call(monkeypatch, pieces_module._Stream, "close", rank, 1, full)
     finished(in_ranks(trained(tmp_path / "run", **options, **FULL), 2, tmp_path / "said"))
     told = [n for n in notes(tmp_path / "run") if "could not be written" in n]
     assert len(told) == 1 and "No space left on device" in told[0]
