@@ -177,6 +177,22 @@ def test_other_runs(options, tmp_path, kind, more):
     assert_same_run(tmp_path / "run", tmp_path / "one")
 
 
+@SLOW
+@pytest.mark.parametrize(
+    "more",
+    [
+        dict(use_dora=True, lora_dropout=0.0, layers_to_transform=[1]),
+        dict(modules_to_save=["embed_tokens"], optim="adamw_8bit"),
+        dict(init_lora_weights="gaussian", ema_decay=0.9, packing=False),
+    ],
+)
+def test_other_adapters(options, tmp_path, more):
+    asked = {**options, **LORA, **more}
+    welltuned.train(out=tmp_path / "one", **asked)
+    finished(in_ranks(trained(tmp_path / "run", **asked), 2, tmp_path / "said"))
+    assert_same_run(tmp_path / "run", tmp_path / "one")
+
+
 FAMILIES = {
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
     "qwen3": dict(head_dim=16, tie_word_embeddings=False),
