@@ -206,7 +206,8 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_other_families(options, make_model_dir, tmp_path, family, kind):
-    asked = {**options, **(LORA if kind == "lora" else FULL), "max_steps": 3}
+    full = {**FULL, "learning_rate": 1e-4}  # biases of keys have no gradient but rounding, which AdamW takes for one
+    asked = {**options, **(LORA if kind == "lora" else full), "max_steps": 3}
     asked["model"] = str(make_model_dir(family, **FAMILIES[family]))
     welltuned.train(out=tmp_path / "one", **asked)
     finished(in_ranks(trained(tmp_path / "run", **asked), 2, tmp_path / "said"))
