@@ -67,9 +67,13 @@ def embeddings_fp32(full: FullParameters) -> Made:
 
 def nearest(full: FullParameters) -> Made:
     """Second moments by the nearest code, zero among them."""
-    values = op.dynamic_map(False)
-    ours, plain = op._tables, (values, (values[:-1] + values[1:]) / 2)
-    op._tables = lambda signed, device: ours(signed, device) if signed else plain
+    edges_of = op.edges_of
+
+    def plain_edges(signed: bool) -> Tensor:
+        values = op.dynamic_map(signed)
+        return edges_of(signed) if signed else (values[:-1] + values[1:]) / 2
+
+    op.edges_of = plain_edges
     return eight_bit(full)
 
 
@@ -166,11 +170,11 @@ def summary(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--updates", type=int, default=24)
+    parser.add_argument("--updates", type=int, default=16)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--longest", type=int, default=140, help="most tokens of a row")
-    parser.add_argument("--held-out", type=int, default=32)
+    parser.add_argument("--held-out", type=int, default=24)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", action="append", choices=SYSTEMS, help="these runs (default: all)")
     given = parser.parse_args()

@@ -108,6 +108,7 @@ def engine(
     checkpointing: bool = False,
     budget: int,
     rate: float = LEARNING_RATE,
+    rank: int = RANK,
     offload: bool = False,
     dense_base: bool = False,
 ) -> Iterator[Running]:
@@ -119,7 +120,7 @@ def engine(
     with ExitStack() as undo:
         undo.callback(forget_dense, model)
         make_room(model, dense=dense_base)
-        bank = attach(model, LoraSettings(r=RANK, lora_alpha=ALPHA))
+        bank = attach(model, LoraSettings(r=rank, lora_alpha=ALPHA))
         undo.callback(bank.detach)
         fused = fuse(model, bank)
         undo.callback(fused.undo)
@@ -156,6 +157,7 @@ def peft_sdpa(
     budget: int,
     backend: SDPBackend | None = None,
     rate: float = LEARNING_RATE,
+    rank: int = RANK,
 ) -> Iterator[Running]:
     """Plain transformers + PEFT at its best: bf16 base, no autocast, flash attention without a mask, fused AdamW.
 
@@ -163,7 +165,7 @@ def peft_sdpa(
     before the clock starts. Non-reentrant checkpointing keeps no random state.
     """
     with _as_bitsandbytes(model), _preferring(backend):
-        twin = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"))
+        twin = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules="all-linear"))
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         try:

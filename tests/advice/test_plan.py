@@ -278,7 +278,7 @@ def test_eight_bits_only_where_nothing_else_fits(plan_for, model_of, machine_of)
     full = dict(model=model_of("llama-8b"), machine=machine_of(200, Device.CUDA), tune="full")
     tight = plan_for(**full, memory="110GB")
     choice = tight.choices["optim"]
-    assert choice.value == "adamw_8bit" and tight.memory.fits and "E219" in choice.evidence
+    assert choice.value == "adamw_8bit" and tight.memory.fits and "E229" in choice.evidence
     assert choice.reason.startswith("only so does the run fit into 110.0 GB") and "47.9 GB" in choice.reason
     assert tight.memory.parts["optimizer"] == pytest.approx(2.03 * model_of("llama-8b").parameters, rel=0.02)
     longest = plan_for(**full).value("max_length")

@@ -55,6 +55,18 @@ def test_codes_are_the_nearest(n, seed, signed):
         assert torch.equal(coded(made.expanded(), signed).expanded(), made.expanded())
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_at_every_edge(signed):
+    """On an edge the lower code, one step of fp32 beyond it the next one; and the ends."""
+    edges, inf = op.edges_of(signed), torch.tensor(torch.inf)
+    below, above = edges.nextafter(-inf), edges.nextafter(inf)
+    for x, code in ((edges, range(255)), (below, range(255)), (above, range(1, 256))):
+        x = torch.nn.functional.pad(x, (0, 1), value=1.0)
+        found = coded(x.clamp_min(0.0) if not signed else x, signed).codes_n.tolist()
+        assert found == [*code, 255]
+    assert coded(torch.tensor([-0.0, 0.0, 1e-45, -1e-45 if signed else 1e-45, 1.0]), signed).codes_n[-1] == 255
+
+
 def test_codes_are_bitsandbytes_where_its_map_is_searched():
     """Its code for any device but a CPU, in Python: the nearest value by an argmin; and the same expanded."""
     default = pytest.importorskip("bitsandbytes.backends.default.ops", reason="bitsandbytes is not installed")
@@ -115,6 +127,12 @@ def test_blocks_of_zeros_stay_zero(signed):
     assert (p == 1).all() and not m.expanded().any() and not v.expanded().any()
 
 
+def plain_edges(signed):
+    """Halfway between neighbours, zero's too."""
+    values = op.dynamic_map(signed)
+    return (values[:-1] + values[1:]) / 2
+
+
 def furthest(updates=200):
     """Sums of AdamW's updates of a number whose gradient is a ten-thousandth of its block's largest, in rates."""
     p, g = torch.zeros(BLOCK), torch.full((BLOCK,), 1e-4)
@@ -128,11 +146,11 @@ def furthest(updates=200):
 def test_a_small_gradient_beside_a_large_one_is_not_blown_up(monkeypatch):
     """AdamW in fp32 moves all of them by 200 rates; nearest codes would move the small ones several times that."""
     assert furthest() <= 1.1 * 200
-    values = op.dynamic_map(False)
-    nearest = values, (values[:-1] + values[1:]) / 2
-    tables = op._tables
-    monkeypatch.setattr(op, "_tables", lambda signed, device: tables(signed, device) if signed else nearest)
-    assert furthest() > 3 * 200
+    op.tables.cache_clear()
+    with monkeypatch.context() as planted:
+        planted.setattr(op, "edges_of", plain_edges)
+        assert furthest() > 3 * 200
+    op.tables.cache_clear()
 
 
 def test_error_of_a_code_is_small_next_to_the_number():

@@ -17,6 +17,7 @@ from welltuned.advice import batch as batches
 from welltuned.advice import lora, preference, reinforcement, schedule, variants
 from welltuned.advice.activations import MemorySetting
 from welltuned.advice.codec import from_plain, to_plain
+from welltuned.advice.compiling import choose_compile
 from welltuned.advice.effort import TimeForecast, forecast_time
 from welltuned.advice.epoch import Epoch, epoch_of
 from welltuned.advice.length import choose_max_length
@@ -221,6 +222,10 @@ def _plan(
         flops_per_second=flops_per_second,
     )
     _rate_and_schedule(choices, recipe, model, data, epoch, size, time, trained)
+    dora = bool(recipe.hyperparameters.get("use_dora"))
+    in_pieces = "fsdp" in choices and choices["fsdp"].value == FULL_SHARD
+    compiling = choose_compile(machine.device, recipe.method, time.seconds, dora=dora, cut=in_pieces)
+    choices["torch_compile"] = settle(recipe, "torch_compile", compiling)
     ordered = {name: choices[name] for name in _ORDER if name in choices}
     assert len(ordered) == len(choices), set(choices) - set(ordered)
     return Plan(
@@ -244,7 +249,7 @@ _ORDER = (
     "vllm_importance_sampling_clip_max",
     *("warmup_steps", "lr_scheduler_type", "weight_decay", "optim", "adam_beta1", "adam_beta2", "max_grad_norm"),
     *("max_length", "packing", "assistant_only_loss", "token_budget", "gradient_checkpointing"),
-    *("checkpointed_layers", "offload_checkpoints", "dense_base", "fsdp", "dtype"),
+    *("checkpointed_layers", "offload_checkpoints", "dense_base", "fsdp", "torch_compile", "dtype"),
     *("eval_steps", "load_best_model_at_end", "early_stopping_patience", "save_steps", "save_total_limit", "seed"),
 )
 

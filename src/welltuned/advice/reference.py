@@ -42,6 +42,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "The optimizer": (*("optim", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "ema_decay", "seed"),),
     "Memory and numbers": (
         *("dtype", "gradient_checkpointing", "checkpointed_layers", "offload_checkpoints", "dense_base", "fsdp"),
+        "torch_compile",
     ),
     "Looking and saving": (
         *("eval_steps", "save_steps", "save_total_limit", "load_best_model_at_end", "early_stopping_patience"),

@@ -37,14 +37,45 @@ def dynamic_map(signed: bool) -> Tensor:
     return torch.cat(values).sort().values
 
 
-@cache
-def _tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(values [256], edges [255]) on the device: the code of x is the number of edges below it."""
+def edges_of(signed: bool) -> Tensor:
+    """[255] between neighbouring values, ascending: the code of x is the number of edges below it."""
     values = dynamic_map(signed)
     edges = (values[:-1] + values[1:]) / 2
     if not signed:
         edges[0] = 0.0  # what is above zero is not zero
-    return values.to(device), edges.to(device)
+    return edges
+
+
+CELL = 15  # low bits of an fp32 number that its cell leaves out: sign, exponent and 8 bits of the fraction are left
+CELLS = 2 ** (32 - CELL)
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """By which numbers are expanded and coded.
+
+    A cell is narrow enough to hold one edge at most, so a code is a look-up and a comparison, where a search of the
+    edges takes ten times as long on a CPU.
+
+    Attributes:
+        values: [256] by code. first_C, edge_C: of each cell its smallest code, and the edge to the next one.
+    """
+
+    values: Tensor
+    first_C: Tensor
+    edge_C: Tensor
+
+
+@cache
+def tables(signed: bool, device: torch.device) -> Tables:
+    edges = edges_of(signed)
+    start_C = torch.arange(-CELLS // 2, CELLS // 2, dtype=torch.int32) << CELL
+    ends = [bits.view(torch.float32).nan_to_num(0.0, 0.0, 0.0) for bits in (start_C, start_C + (2**CELL - 1))]
+    codes = [torch.bucketize(end, edges) for end in ends]
+    first_C, last_C = torch.minimum(*codes), torch.maximum(*codes)
+    assert int((last_C - first_C).max()) <= 1
+    edge_C = torch.cat([edges, torch.tensor([torch.inf])])[first_C]
+    return Tables(*(t.to(device) for t in (dynamic_map(signed), first_C.to(torch.uint8), edge_C)))
 
 
 def blocks_of(numbers: int) -> int:
@@ -71,14 +102,14 @@ class Moment:
 
     def expanded(self) -> Tensor:
         """The n numbers in fp32: the plain reference of what an update expands."""
-        values, _ = _tables(self.signed, self.codes_n.device)
+        values = tables(self.signed, self.codes_n.device).values
         each_n = self.largest_B.repeat_interleave(BLOCK)[: self.codes_n.numel()]
         return values[self.codes_n.long()] * each_n
 
 
 def coded_reference(x_n: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """(codes, largest of each block) of fp32 numbers: the nearest value of the map, the lower one of two as near."""
-    values, _ = _tables(signed, x_n.device)
+    values = dynamic_map(signed).to(x_n.device)
     padded_BW = torch.nn.functional.pad(x_n, (0, -x_n.numel() % BLOCK)).view(-1, BLOCK)
     largest_B = padded_BW.abs().amax(1)
     scaled = (padded_BW * largest_B.clamp_min(torch.finfo(torch.float32).tiny).reciprocal()[:, None]).view(-1)
@@ -154,20 +185,20 @@ def _pieces(numbers: int, most: int) -> Iterator[tuple[slice, slice]]:
 
 def _expand(moment: Moment, numbers: slice, blocks: slice, out_n: Tensor, index_n: Tensor) -> None:
     largest_B = moment.largest_B[blocks]
-    values, _ = _tables(moment.signed, out_n.device)
     codes = index_n[: out_n.numel()].copy_(moment.codes_n[numbers])
-    torch.index_select(values, 0, codes, out=out_n)
+    torch.index_select(tables(moment.signed, out_n.device).values, 0, codes, out=out_n)
     out_n.view(largest_B.numel(), -1).mul_(largest_B[:, None])
 
 
 def _code(x_n: Tensor, moment: Moment, numbers: slice, blocks: slice, room: Workspace) -> None:
     """Code x, which is lost, into the moment."""
     largest_B, inverse_B = moment.largest_B[blocks], room.inverse_B[: blocks.stop - blocks.start]
-    _, edges = _tables(moment.signed, x_n.device)
-    rows = inverse_B.numel()
-    torch.amax(torch.abs(x_n, out=room.work_n[: x_n.numel()]).view(rows, -1), 1, out=largest_B)
+    rows, by = inverse_B.numel(), tables(moment.signed, x_n.device)
+    work_n, index_n, codes_n = room.work_n[: x_n.numel()], room.index_n[: x_n.numel()], moment.codes_n[numbers]
+    torch.amax(torch.abs(x_n, out=work_n).view(rows, -1), 1, out=largest_B)
     torch.clamp_min(largest_B, torch.finfo(torch.float32).tiny, out=inverse_B).reciprocal_()
     x_n.view(rows, -1).mul_(inverse_B[:, None])
-    index_n = room.index_n[: x_n.numel()]
-    torch.bucketize(x_n, edges, out_int32=True, out=index_n)
-    moment.codes_n[numbers].copy_(index_n)
+    torch.bitwise_right_shift(x_n.view(torch.int32), CELL, out=index_n).add_(CELLS // 2)
+    torch.index_select(by.first_C, 0, index_n, out=codes_n)
+    torch.index_select(by.edge_C, 0, index_n, out=work_n)
+    codes_n.add_(torch.gt(x_n, work_n, out=index_n))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class DenseWeight:
     """A frozen matrix W_OI in the model's dtype (a transposed view for GPT-2's Conv1D)."""
 
@@ -64,7 +64,7 @@ class Workspace:
         return self.flat[:size].view(shape)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class NF4Weight:
     """A frozen matrix as packed 4-bit codes and bitsandbytes' QuantState (block 64, scales quantised again in 256s).
 

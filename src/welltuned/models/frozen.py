@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from welltuned.errors import InputError
 from welltuned.kernels.nf4 import DenseWeight, FrozenWeight, LiveWeight, NF4Weight
+from welltuned.kernels.nodes import frozen_node, handle_of
 
 # Routers pick experts: "all linear" does not mean them. State-space layers use dt_proj's weight without calling it.
 # A reward model's head is trained as it is.
@@ -63,6 +64,11 @@ class NF4Linear(nn.Module):
         self.frozen = weight
         self.out_features, self.in_features = weight.shape
         self.register_parameter("bias", bias)
+        self.handle: Tensor | None = None
+
+    def as_node(self) -> None:
+        """Be one node of a compiled layer."""
+        self.handle = handle_of(self.frozen)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
         super()._apply(fn, recurse)
@@ -70,7 +76,11 @@ class NF4Linear(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        held = self._parameters["bias"]
+        bias = None if held is None else held.to(x.dtype)
+        if torch.compiler.is_compiling() and self.handle is not None:
+            y_NO = frozen_node(x.reshape(-1, self.in_features), bias, self.handle, self.out_features)
+            return y_NO.view(*x.shape[:-1], self.out_features)
         y: Tensor = _FrozenLinear.apply(x, self.frozen, bias)
         return y
 

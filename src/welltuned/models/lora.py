@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from welltuned.errors import InputError, RunError
 from welltuned.kernels.dora import dora, row_squares
 from welltuned.kernels.lora import Dropout, Projection, Rows, lora
+from welltuned.kernels.nodes import handle_of, lora_node
 from welltuned.models.experts import LoraExperts, expert_stacks, stack_shape
 from welltuned.models.frozen import frozen_weight, live_weight
 from welltuned.models.lora_settings import ALL_LINEAR as ALL_LINEAR
@@ -61,14 +62,22 @@ class LoraLinear(nn.Module):
         bias = base._parameters.get("bias")
         self.bias_O: Tensor | None = None if bias is None else bias
         self.enabled = True
+        self.handle: Tensor | None = None
         self.train(base.training)
+
+    def as_node(self) -> None:
+        """Be one node of a compiled layer."""
+        self.handle = handle_of(self.projection)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             out: Tensor = self.base(x)
             return out
-        self.check_dropout()
         x_NI = x.reshape(-1, x.shape[-1])
+        if torch.compiler.is_compiling() and self.handle is not None and self.rows.ledger is not None:
+            y = lora_node(x_NI, self.lora_A, self.lora_B, self.bias_O, self.handle, self.rows.ledger)
+            return y.view(*x.shape[:-1], y.shape[-1])
+        self.check_dropout()
         if self.magnitude_KO is not None and self.squares_O is not None:
             pair = self.lora_A, self.lora_B
             y = dora(x_NI, self.projection, *pair, self.magnitude_KO, self.squares_O, self.bias_O, self.rows)

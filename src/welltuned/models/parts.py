@@ -33,19 +33,24 @@ def idle_parts(model: PreTrainedModel) -> tuple[str, ...]:
     )
 
 
-def decoder_layers(model: PreTrainedModel, where: str) -> list[nn.Module]:
-    """The model's decoder layers, in their order.
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The model's decoder layers in order; [] where it keeps them otherwise than in a list."""
+    count = model.config.num_hidden_layers
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    return list(next(lists, ()))
+
+
+def require_layers(model: PreTrainedModel, where: str) -> list[nn.Module]:
+    """The same for a key, `where`, that needs them.
 
     Raises:
-        InputError: no list of as many modules as the configuration names was found, which the key `where` needs.
+        InputError: there is no such list.
     """
-    count = model.config.num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not lists:
-        raise InputError(
-            "no list of decoder layers was found", where=where, mend=f"leave {where} out, or set it to false or none"
-        )
-    return list(lists[0])
+    found = decoder_layers(model)
+    if not found:
+        mend = f"leave {where} out, or set it to false or none"
+        raise InputError("no list of decoder layers was found", where=where, mend=mend)
+    return found
 
 
 def _note(reached: set[str], name: str, *_: Any) -> None:

@@ -22,7 +22,7 @@ from welltuned.errors import InputError
 from welltuned.kernels.lora import Rows
 from welltuned.models.fuse import Fused
 from welltuned.models.lora import shared_rows
-from welltuned.models.parts import decoder_layers
+from welltuned.models.parts import require_layers
 
 
 def checkpoint_layers(
@@ -36,7 +36,7 @@ def checkpoint_layers(
     Args:
         host: keep what goes into them there, instead of on the device.
     """
-    found = decoder_layers(model, "gradient_checkpointing")
+    found = require_layers(model, "gradient_checkpointing")
     chosen = found[: len(found) if layers is None else layers]
     for layer in chosen:
         again = partial(

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from welltuned.errors import RunError
 from welltuned.models.full import FullParameters
 from welltuned.models.lora import AdapterBank, Slot
-from welltuned.models.parts import decoder_layers, within
+from welltuned.models.parts import require_layers, within
 
 T = TypeVar("T")
 KEY = "fsdp"
@@ -69,7 +69,7 @@ def _cut(
 ) -> Whole:
     """Args: whole: parameters that are not cut. adopt: called with each module whose parameters just were."""
     mesh, kept = mesh_of(device), set(whole)
-    for layer in decoder_layers(model, KEY):
+    for layer in require_layers(model, KEY):
         _move(layer, kept, device, dtype)
         fully_shard(layer, mesh=mesh, ignored_params=kept)
         adopt(layer)

@@ -306,6 +306,9 @@ def _check_pieces(given: Mapping[str, Setting], method: Method, tune: Tune) -> N
     if tune is Tune.FULL and "optim" in given and given["optim"].value in OPTIMIZERS_8BIT:
         what = "of a model in pieces the blocks of 8-bit moments would depend on the number of processes"
         raise InputError(what, where=where, mend="use optim: adamw, whose moments are shared by the processes")
+    if "torch_compile" in given and given["torch_compile"].value:
+        what = "layers of a model in pieces are not compiled"
+        raise InputError(what, where=given["torch_compile"].where, mend="remove one of the two")
     if start not in (True, "gaussian"):
         what = f"init_lora_weights {start} starts at a part of whole weights, and with fsdp: full_shard none is whole"
         raise InputError(what, where=where, mend="remove one of the two")

@@ -45,6 +45,10 @@ REFUSED: Mapping[str, tuple[str, str]] = MappingProxyType(
             "a search keeps averages of its own, to compare arms by",
             "remove it; train with it once the search has chosen",
         ),
+        "torch_compile": (
+            "how the rows of a search's arms lie changes from round to round",
+            "remove it; train with it once the search has chosen",
+        ),
         **dict.fromkeys(
             ("modules_to_save", "embedding_learning_rate"),
             ("what is trained whole belongs to the base that all arms share", "remove it"),

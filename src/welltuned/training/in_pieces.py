@@ -62,6 +62,9 @@ def load_in_pieces(plan: Plan, ranks: Ranks, device: torch.device) -> Cut:
 
 def require_cuttable(recipe: Recipe) -> None:
     """Refuse what is not trained in pieces."""
+    if recipe.hyperparameters.get("torch_compile"):
+        what = "the model does not fit whole into each process, and in pieces its layers are not compiled"
+        raise InputError(what, where="torch_compile", mend="remove it")
     if recipe.method is not Method.SFT:
         what = f"method {recipe.method} asks more of a model than passes, and in pieces it can make nothing else"
         raise InputError(what, where="fsdp", mend="use fsdp: none; tune: qlora needs a quarter of the memory")

@@ -17,22 +17,24 @@ from welltuned.adapters.verify import TensorCheck, sha256
 from welltuned.advice.plan import Plan, plan_to_yaml, require_memory
 from welltuned.errors import InputError, RunError
 from welltuned.facts.machine import Device
+from welltuned.models.compiled import compile_layers
 from welltuned.models.four_bit import make_room
 from welltuned.models.full import FullParameters
 from welltuned.models.fuse import Fused, find_head, fuse
 from welltuned.models.load import load_model
 from welltuned.models.lora import AdapterBank
 from welltuned.models.oom import is_out_of_memory, release_memory
-from welltuned.models.packed import packed_model, packs
+from welltuned.models.packed import packed_model, packs, prove_flex, shares
 from welltuned.models.parts import idle_parts
 from welltuned.models.recompute import HostCheckpoints, checkpoint_layers
+from welltuned.models.static import Static
 from welltuned.models.tokenizer import in_short
 from welltuned.recipe import Method, Tune, recipe_to_yaml
 from welltuned.training.averaged import finish_average
 from welltuned.training.best import take_best
 from welltuned.training.bystander import NoKeeper, run_files
 from welltuned.training.checkpoint import Checkpoint
-from welltuned.training.events import Note, Observer, silent
+from welltuned.training.events import Compiled, Note, Observer, silent
 from welltuned.training.grpo_server import require_server
 from welltuned.training.grpo_step import grpo_objective
 from welltuned.training.healing import halved
@@ -66,20 +68,27 @@ from welltuned.training.speed import remember_speed
 from welltuned.training.starting import DTYPES, fill_loftq, same_start, trained_parts
 from welltuned.training.step import Engine, Objective, Supervised, Trained
 from welltuned.training.trackers import require_trackers, tracked
+from welltuned.training.warming import report_of, warmed
 from welltuned.training.watch import is_divergence, monitor
 from welltuned.training.watcher import MakeWatch
 
 T = TypeVar("T")
+FORKED = (Method.DPO, Method.ORPO, Method.REWARD, Method.GRPO)  # whose answers are branches of a shared prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A loaded model with what trains on it and by what objective, before the first update."""
+    """A loaded model with what trains on it and by what objective, before the first update.
+
+    `static` and `compiled` are there where its layers are to be compiled, and once that has been tried.
+    """
 
     engine: Engine
     objective: Objective
     fused: Fused
     notes: tuple[str, ...]
+    static: Static | None = None
+    compiled: Compiled | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -118,11 +127,14 @@ def make_ready(plan: Plan, arms: Sequence[Plan] = (), ranks: Ranks = ALONE) -> R
     packed = look(lambda: packs(model))
     if not packed:
         notes.append("this model's own code carries state along a row, so examples run one at a time, not packed")
+    if recipe.method in FORKED and model.device.type == "cuda" and (problem := prove_flex(model)) is not None:
+        notes.append(f"prompts that answers share are copied for each: FlexAttention is not used ({problem})")
+    static = compile_layers(model, fused) if room.compiled else None
     if room.recompute:
         checkpoint_layers(model, fused, room.layers, HostCheckpoints(model.device) if room.offload else None)
     alone = not plan.value("packing") or (shards is not None and not packed)  # so that all ranks pass equally often
     budget = 1 if alone else plan.value("token_budget")  # 1: every example by itself
-    return Ready(Engine(model, trained, head, budget, ranks, shards), Supervised(), fused, tuple(notes))
+    return Ready(Engine(model, trained, head, budget, ranks, shards), Supervised(), fused, tuple(notes), static)
 
 
 def _look(make: Callable[[], T]) -> T:
@@ -175,7 +187,12 @@ def loaded(prepared: Prepared, ranks: Ranks, observer: Observer) -> Ready:
         else:
             ready = ranks.each(lambda: make_ready(prepared.plan, ranks=ranks))
         same_start(ready.engine.trained, ranks)
-        return with_objective(ready, prepared, observer if ranks.is_first else silent)
+        ready = with_objective(ready, prepared, observer if ranks.is_first else silent)
+        if ready.static is None:
+            return ready
+        method = prepared.recipe.method
+        shared = method in METHODS and method is not Method.KTO and shares(ready.model)
+        return replace(ready, compiled=warmed(ready.engine, ready.static, prepared, shared=shared))
 
 
 def with_objective(ready: Ready, prepared: Prepared, observer: Observer) -> Ready:
@@ -239,6 +256,8 @@ class Course:
                 self._open(loop, before_training)
             else:
                 loop.restore(self.found)
+            if ready.compiled is not None:
+                loop.tell(ready.compiled)
             for text in (*self.notes, *((directory.lock_note,) if directory.lock_note else ())):
                 loop.tell(Note(text))
             return_freed_memory()
@@ -344,9 +363,16 @@ class Course:
                 "healed": healed(loop.at),
                 "saving": asdict(loop.setting.keeper.cost),
                 "processes": loop.ranks.size,
+                **self._compiled(),
             },
         )
         remember_speed(self.prepared.plan, result.tokens_per_second, loop.at.seconds)
+
+    def _compiled(self) -> dict[str, Any]:
+        ready = self.ready
+        if ready.compiled is None or ready.static is None:
+            return {}
+        return {"torch_compile": report_of(ready.compiled, ready.static)}
 
 
 @contextmanager
