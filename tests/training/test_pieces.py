@@ -119,11 +119,11 @@ def test_a_shard_that_is_missing_or_another_runs_is_damage(tmp_path):
 
 def test_a_model_without_a_list_of_layers_is_refused():
     from welltuned.errors import InputError
-    from welltuned.models.parts import decoder_layers
+    from welltuned.models.parts import require_layers
 
     class Model(nn.Module):
         class config:
             num_hidden_layers = 3
 
     with pytest.raises(InputError, match="no list of decoder layers was found"):
-        decoder_layers(Model(), "fsdp")
+        require_layers(Model(), "fsdp")
