@@ -83,12 +83,24 @@ def case_options(case: str, model: str, gsm8k: str, work: Path) -> dict[str, Any
 def prepared_of(arguments: argparse.Namespace) -> Prepared:
     arguments.work.mkdir(parents=True, exist_ok=True)
     options = case_options(arguments.case, arguments.model, arguments.gsm8k, arguments.work)
+    if arguments.dtype:
+        options["dtype"] = arguments.dtype
     return prepare(load_recipe(None, {**options, "save_steps": 10}))
+
+
+def case_of(arguments: argparse.Namespace) -> str:
+    """The name of a case's results: with the number format where one was asked for."""
+    return f"{arguments.case}_{arguments.dtype}" if arguments.dtype else str(arguments.case)
+
+
+def grid_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"sweep_grid_{case_of(arguments)}.json").read_text(encoding="utf-8"))
+    return found
 
 
 def searched(arguments: argparse.Namespace, question: Question, name: str, *, grid: bool) -> SweepResult:
     """Begin, or go on."""
-    out, started = arguments.work / f"{arguments.case}-{name}", time.time()
+    out, started = arguments.work / f"{case_of(arguments)}-{name}", time.time()
 
     def tell(event: object) -> None:
         kind = type(event).__name__
@@ -106,6 +118,7 @@ def run_grid(arguments: argparse.Namespace) -> None:
     result = {
         "machine": describe_machine(),
         "case": arguments.case,
+        "dtype": prepared_of(arguments).plan.value("dtype"),
         "advised": advised,
         "updates": found.found.rows[0].total_updates,
         "seconds": round(found.run.seconds, 1),
@@ -114,15 +127,15 @@ def run_grid(arguments: argparse.Namespace) -> None:
         "start_loss": None if found.run.before is None else found.run.before.loss,
         "arms": arms_of(found),
     }
-    print(write_result(f"sweep_grid_{arguments.case}", result))
+    print(write_result(f"sweep_grid_{case_of(arguments)}", result))
 
 
 def run_defaults(arguments: argparse.Namespace) -> None:
     rates = sorted(DEFAULTS.values())
-    grid = json.loads((RESULTS / f"sweep_grid_{arguments.case}.json").read_text(encoding="utf-8"))
+    grid = grid_of(arguments)
     others = [arm for arm in grid["arms"] if arm["learning_rate"] not in rates]
     found = arms_of(to_the_end(arguments, "defaults", rates))
-    print(write_result(f"sweep_grid_{arguments.case}", {**grid, "arms": [*others, *found]}))
+    print(write_result(f"sweep_grid_{case_of(arguments)}", {**grid, "arms": [*others, *found]}))
 
 
 def to_the_end(arguments: argparse.Namespace, name: str, rates: list[float]) -> SweepResult:
@@ -148,12 +161,12 @@ def arms_of(found: SweepResult) -> list[dict[str, Any]]:
 
 def run_sweep(arguments: argparse.Namespace) -> None:
     """A real search, judged on the same rows as the grid; and searches replayed on the grid's own recordings."""
-    out = arguments.work / f"{arguments.case}-sweep"
+    out = arguments.work / f"{case_of(arguments)}-sweep"
     if not (out / "run.json").exists():
         searched(arguments, question_of(None, []), "sweep", grid=False)
     run = json.loads((out / "run.json").read_text(encoding="utf-8"))
     found = run["sweep"]
-    grid = json.loads((RESULTS / f"sweep_grid_{arguments.case}.json").read_text(encoding="utf-8"))
+    grid = grid_of(arguments)
     weights = grid["weights"]
     whole = {arm["learning_rate"]: final(arm, weights) for arm in grid["arms"] if arm["status"] == "done"}
     best = min(whole, key=lambda rate: whole[rate])
@@ -177,7 +190,7 @@ def run_sweep(arguments: argparse.Namespace) -> None:
         "arms": [{name: arm[name] for name in ("learning_rate", "status", "updates", "why")} for arm in found["arms"]],
         "replayed": replay(grid),
     }
-    print(write_result(f"sweep_{arguments.case}", result))
+    print(write_result(f"sweep_{case_of(arguments)}", result))
 
 
 def final(arm: dict[str, Any], weights: list[int]) -> float:
@@ -346,6 +359,7 @@ def main() -> None:
     parser.add_argument("--case", choices=("gsm8k", "tickets"), default="tickets")
     parser.add_argument("--model", default=DEMO_ALIAS, help="SmolLM2-135M-Instruct, or a folder with it")
     parser.add_argument("--gsm8k", default="gsm8k_train.jsonl", help="GSM8K's training rows, as JSONL")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="where not the plan's own")
     parser.add_argument("--work", type=Path, default=Path("sweep-work"))
     parser.add_argument("--arms", default="1,2,4,8")
     parser.add_argument("--seconds", type=float, default=6.0, help="of measuring, for each token budget")

@@ -124,6 +124,21 @@ def test_a_search_that_was_killed_ends_as_if_it_had_not_been(found, prepared_for
         resume_sweep(out)
 
 
+def test_a_look_is_saved_with_what_it_found(prepared_for, tmp_path):
+    """Also where the round before it is one that is saved: an interruption later does not make it again."""
+    out = tmp_path / "out"
+
+    def kill(event):
+        if isinstance(event, ArmUpdated) and event.step == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        sweep(prepared_for(learning_rate=2e-3, save_steps=3), question_of(2, []), out, kill)  # the first look is at 3
+    told = []
+    resume_sweep(out, told.append)
+    assert {event.step for event in told if isinstance(event, ArmJudged)} == {5, 12}
+
+
 def test_a_search_that_could_not_write_its_result_has_it(found, prepared_for, tmp_path, monkeypatch):
     """All arms are trained, and only the end is made again."""
     from welltuned.search import result as result_module

@@ -178,6 +178,37 @@ def test_other_runs(options, tmp_path, kind, more):
     assert_same_run(tmp_path / "run", tmp_path / "one")
 
 
+FAMILIES = {
+    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "qwen3": dict(head_dim=16, tie_word_embeddings=False),
+    "gemma2": dict(head_dim=16, query_pre_attn_scalar=24, attn_logit_softcapping=2.0, final_logit_softcapping=1.5),
+    "mixtral": dict(num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False),
+    "falcon": dict(new_decoder_architecture=True, num_kv_heads=2),  # runs its examples one at a time
+}
+
+
+@SLOW
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_other_families(options, make_model_dir, tmp_path, family, kind):
+    asked = {**options, **(LORA if kind == "lora" else FULL), "max_steps": 3}
+    asked["model"] = str(make_model_dir(family, **FAMILIES[family]))
+    welltuned.train(out=tmp_path / "one", **asked)
+    finished(in_ranks(trained(tmp_path / "run", **asked), 2, tmp_path / "said"))
+    assert_same_run(tmp_path / "run", tmp_path / "one")
+
+
+@SLOW
+def test_the_bits_of_whole_models_in_as_many_processes(options, tmp_path):
+    """Adapters on pieces are those of data parallel, bit for bit: the weights that pass by are the same."""
+    files = []
+    for way in ("none", "full_shard"):
+        asked = {**options, **LORA, "fsdp": way}
+        finished(in_ranks(trained(tmp_path / way, **asked), 2, tmp_path / "said"))
+        files.append((tmp_path / way / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
 # ── faults ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -22,13 +22,14 @@ _PROVEN: dict[torch.device, bool] = {}
 
 
 def marks(lengths: Sequence[int], branches: Branches | None) -> Tensor:
-    """[2, N] int32: each row's example, and its branch within the packed row, 0 for a trunk."""
+    """[2, N] int32: each row's example, and the number of its branch, 0 where branches see it."""
     rows = np.zeros((2, sum(lengths)), dtype=np.int32)
-    ends = np.cumsum(lengths)
-    for number, span in enumerate(spans(lengths, branches), 1):
+    parts, ends = list(spans(lengths, branches)), np.cumsum(lengths)
+    trunks = {span.trunk for span in parts if span.shared}
+    for number, span in enumerate(parts, 1):
         at = slice(span.start, span.start + span.length)
         rows[0, at] = np.searchsorted(ends, span.start, side="right")
-        rows[1, at] = number if span.shared else 0
+        rows[1, at] = 0 if span.start in trunks else number
     return torch.from_numpy(rows)
 
 
@@ -51,7 +52,8 @@ def pairs(lengths: Sequence[int], branches: Branches | None, block: int = BLOCK)
 
     def inside(start: int, length: int) -> NDArray[np.int64]:
         """Rows of each block that are among these."""
-        return np.diff(np.clip(edges, start, start + length))
+        clipped = np.clip(edges, start, start + length)
+        return clipped[1:] - clipped[:-1]
 
     for span in spans(lengths, branches):
         own = inside(span.start, span.length)
@@ -67,13 +69,16 @@ def block_mask(lengths: Sequence[int], branches: Branches | None, device: torch.
 
     n, found = sum(lengths), pairs(lengths, branches, block)
     full = found == block * block
-    lists = []
-    for kind in ((found > 0) & ~full, full):
-        order = np.argsort(~kind, axis=1, kind="stable").astype(np.int32)
-        lists += [torch.from_numpy(kind.sum(1).astype(np.int32)), torch.from_numpy(order)]
-    tiles = (on(device, t[None, None].contiguous()) for t in lists)
+
+    def tiles(kind: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
+        """How many of each row of tiles, and their numbers, these first."""
+        order = np.argsort(~kind, axis=1, kind="stable")
+        host = (torch.from_numpy(t.astype(np.int32))[None, None] for t in (kind.sum(1), order))
+        return on(device, next(host)), on(device, next(host))
+
     mask = sees(on(device, marks(lengths, branches)))
-    return BlockMask.from_kv_blocks(*tiles, BLOCK_SIZE=block, mask_mod=mask, seq_lengths=(n, n))
+    masked, whole = tiles((found > 0) & ~full), tiles(full)
+    return BlockMask.from_kv_blocks(*masked, *whole, block, mask, (n, n))
 
 
 def flex(q_QND: Tensor, k_GND: Tensor, v_GND: Tensor, mask: Any, scale: float) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class DenseWeight:
     """A frozen matrix W_OI in the model's dtype (a transposed view for GPT-2's Conv1D)."""
 

@@ -29,6 +29,7 @@ from welltuned.models.parts import decoder_layers
 from welltuned.models.static import Static, set_static
 
 LAYER = "compiled layer"
+BACKEND = "inductor"
 KINDS = 4  # kinds of layers that a model may have (windows, norms, mixtures): each is compiled for each length
 _DROPPED = ("packed_lengths", "packed_branches", "packed_seen")  # numbers in Python, which the ledger holds
 _NEAR = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -93,7 +94,7 @@ def _counted(static: Static, graph: torch.fx.GraphModule, inputs: list[Tensor]) 
     from torch._dynamo import lookup_backend
 
     static.graphs += 1
-    compiled: Callable[..., Any] = lookup_backend("inductor")(graph, inputs)
+    compiled: Callable[..., Any] = lookup_backend(BACKEND)(graph, inputs)
     return compiled
 
 
@@ -113,7 +114,7 @@ def _layer(
     seen = kwargs["packed_seen"]
     known: dict[str, Any] = {name: value for name, value in kwargs.items() if name not in _DROPPED}
     _dynamic(ledger)
-    if hidden.is_cuda:
+    if on_gpu(hidden):
         for bounds in (seen.query_B, seen.key_B, *(() if seen.rows_K is None else (seen.rows_K,))):
             _dynamic(bounds)
         known["packed_seen"] = replace(seen, longest=(static.longest, static.longest), whole=None)
@@ -121,6 +122,11 @@ def _layer(
         return compiled(layer, *args, **known)
     finally:
         rows.ledger = None
+
+
+def on_gpu(hidden: Tensor) -> bool:
+    """Whether attention takes its bounds on the device, and not from the ledger."""
+    return hidden.is_cuda
 
 
 def _dynamic(t: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from welltuned.kernels.attention import Branches, Seen, on, packed_attention, seen_by, spans
-from welltuned.kernels.flex import block_mask, flex, wanted
+from welltuned.kernels.flex import block_mask, flex, prove, wanted
 from welltuned.kernels.ledger import layout_of
 from welltuned.kernels.lora import Dropout
 from welltuned.kernels.nodes import attention_node
@@ -154,6 +154,14 @@ def shares(model: PreTrainedModel) -> bool:
         with _bare(model):
             _SHARES[model] = packs(model) and _try_sharing(model)
     return _SHARES[model]
+
+
+def prove_flex(model: PreTrainedModel) -> str | None:
+    """Try torch's FlexAttention with this model's heads; why it is not used, or None."""
+    known = model.config.get_text_config().to_dict()
+    heads = known["num_attention_heads"]
+    width = known.get("head_dim") or known["hidden_size"] // heads
+    return prove(heads, known.get("num_key_value_heads") or heads, width, model.dtype, model.device)
 
 
 @contextmanager

@@ -20,15 +20,16 @@ from welltuned.training.snapshot import Origin
 from welltuned.training.step import Engine, Gradient
 
 LAYOUT = "grad and param do not obey the gradient layout contract"  # a hint of torch: rows of a buffer have gaps
-MEMORY = 0.1  # share of an arm's updates so far that its running average forgets over
+MEMORY = 0.3  # share of an arm's updates so far that its running average forgets over
 
 
 class Bank:
     """K arms' numbers.
 
     Attributes:
-        average_KP: of each arm's weights, over about the last tenth of its updates. It stands for the weights that a
+        average_KP: of each arm's weights, over about the last third of its updates. It stands for the weights that a
             decayed rate would reach: constant rates with averaging match decay (Hägele et al. 2024, arXiv 2405.18392).
+            Over a tenth it hardly does in short runs, where high rates then look far worse than they end.
     """
 
     def __init__(self, engine: Engine, settings: AdamWSettings, spans: Sequence[Span]):

@@ -187,7 +187,9 @@ class Board:
         first = {arm.group: arm for arm in reversed(self.arms.values())}
         centre = self.rules.advised
         priors = {g: prior_of(arm, centre.get(g, arm.plan.value(RATE))) for g, arm in first.items()}
-        return decide(self.entries(), self.weights, priors, extended=self.state.extended, rates=self.rules.rates)
+        following = self.shares[min(self.state.target + 1, len(self.shares) - 1)]
+        extended, rates = self.state.extended, self.rules.rates
+        return decide(self.entries(), self.weights, priors, extended=extended, rates=rates, following=following)
 
     def _act(self, decision: Decision, last: bool, elapsed: float) -> tuple[int, ...]:
         self.last_decision = decision
@@ -308,7 +310,8 @@ class Board:
         share = self.share_now
         best = None if curve is None else leader.plan.value(RATE) * math.exp(curve.x - leader.x)
         said = [f"arm {n} ({self.arms[n].name}): {why}" for n, why in decision.drop.items()]
-        said += [decision.stop] if decision.stop is not None else []
+        stop = decision.stop if self.state.winner is None else None  # else it stopped before
+        said += [stop] if stop is not None else []
         said += [f"new arm: {decision.add[1]}"] if decision.add is not None else []
         record = RungRecord(
             share=share,
@@ -324,6 +327,7 @@ class Board:
             at = f"; the best rate is about {shown(two_digits(best))} (×/÷ {math.exp(curve.x_error):.2f})"
         what = "it is" if share >= 1 else "to choose it now is"
         text = f"at {share:.0%} {leader.name} leads; {what} expected to cost {decision.regret:.2%} of the loss{at}"
+        text += f". The search stops: {stop}" if stop is not None else ""
         if share >= 1 or len(self.state.alive) > 1:  # alone there is nothing to lead
             self.tell(Note(text))
 

@@ -9,6 +9,7 @@ rung what is judged are the weights themselves.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from types import MappingProxyType
 
 import numpy as np
@@ -17,6 +18,9 @@ from welltuned.search.curve import Curve, Point, Prior, fit
 from welltuned.training.monitor.robust import Difference, difference
 
 ENOUGH = 0.002  # expected regret, relative to the loss, at which there is nothing left to find out
+# Relative loss that a whole run's training must be expected to save; what saves less is not compared any further. On
+# made-up curves and recorded grids (benchmarks/results/sweep_policy.json) less buys hardly anything, more loses it.
+PRICE = 0.001
 ERRORS = 2.0  # paired standard errors
 CHANCE = 0.05  # that the best rate moves so far until the end that the arm would be the better one
 # Assumed: relative deviation of what a group comes to at the end from what its lead now says, times
@@ -24,6 +28,8 @@ CHANCE = 0.05  # that the best rate moves so far until the end that the arm woul
 DRIFT = 0.005
 APART = math.log(1.15)  # arms nearer to each other than this are one
 STEP = math.log(2.0)
+AT_EDGE = "the best arm lies at the edge of the bracket, which is extended once"
+NO_MORE = "nothing more can be learned for its price"
 BOOTSTRAPS = 1_000
 LEAST_POINTS = 3  # of a curve, where some rung has as many
 
@@ -100,6 +106,7 @@ def decide(
     *,
     extended: bool,
     rates: bool = True,
+    following: float = 1.0,
 ) -> Decision:
     """Judge the arms that are alive at their latest look.
 
@@ -108,27 +115,39 @@ def decide(
         priors: of each group.
         extended: whether the bracket was extended at an edge before, which is done once.
         rates: whether the rate is searched; else arms are what they are, and no curve speaks for another one.
+        following: the share of the run after which the arms would be judged next.
     """
     alive = [e for e in entries if e.alive]
     if not alive:
         raise ValueError("no arm is alive")
     share = min(e.looks[-1].share for e in alive)
     best = min(alive, key=lambda e: mean(e, weights))
-    across, curve = _between(alive, weights), None
-    regret = {e.arm: across[e.arm] for e in alive}
+    across, apart = _between(alive, weights, following)
+    regret, curve = across, None
     if rates:
         curve = _curve([e for e in entries if e.group == best.group], weights, priors[best.group], share)
         regret = {e.arm: max(curve.regret(e.x), across[e.arm]) if e.group == best.group else math.inf for e in alive}
     ended = share >= 1
     leader = best if ended else min(alive, key=lambda e: regret[e.arm])
-    drop = {} if ended else _dropped(alive, leader, best, weights, curve)
-    stop = None
-    if not ended and regret[leader.arm] < ENOUGH:
-        stop = f"choosing it now is expected to cost {regret[leader.arm]:.2%} of the loss, less than {ENOUGH:.1%}"
-    add = None
-    if curve is not None and stop is None and regret[leader.arm] >= ENOUGH:
-        add = _addition(entries, leader, curve, extended=extended, ended=ended)
-    return Decision(leader.arm, drop, add, stop, regret[leader.arm], curve)
+    here = regret[leader.arm]
+    if ended:
+        add = None if curve is None or here < ENOUGH else _last_addition(entries, leader, curve, extended=extended)
+        return Decision(leader.arm, add=add, regret=here, curve=curve)
+    drop = _dropped(alive, leader, best, weights, curve)
+    if here < ENOUGH:
+        stop = f"choosing it now is expected to cost {here:.2%} of the loss, less than {ENOUGH:.1%}"
+        return Decision(leader.arm, drop, stop=stop, regret=here, curve=curve)
+    going = [e for e in alive if e.arm not in drop]
+    steps = _steps(entries, going, leader, curve, apart, (share, following), extended=extended)
+    step = max(steps, key=lambda s: s.worth)
+    return Decision(
+        leader.arm,
+        drop,
+        add=(step.x, step.why) if step.kind is Kind.ADD else None,
+        stop=step.why if step.kind is Kind.STOP else None,
+        regret=here,
+        curve=curve,
+    )
 
 
 def mean(entry: Entry, weights: Sequence[int]) -> float:
@@ -156,8 +175,8 @@ def _curve(group: Sequence[Entry], weights: Sequence[int], prior: Prior, share: 
     return fit(at[latest], weights, prior, latest)
 
 
-def _between(alive: Sequence[Entry], weights: Sequence[int]) -> dict[int, float]:
-    """How much worse each arm is expected to be than the best of all of them, relative to the loss.
+def _between(alive: Sequence[Entry], weights: Sequence[int], following: float) -> tuple[dict[int, float], float]:
+    """How much worse each arm is expected to be than the best of all, and what the next look saves; relative.
 
     Only between groups: within a group the curve knows more. By resampled rows, and by what may change until the end.
     """
@@ -165,17 +184,20 @@ def _between(alive: Sequence[Entry], weights: Sequence[int]) -> dict[int, float]
     for e in alive:
         of_group.setdefault(e.group, []).append(e)
     if len(of_group) == 1:
-        return {e.arm: 0.0 for e in alive}
+        return {e.arm: 0.0 for e in alive}, 0.0
     best = [min(group, key=lambda e: mean(e, weights)) for group in of_group.values()]
     loss_GI, weight_I = np.array([e.looks[-1].loss_of_row for e in best]), np.asarray(weights, dtype=np.float64)
     draw = np.random.default_rng(0)
     times_BI = draw.multinomial(len(weight_I), np.full(len(weight_I), 1 / len(weight_I)), size=BOOTSTRAPS) * weight_I
     mean_BG = times_BI @ loss_GI.T / times_BI.sum(1, keepdims=True)
+    now_G = loss_GI @ weight_I / weight_I.sum()
     share = min(e.looks[-1].share for e in best)
-    if share < 1:
-        mean_BG *= 1 + DRIFT * math.sqrt(math.log(1 / share)) * draw.standard_normal(mean_BG.shape)
-    over_G = ((mean_BG - mean_BG.min(1, keepdims=True)) / mean_BG.min(1, keepdims=True)).mean(0)
-    return {e.arm: float(over) for group, over in zip(of_group.values(), over_G, strict=True) for e in group}
+    told_BG = 1 + DRIFT * math.sqrt(math.log(following / share)) * draw.standard_normal(mean_BG.shape)
+    mean_BG *= told_BG * (1 + DRIFT * math.sqrt(math.log(1 / following)) * draw.standard_normal(mean_BG.shape))
+    over_BG = (mean_BG - mean_BG.min(1, keepdims=True)) / mean_BG.min(1, keepdims=True)
+    over_G, then_B = over_BG.mean(0), (now_G * told_BG).argmin(1)
+    saved = float(over_G[now_G.argmin()] - over_BG[np.arange(BOOTSTRAPS), then_B].mean())
+    return {e.arm: float(over) for group, over in zip(of_group.values(), over_G, strict=True) for e in group}, saved
 
 
 def _dropped(
@@ -211,17 +233,86 @@ def _slope(entry: Entry, weights: Sequence[int]) -> float:
     return fall / math.log(now.share / then.share)
 
 
-def _addition(
-    entries: Sequence[Entry], leader: Entry, curve: Curve, *, extended: bool, ended: bool
-) -> tuple[float, str] | None:
-    """One step beyond an edge that the best lies at, once; or, before the end, the curve's lowest point."""
+# ── what comes next ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Kind(StrEnum):
+    """What can be done at a rung."""
+
+    STOP = "stop"
+    GO_ON = "go on"
+    ADD = "add"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One of the things that can be done, and why.
+
+    Attributes:
+        worth: the relative loss that it is expected to save, less its tokens' price; of stopping it is nothing.
+        x: of the arm that is added.
+    """
+
+    kind: Kind
+    worth: float
+    why: str
+    x: float = math.nan
+
+
+def _steps(
+    entries: Sequence[Entry],
+    going: Sequence[Entry],
+    leader: Entry,
+    curve: Curve | None,
+    apart: float,
+    shares: tuple[float, float],
+    *,
+    extended: bool,
+) -> list[Step]:
+    """Stopping, going on with all arms that are left, and adding one; each with what it is worth.
+
+    Args:
+        apart: what the next look is expected to save by telling groups apart.
+        shares: now, and at the next look.
+    """
+    now, following = shares
+    others = [e.x for e in going if e.group == leader.group and e.arm != leader.arm]
+    new = PRICE * following if following < 1 else math.inf  # of an arm that would be added at the next look
+    runs = (len(going) - 1) * (following - now)
+    saves = apart + (curve.gain(leader.x, others, following, new) if curve is not None else 0.0)
+    told = f"comparing {len(going)} arms as far as {following:.0%} is expected to save {saves:.2%} of the loss"
+    if len(going) == 1:
+        told = "of the arms only the best is left"
+    steps = [Step(Kind.GO_ON, saves - PRICE * runs, told)] if len(going) > 1 else []
+    if curve is not None:
+        edge = None if extended else _beyond(entries, leader, curve)
+        if edge is not None:
+            return [Step(Kind.ADD, math.inf, AT_EDGE, edge)]
+        xs = sorted(e.x for e in entries if e.group == leader.group)
+        if xs[0] < curve.cheapest < xs[-1] and min(abs(curve.cheapest - x) for x in xs) > APART:
+            more = apart + curve.gain(leader.x, [*others, curve.cheapest], following, new)
+            why = f"the lowest point of the curve through the arms, expected to save {more - saves:.2%} of the loss"
+            steps.append(Step(Kind.ADD, more - PRICE * (runs + following), why, curve.cheapest))
+            told += f", and {len(going) + 1} with one at the lowest point of the curve {more:.2%}"
+    little = f"{NO_MORE}: {told}; {PRICE:.2%} is asked for each run's training"
+    return [*steps, Step(Kind.STOP, 0.0, little)]
+
+
+def _beyond(entries: Sequence[Entry], leader: Entry, curve: Curve) -> float | None:
+    """One step beyond an edge that the best lies at, where the curve falls there."""
     xs = sorted(e.x for e in entries if e.group == leader.group)
-    at_edge = leader.x in (xs[0], xs[-1])
-    beyond = curve.x > xs[-1] - APART if leader.x == xs[-1] else curve.x < xs[0] + APART
-    if at_edge and beyond and not extended:
-        side = STEP if leader.x == xs[-1] else -STEP
-        return leader.x + side, "the best arm lies at the edge of the bracket, which is extended once"
-    inside = xs[0] < curve.x < xs[-1] and min(abs(curve.x - x) for x in xs) > APART
-    if inside and not ended and curve.regret(curve.x) < curve.regret(leader.x) - ENOUGH / 2:
-        return curve.x, "the lowest point of the curve through the arms"
+    if leader.x == xs[-1] and curve.x > xs[-1] - APART:
+        return leader.x + STEP
+    if leader.x == xs[0] and curve.x < xs[0] + APART:
+        return leader.x - STEP
     return None
+
+
+def _last_addition(
+    entries: Sequence[Entry], leader: Entry, curve: Curve, *, extended: bool
+) -> tuple[float, str] | None:
+    """At the end only the edge is worth a whole run, and only where the curve expects it to bring its price."""
+    edge = None if extended else _beyond(entries, leader, curve)
+    if edge is None or curve.gain(leader.x, [edge], 1.0) < PRICE:
+        return None
+    return edge, AT_EDGE

@@ -139,8 +139,8 @@ class Search:
             while self.board.behind():
                 self._stop_where_asked()
                 self._round()
-                if self.rounds % self.plan.value("save_steps") == 0:
-                    self.save()
+                if self.rounds % self.plan.value("save_steps") == 0 and self.board.behind():
+                    self.save()  # where a look follows, it is saved after that, with what was decided
                 self._say(self.setting.keeper.news())
             self._stop_where_asked()
             due = {a.number: share for a in self.board.state.alive if (share := self.board.due(a)) is not None}

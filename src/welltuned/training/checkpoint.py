@@ -15,7 +15,6 @@ depends on how many devices share the work.
 
 import json
 import re
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -41,64 +40,20 @@ from welltuned.training.durable import (
     sync_folder,
     write_file,
 )
-from welltuned.training.step import Evaluation
+from welltuned.training.position import Position as Position
+from welltuned.training.streamed import data, header
 
 FORMAT, IN_PIECES = 1, 2  # the latter where every rank writes its part
 CHECKPOINTS, DAMAGED = "checkpoints", "damaged"
 TRAINED, OPTIMIZER, STATE, MANIFEST = "trained.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"step-(\d{6,})")
 _SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
-_DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
 _NO_CODES = {"trained", "exp_avg", "exp_avg_sq", "step", "average"}
 _NO_STATE: Mapping[str, Any] = MappingProxyType({})
 
 
 class Damaged(RunError):
     """A checkpoint is not what was written."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Position:
-    """Where a run is, beside its weights and moments.
-
-    Attributes:
-        step: updates done, those that were skipped among them.
-        rate_factor: what every rate is multiplied by since the run went back.
-        skipped, in_a_row: updates left out because something was not finite: all, and the latest without a break.
-        returns: how often the run went back to a checkpoint.
-        seconds, tokens: spent in updates. elapsed: all of the run's time.
-        before, last: evaluations before the first update and the latest.
-        best: the update that the monitor holds for the best; its checkpoint stays.
-        monitor: the monitor's own state.
-        ended: why the run ended before its last planned update, if it did.
-    """
-
-    step: int = 0
-    token_budget: int
-    rate_factor: float = 1.0
-    skipped: int = 0
-    in_a_row: int = 0
-    returns: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    elapsed: float = 0.0
-    before: Evaluation | None = None
-    last: Evaluation | None = None
-    best: int | None = None
-    monitor: Mapping[str, Any] = field(default_factory=lambda: _NO_STATE)
-    ended: str | None = None
-
-    @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> "Position":
-        """What `to_plain` made of one."""
-        return cls(**{**plain, "before": _evaluation(plain["before"]), "last": _evaluation(plain["last"])})
-
-
-def _evaluation(plain: Mapping[str, Any] | None) -> Evaluation | None:
-    if plain is None:
-        return None
-    lists = {name: tuple(value) for name, value in plain.items() if isinstance(value, list)}
-    return Evaluation(**{**plain, **lists})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,22 +190,15 @@ def _state(snapshot: Snapshot, format_: int = FORMAT, more: Mapping[str, Any] = 
 
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file of fp32 numbers and bytes, piece by piece: safetensors' own writer would hold all of it again.
+    """A safetensors file, piece by piece: safetensors' own writer would hold all of it once more.
 
-    Bytes come last, so that every number lies where its size divides.
+    The wider types come first, so that all lie at multiples of their size.
     """
-    header, at = {}, 0
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
-    for name, tensor in tensors.items():
-        place = [at, at + tensor.nbytes]
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
-        at += tensor.nbytes
-    text = json.dumps(header).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    yield struct.pack("<Q", len(text)) + text
+    yield header({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
     for tensor in tensors.values():
         if tensor.numel():
-            yield tensor.detach().cpu().contiguous().view(-1).numpy().data.cast("B")
+            yield data(tensor)
 
 
 def _json(value: Any) -> bytes:

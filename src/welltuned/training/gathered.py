@@ -1,8 +1,6 @@
 """The result of full fine-tuning in pieces: gathered tensor by tensor on the first rank, and read back."""
 
-import json
 import os
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +23,7 @@ from welltuned.training.ranks import Group
 from welltuned.training.result import beside
 from welltuned.training.rundir import MODEL, RunDir, read_started
 from welltuned.training.starting import save_model
+from welltuned.training.streamed import data, header
 
 GATHERED = "gathered.safetensors" + BESIDE  # the ending by which an interrupted run's is swept away
 
@@ -62,7 +61,7 @@ def _gather(trained: ShardedParameters, file: Path, ranks: Group) -> None:
     number = -1
     try:
         number = durable.SYSTEM.open(file) if ranks.is_first else -1
-        _write(number, _header(trained))
+        _write(number, header({name: (torch.float32, shape) for name, shape in trained.whole.items()}))
     except OSError as error:
         failed = error
     for slot in trained.slots:
@@ -70,7 +69,7 @@ def _gather(trained: ShardedParameters, file: Path, ranks: Group) -> None:
         parts = ranks.collect(rows.cpu())
         if failed is None and parts:
             try:
-                _write(number, _bytes(torch.cat(parts)[: trained.whole[slot.name][0]]))
+                _write(number, data(torch.cat(parts)[: trained.whole[slot.name][0]]))
             except OSError as error:
                 failed = error
 
@@ -87,23 +86,8 @@ def _gather(trained: ShardedParameters, file: Path, ranks: Group) -> None:
             os.close(number)
 
 
-def _header(trained: ShardedParameters) -> bytes:
-    found, at = {}, 0
-    for name, shape in trained.whole.items():
-        size = 4 * torch.Size(shape).numel()
-        found[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(found).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().view(-1).numpy().data.cast("B")
-
-
-def _write(number: int, data: bytes | memoryview) -> None:
-    rest = memoryview(data)
+def _write(number: int, piece: bytes | memoryview) -> None:
+    rest = memoryview(piece)
     while number >= 0 and len(rest):
         rest = rest[durable.SYSTEM.write(number, rest[: durable.CHUNK]) :]
 

@@ -258,7 +258,7 @@ class Grpo:
             gap_M = torch.cat(apart) if apart else torch.zeros(1)
             require_near(float(gap_M.mean()))
             measures["sampler_gap"] = float(gap_M.sum()) / max(1, sampled.pulling)
-        return sum(loss), measures
+        return math.fsum(loss), measures
 
     def _batch_loss(self, engine: Engine, batch: Sequence[Group], sampled: Sampled, apart: list[Tensor]) -> PolicyLoss:
         """`apart` is given how far another sampler's log-probabilities are from ours, a number a token."""

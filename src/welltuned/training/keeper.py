@@ -74,8 +74,9 @@ class Keeper:
         """Whether the newest checkpoint is that of this update, and safe."""
         return self.saved == step and self.failed is None
 
-    def written(self, snapshot: Snapshot, failed: str | None) -> tuple[str, ...]:
+    def written(self, snapshot: Snapshot, failed: str | None, seconds: float) -> tuple[str, ...]:
         """All ranks together wrote a checkpoint, or could not for this reason; sentences on that."""
+        self.cost.training_thread += seconds
         self._writing, self._error = snapshot.position.step, None if failed is None else RunError(failed)
         self.cost.saves += 1
         if failed is None:

@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,16 +29,12 @@ from welltuned.training.optimizer import clip_
 from welltuned.training.optimizer_8bit import make_optimizer
 from welltuned.training.prepare import Prepared
 from welltuned.training.process import memory_used
-from welltuned.training.ranks import Group
 from welltuned.training.reduce import GradientSum, Word
 from welltuned.training.rundir import RunDir
 from welltuned.training.settings import adamw_settings, rate_spans, schedule_of
 from welltuned.training.snapshot import Numbers, Origin
 from welltuned.training.step import Engine, Evaluation, Gradient, NotFinite, Objective
 from welltuned.training.watcher import MakeWatch
-
-if TYPE_CHECKING:
-    from welltuned.models.sharded import ShardedParameters
 
 T = TypeVar("T")
 
@@ -354,27 +350,20 @@ class Loop:
         self._clock = now
         if self.numbers.pieces is None:
             self.ranks.first(lambda: self._keep(wait))
-        elif not self.ranks.first(lambda: self.setting.keeper.has(self.at.step)):
-            self._keep_pieces(self.numbers.pieces)
+        else:
+            from welltuned.training.pieces import keep_pieces
+
+            keep_pieces(self, self.numbers.pieces)
 
     def _keep(self, wait: bool) -> None:
         keeper = self.setting.keeper
         if wait:
             self.say(keeper.join())
         if not keeper.has(self.at.step):
-            self.say(keeper.save(self._snapshot, wait=wait))
+            self.say(keeper.save(self.snapshot, wait=wait))
 
-    def _keep_pieces(self, trained: "ShardedParameters") -> None:
-        """All ranks write, and training waits for them."""
-        from welltuned.training.pieces import write_pieces
-
-        assert isinstance(self.ranks, Group)
-        self.ranks.first(self.setting.directory.sync_metrics)
-        snapshot = self.ranks.each(lambda: self._snapshot(copied=False))
-        failed = write_pieces(self.setting.directory.path, snapshot, trained, self.ranks)
-        self.ranks.first(lambda: self.say(self.setting.keeper.written(snapshot, failed)))
-
-    def _snapshot(self, copied: bool) -> Snapshot:
+    def snapshot(self, copied: bool) -> Snapshot:
+        """The run as it is here; see `Numbers.take`."""
         length = self.setting.directory.metrics_bytes
         return self.numbers.take(self.at, self.setting.origin, length, copied=copied)
 

@@ -9,12 +9,13 @@ it, one among them.
 
 import io
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -29,6 +30,7 @@ from welltuned.errors import RunError
 from welltuned.models.sharded import ShardedParameters
 from welltuned.training import durable
 from welltuned.training.checkpoint import (
+    CHECKPOINTS,
     OPTIMIZER,
     TRAINED,
     Damaged,
@@ -39,11 +41,29 @@ from welltuned.training.checkpoint import (
 from welltuned.training.durable import Written, checksum
 from welltuned.training.ranks import Group
 
+if TYPE_CHECKING:
+    from welltuned.training.loop import Loop
+
 T = TypeVar("T")
 FILE_BYTES = 2**30  # of one file of one rank: each is laid out in memory once more before it is written
 
 
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def keep_pieces(loop: "Loop", trained: ShardedParameters) -> None:
+    """Save the loop's position, unless that is done: all ranks write, and training waits for them."""
+    ranks, directory, keeper = loop.ranks, loop.setting.directory, loop.setting.keeper
+    assert isinstance(ranks, Group)
+    if ranks.first(lambda: keeper.has(loop.at.step)):
+        return
+    started = time.perf_counter()
+    snapshot = ranks.each(lambda: loop.snapshot(copied=False))
+    _, failed = _agreed(ranks, directory.sync_metrics)  # metrics.jsonl must not be behind its checkpoint
+    if failed is None:
+        failed = write_pieces(directory.path, snapshot, trained, ranks)
+    seconds = time.perf_counter() - started
+    ranks.first(lambda: loop.say(keeper.written(snapshot, failed, seconds)))
 
 
 def write_pieces(run: Path, snapshot: Snapshot, trained: ShardedParameters, ranks: Group) -> str | None:
@@ -63,7 +83,10 @@ def write_pieces(run: Path, snapshot: Snapshot, trained: ShardedParameters, rank
     needed = sum(4 * tensor.numel() for tensor in tensors.values())  # of whole tensors
 
     def begin() -> str | None:
-        return begin_checkpoint(run, snapshot, needed) if ranks.is_first else None
+        if not ranks.is_first:
+            return None
+        durable.sweep(run / CHECKPOINTS)
+        return begin_checkpoint(run, snapshot, needed)
 
     begun, failed = _agreed(ranks, begin)
     place = begun[0]

@@ -24,7 +24,7 @@ from welltuned.models.fuse import Fused, find_head, fuse
 from welltuned.models.load import load_model
 from welltuned.models.lora import AdapterBank
 from welltuned.models.oom import is_out_of_memory, release_memory
-from welltuned.models.packed import packed_model, packs, shares
+from welltuned.models.packed import packed_model, packs, prove_flex, shares
 from welltuned.models.parts import idle_parts
 from welltuned.models.recompute import HostCheckpoints, checkpoint_layers
 from welltuned.models.static import Static
@@ -73,6 +73,7 @@ from welltuned.training.watch import is_divergence, monitor
 from welltuned.training.watcher import MakeWatch
 
 T = TypeVar("T")
+FORKED = (Method.DPO, Method.ORPO, Method.REWARD, Method.GRPO)  # whose answers are branches of a shared prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +124,16 @@ def make_ready(plan: Plan, arms: Sequence[Plan] = (), ranks: Ranks = ALONE) -> R
     notes = [*lost, *fused.sentences(), *(f"text never reaches {name}, which stays as it is" for name in idle)]
     if head is None:
         notes.append("the output head does something this engine does not know: the model's own logits are used")
-    if not look(lambda: packs(model)):
+    packed = look(lambda: packs(model))
+    if not packed:
         notes.append("this model's own code carries state along a row, so examples run one at a time, not packed")
+    if recipe.method in FORKED and model.device.type == "cuda" and (problem := prove_flex(model)) is not None:
+        notes.append(f"prompts that answers share are copied for each: FlexAttention is not used ({problem})")
     static = compile_layers(model, fused) if room.compiled else None
     if room.recompute:
         checkpoint_layers(model, fused, room.layers, HostCheckpoints(model.device) if room.offload else None)
-    budget = plan.value("token_budget") if plan.value("packing") else 1  # 1: every example by itself
+    alone = not plan.value("packing") or (shards is not None and not packed)  # so that all ranks pass equally often
+    budget = 1 if alone else plan.value("token_budget")  # 1: every example by itself
     return Ready(Engine(model, trained, head, budget, ranks, shards), Supervised(), fused, tuple(notes), static)
 
 
