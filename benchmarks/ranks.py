@@ -81,9 +81,14 @@ def parts_of(run: Path) -> list[int]:
 
 
 def memory_of(run: Path) -> dict[str, int]:
-    """The highest peak of a process, and what the plan forecast."""
+    """The first process's after updates, the highest peak of any (at the end it reads base and result), the forecast."""
     said = json.loads((run / "run.json").read_text())
-    return {"peak_bytes": said["peak_memory_bytes"], "forecast_bytes": said["memory_forecast_bytes"]}
+    after = max(int(number) for number in numbers(run, "memory_bytes"))
+    return {
+        "after_updates_bytes": after,
+        "peak_bytes": said["peak_memory_bytes"],
+        "forecast_bytes": said["memory_forecast_bytes"],
+    }
 
 
 def apart(one: Path, other: Path) -> dict[str, float]:

@@ -46,7 +46,12 @@ from welltuned.training.loop import Loop, Setting
 from welltuned.training.preference import METHODS, preference_objective
 from welltuned.training.prepare import Prepared
 from welltuned.training.prepare_together import sharing_notes
-from welltuned.training.process import allocator_keeps_memory, memory_used, return_freed_memory
+from welltuned.training.process import (
+    allocator_keeps_memory,
+    allocator_returns_memory,
+    memory_used,
+    return_freed_memory,
+)
 from welltuned.training.ranks import ALONE, Group, Ranks
 from welltuned.training.result import RunResult, beside, disk_errors, healed, summary_of, verify_and_save, watched
 from welltuned.training.rundir import (
@@ -163,7 +168,7 @@ def train(
     """
     require_memory(prepared.plan)
     ranks.first(lambda: _require_place(prepared, out))
-    with on_this_machine(prepared.plan):
+    with on_this_machine(prepared.plan, ranks):
         ready = loaded(prepared, ranks, observer)  # what is wrong with the model shows before anything is written
         disk = ranks.first(lambda: _require_disk(prepared.plan, ready, out))
         with run_files(out, ranks) as directory:
@@ -376,9 +381,10 @@ class Course:
 
 
 @contextmanager
-def on_this_machine(plan: Plan) -> Iterator[None]:
+def on_this_machine(plan: Plan, ranks: Ranks = ALONE) -> Iterator[None]:
     """The allocator's settings for a run; out of memory while a model is loaded is a sentence."""
-    with allocator_keeps_memory(plan.facts.machine.device):
+    allocator = allocator_returns_memory if lies_in_pieces(plan, ranks) else allocator_keeps_memory
+    with allocator(plan.facts.machine.device):
         try:
             yield
         except (MemoryError, RuntimeError) as error:
