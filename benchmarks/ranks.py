@@ -81,7 +81,7 @@ def parts_of(run: Path) -> list[int]:
 
 
 def memory_of(run: Path) -> dict[str, int]:
-    """The first process's after updates, the highest peak of any (at the end it reads base and result), the forecast."""
+    """Of the first process after updates; the highest peak of any (it reads base and result at the end); forecast."""
     said = json.loads((run / "run.json").read_text())
     after = max(int(number) for number in numbers(run, "memory_bytes"))
     return {

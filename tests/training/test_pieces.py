@@ -16,14 +16,14 @@ STEP = 7
 KINDS = ("trained", "exp_avg", "exp_avg_sq", "average")
 
 
-def pieces():
+def pieces(layers=2, vocabulary=7):
     """This rank's parts of a tiny model of two layers, none of whose sizes is a multiple of another."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from welltuned.models.sharded import ShardedParameters
 
     config = LlamaConfig(
-        vocab_size=7, hidden_size=6, intermediate_size=5, num_hidden_layers=2, num_attention_heads=3,
+        vocab_size=vocabulary, hidden_size=6, intermediate_size=5, num_hidden_layers=layers, num_attention_heads=3,
         num_key_value_heads=1, head_dim=2, tie_word_embeddings=False,
     )  # fmt: skip
     return ShardedParameters(LlamaForCausalLM(config), torch.device("cpu"))
@@ -115,6 +115,47 @@ def test_a_shard_that_is_missing_or_another_runs_is_damage(tmp_path):
     shutil.copy(shards[0], shards[1])
     with pytest.raises(Damaged, match="shard-00002"):
         verify(folder)
+
+
+def test_one_layer_is_whole_at_a_time(tmp_path):
+    """In a pass and back: of each weight the parts that lie here, and of one layer all of them."""
+    from welltuned.models.fuse import find_head
+    from welltuned.models.packed import Packed, packed_model, packs
+    from welltuned.objectives.supervised import MicroBatch, loss
+
+    def passed(rank):
+        from welltuned.training.ranks import joined
+        from welltuned.training.shards import Shards
+
+        with joined() as ranks:
+            trained = pieces(layers=4, vocabulary=17)
+            shards = Shards(root=trained.root, ranks=ranks, base_weights={})
+            head = shards.ask(lambda: find_head(trained.model))
+            shards.ask(lambda: packs(trained.model))
+            whole = []
+            for layer in trained.model.model.layers:
+                layer.mlp.register_forward_pre_hook(lambda *_: whole.append(layers_whole(trained.model)))
+                layer.mlp.register_full_backward_pre_hook(lambda *_: whole.append(layers_whole(trained.model)))
+            ids = torch.arange(6)
+            batch = MicroBatch(Packed(ids, [6]), ids[:5], ids[1:], torch.zeros(5, dtype=torch.int64))
+            with packed_model(trained.model):
+                value = shards.run(lambda h: loss(trained.model, h, batch, torch.ones(5))[0], head)
+                shards.backward(value)
+            return whole, layers_whole(trained.model), float(trained.grad_KP.abs().max())
+
+    for ended in finished(in_ranks(passed, 2, tmp_path)):
+        whole, afterwards, gradient = ended.value
+        assert len(whole) == 8 and max(whole) <= 2 and whole[:4] == [1] * 4  # backwards the next one is on its way
+        assert afterwards == 0 and gradient > 0
+
+
+def layers_whole(model):
+    """How many layers have memory for whole weights now."""
+    groups = [group for layer in model.model.layers for group in layer._get_fsdp_state()._fsdp_param_groups]
+    return sum(
+        any(t.untyped_storage().size() for piece in group.fsdp_params for t in piece.all_gather_outputs)
+        for group in groups
+    )
 
 
 def test_a_model_without_a_list_of_layers_is_refused():
