@@ -41,6 +41,7 @@ from welltuned.training.durable import (
     write_file,
 )
 from welltuned.training.position import Position as Position
+from welltuned.training.position import Snapshot as Snapshot
 from welltuned.training.streamed import data, header
 
 WHOLE, IN_PIECES = 1, 2  # formats: the latter where every rank writes its part
@@ -55,41 +56,6 @@ _NO_STATE: Mapping[str, Any] = MappingProxyType({})
 
 class Damaged(RunError):
     """A checkpoint is not what was written."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """What a checkpoint is written from, in host memory, and not changed while it is written.
-
-    Attributes:
-        flat_KP, exp_avg_KP, exp_avg_sq_KP: trained numbers and AdamW's moments, fp32. steps_G: AdamW's step counts.
-        codes: moments in 8 bits by name, and their scales.
-        average_KP: the average of the weights, where the run keeps one.
-        slots: names and places in a row of flat_KP.
-        run: the run's id.
-        metrics_bytes: length of metrics.jsonl at this position.
-        identity: what the run is of, to be compared when it goes on.
-    """
-
-    flat_KP: Tensor
-    exp_avg_KP: Tensor
-    exp_avg_sq_KP: Tensor
-    steps_G: Tensor
-    slots: Sequence[Slot]
-    average_KP: Tensor | None = None
-    codes: Mapping[str, Tensor] = field(default_factory=dict)
-    position: Position
-    run: str
-    metrics_bytes: int
-    identity: Mapping[str, Any]
-    versions: Mapping[str, Any]
-
-    @property
-    def bytes(self) -> int:
-        """About what its checkpoint takes on disk."""
-        average = 0 if self.average_KP is None else self.average_KP.nbytes
-        buffers = (self.flat_KP, self.exp_avg_KP, self.exp_avg_sq_KP, *self.codes.values())
-        return sum(t.nbytes for t in buffers) + average + 2**16
 
 
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────

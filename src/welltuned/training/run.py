@@ -3,8 +3,8 @@
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,15 +43,11 @@ from welltuned.training.in_pieces import lies_in_pieces, load_in_pieces
 from welltuned.training.interrupt import interruptible
 from welltuned.training.keeper import Keeper, require_disk
 from welltuned.training.loop import Loop, Setting
+from welltuned.training.on_machine import on_this_machine as on_this_machine
 from welltuned.training.preference import METHODS, preference_objective
 from welltuned.training.prepare import Prepared
 from welltuned.training.prepare_together import sharing_notes
-from welltuned.training.process import (
-    allocator_keeps_memory,
-    allocator_returns_memory,
-    memory_used,
-    return_freed_memory,
-)
+from welltuned.training.process import memory_used, return_freed_memory
 from welltuned.training.ranks import ALONE, Group, Ranks
 from welltuned.training.result import RunResult, beside, disk_errors, healed, summary_of, verify_and_save, watched
 from welltuned.training.rundir import (
@@ -378,20 +374,6 @@ class Course:
         if ready.compiled is None or ready.static is None:
             return {}
         return {"torch_compile": report_of(ready.compiled, ready.static)}
-
-
-@contextmanager
-def on_this_machine(plan: Plan, ranks: Ranks = ALONE) -> Iterator[None]:
-    """The allocator's settings for a run; out of memory while a model is loaded is a sentence."""
-    allocator = allocator_returns_memory if lies_in_pieces(plan, ranks) else allocator_keeps_memory
-    with allocator(plan.facts.machine.device):
-        try:
-            yield
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            mend = "close other programs, use --tune qlora, or a smaller model"
-            raise RunError(f"there is not enough memory for this model; {mend}") from error
 
 
 def _require_disk(plan: Plan, ready: Ready, out: Path) -> tuple[str, ...]:
