@@ -158,6 +158,16 @@ def layers_whole(model):
     )
 
 
+def test_a_file_that_is_no_part_of_it_is_not_read(tmp_path):
+    import shutil
+
+    shutil.copytree(FIXTURE, tmp_path / "run")
+    folder = folder_of(tmp_path / "run", STEP)
+    shutil.copy(folder / "shard-00001-model-00001-of-00001.safetensors", folder / "more.safetensors")
+    with pytest.raises(Damaged, match="more.safetensors does not belong to it"):
+        read_checkpoint(folder)
+
+
 def test_a_model_without_a_list_of_layers_is_refused():
     from welltuned.errors import InputError
     from welltuned.models.parts import require_layers

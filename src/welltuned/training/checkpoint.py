@@ -277,6 +277,9 @@ def read_checkpoint(folder: Path, *, tensors: bool = True) -> Checkpoint:
     manifest = verify(folder)
     try:
         state = json.loads((folder / STATE).read_bytes())
+        foreign = [name for name in manifest.extra if name.endswith(".safetensors")]
+        if foreign and state["format"] == IN_PIECES:  # all that lie there are read as parts of one
+            raise Damaged(f"{foreign[0]} does not belong to it")
         shapes, held = _held(folder, state, tensors)
         return Checkpoint(
             folder=folder,
