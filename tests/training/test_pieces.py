@@ -141,12 +141,13 @@ def test_one_layer_is_whole_at_a_time(tmp_path):
             with packed_model(trained.model):
                 value = shards.run(lambda h: loss(trained.model, h, batch, torch.ones(5))[0], head)
                 shards.backward(value)
-            return whole, layers_whole(trained.model), float(trained.grad_KP.abs().max())
+            largest, grown = float(trained.grad_KP.abs().max()), trained.flat_KP.requires_grad  # no graph grows on it
+            return whole, layers_whole(trained.model), largest, grown
 
     for ended in finished(in_ranks(passed, 2, tmp_path)):
-        whole, afterwards, gradient = ended.value
+        whole, afterwards, gradient, grown = ended.value
         assert len(whole) == 8 and max(whole) <= 2 and whole[:4] == [1] * 4  # backwards the next one is on its way
-        assert afterwards == 0 and gradient > 0
+        assert afterwards == 0 and gradient > 0 and not grown
 
 
 def layers_whole(model):
