@@ -26,6 +26,7 @@ NAMES = [
     "lora_dropout",
     "target_modules",
     "use_rslora",
+    "torch_compile",
     "init_lora_weights",
     "bias",
     "per_device_train_batch_size",

@@ -169,7 +169,7 @@ def _difference(
     """How far compiled and plain layers are apart on random rows that almost fill the length."""
     generator = torch.Generator().manual_seed(length)
     total = max(2, length - 1)
-    most = min(longest, total)
+    most = min(longest, -(-total // 3))  # several rows, which must not see each other
     lengths = [most] * (total // most) + [total % most] * (total % most > 0)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids_N = torch.randint(vocabulary, (total,), generator=generator).to(model.device)
@@ -213,6 +213,9 @@ def _allow(codes: int) -> None:
 
 def _reason(error: BaseException) -> str:
     """In a line: what our own code refused, else the first of what the compiler says."""
+    if UNCOMPILED in str(error):
+        return UNCOMPILED
+    if isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+        error = error.inner_exception
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    ours = [text for text in (UNCOMPILED,) if any(text in line for line in lines)]
-    return (ours or [f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__])[0]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

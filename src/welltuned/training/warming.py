@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import islice
 
-from welltuned.advice.rules import number
+from welltuned.advice.compiling import most_lengths, most_padding
 from welltuned.choice import SetBy
 from welltuned.data.packing import pack
 from welltuned.models.compiled import warm_up
@@ -25,7 +25,7 @@ def warmed(engine: Engine, static: Static, prepared: Prepared, *, shared: bool) 
     Args:
         shared: whether the prompt of a pair is laid out once.
     """
-    most, gain = int(number("compile_lengths")), number("compile_gain")
+    most, gain = most_lengths(), most_padding()
     sizes = micro_batches(engine, prepared, shared=shared)
     choices = [static_lengths(sizes, count) for count in range(1, most + 1)]
     lengths = next((c for c in choices if padded_share(sizes, c) <= gain / 2), choices[-1])
@@ -40,7 +40,7 @@ def warmed(engine: Engine, static: Static, prepared: Prepared, *, shared: bool) 
 def micro_batches(engine: Engine, prepared: Prepared, *, shared: bool) -> list[int]:
     """Tokens of this process's micro-batches in the first updates; of sampled answers, steps up to the budget."""
     if prepared.recipe.method is Method.GRPO:
-        most = int(number("compile_lengths"))
+        most = most_lengths()
         return [max(MULTIPLE, engine.token_budget * step // most) for step in range(1, most + 1)]
     batch, mixture = prepared.plan.value("effective_batch_size"), prepared.mixture
     sizes: list[int] = []
