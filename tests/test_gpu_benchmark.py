@@ -99,15 +99,6 @@ def test_what_comes_after_speed_has_its_numbers(result, parts):
         assert group["of"][1]["tokens"] == 4 * group["of"][0]["tokens"]
 
 
-def test_compiled_layers_have_their_numbers(result, parts):
-    found = result["compiled"]
-    assert found["passed"] and [group["rows"] for group in found["groups"]] == ["S = 64", "ragged"]
-    for group in found["groups"]:
-        assert all(cell["problem"] is None and cell["seconds"] for cell in group["cells"])
-        assert group["warm_up"]["seconds"] > 0 and group["warm_up"]["graphs"] and group["warm_up"]["error"] < 1e-3
-    assert parts("gpu_compiled").compiled.BACKEND == "inductor"  # only toys are not compiled to the end
-
-
 def test_a_bank_that_computes_something_else_is_seen(parts, monkeypatch, capsys):
     scale, bank = parts("gpu_scale"), parts("gpu_bank")
     monkeypatch.setattr(bank, "ALPHA", 16)  # the bank's; a run's is 32
