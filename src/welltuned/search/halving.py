@@ -19,7 +19,7 @@ from welltuned.training.monitor.robust import Difference, difference
 
 ENOUGH = 0.002  # expected regret, relative to the loss, at which there is nothing left to find out
 # Relative loss that a whole run's training must be expected to save; what saves less is not compared any further. On
-# made-up curves and recorded grids (benchmarks/results/sweep_policy.json) less buys hardly anything, more loses it.
+# made-up curves (benchmarks/results/sweep_policy.json) half of it buys nothing, and twice as much loses a little.
 PRICE = 0.001
 ERRORS = 2.0  # paired standard errors
 CHANCE = 0.05  # that the best rate moves so far until the end that the arm would be the better one
