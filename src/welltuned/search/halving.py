@@ -2,8 +2,9 @@
 
 Pure functions of recorded held-out losses. At a rung every arm is judged on the same rows with the running average of
 its weights, so that a high rate which has not decayed yet is not punished for its noise. An arm is dropped only if it
-is worse than the best by more than two paired standard errors and its slope cannot catch up by the end. At the last
-rung what is judged are the weights themselves.
+is worse than the best by more than two paired standard errors and its slope cannot catch up by the end. Of what else
+can be done (stop, go on with all that are left, add an arm) that is done which is worth most: the loss that it is
+expected to save, less a price for the training. At the last rung what is judged are the weights themselves.
 """
 
 import math
