@@ -1,4 +1,4 @@
-"""Part 5 of the GPU benchmark: K adapters in one bank against K runs of one, on the same frozen base.
+"""A part of the GPU benchmark: K adapters in one bank against K runs of one, on the same frozen base.
 
 Each adapter sees the same rows, at a rate of its own. In the bank a micro-batch holds equal parts of all of them, so
 that the base's weights are read once for all, and adapters' products are batched ones.

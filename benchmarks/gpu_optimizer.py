@@ -1,4 +1,4 @@
-"""Part 4 of the GPU benchmark: AdamW's update in fp32 and in 8 bits, compiled too, beside bitsandbytes' kernel.
+"""A part of the GPU benchmark: AdamW's update in fp32 and in 8 bits, compiled too, beside bitsandbytes' kernel.
 
 By how many bytes an update moves it should take: 28 a number in fp32 (weight and two moments read and written, the
 gradient read), 16 in 8 bits; plain torch moves more in 8 bits, since its pieces pass through memory between operations.

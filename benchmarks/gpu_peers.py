@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 SCRIPTS = Path(__file__).parent / "peers"
 NAMES = {"trl": "TRL", "unsloth": "Unsloth"}
 NOT_GIVEN = "not given"
-LOADING = 120.0  # seconds that a child may take beside its measuring: imports, 16 GB from the disk, the first update
-LEAST = 30.0  # below so many seconds a child is not worth starting on a GPU
+LOADING = 45.0  # seconds of a child's share that are for imports, 16 GB from the disk and first updates
+LEAST = 60.0  # below so many seconds a child is not worth starting on a GPU
 
 
 def peer_options(parser: argparse.ArgumentParser) -> None:
@@ -125,10 +125,10 @@ class Peers:
             command = [python, str(SCRIPTS / f"{name}_gpu.py"), str(path)]
             try:
                 done = subprocess.run(
-                    command, capture_output=True, text=True, cwd=place, timeout=left + LOADING, check=False
+                    command, capture_output=True, text=True, cwd=place, timeout=max(left, LEAST), check=False
                 )
             except subprocess.TimeoutExpired:
-                return {"problem": f"{FAILED}: it had not ended after {left + LOADING:.0f} s"}
+                return {"problem": f"{FAILED}: it had not ended after {max(left, LEAST):.0f} s"}
             except OSError as error:
                 return {"problem": f"{FAILED}: {python}: {error.strerror}"}
         if done.returncode:

@@ -150,9 +150,9 @@ def measure_speed(
     rows = rows_by_kind(scale)
     for at, tune in enumerate(wanted.tunes):
         model = build_model(scale.shape, scale.dtype, scale.device, nf4=tune == "qlora")
-        share = Deadline.after(deadline.left / (len(wanted.tunes) - at) / 60)
-        if peers.given:
-            share = Deadline.after(share.left * (1 - PEER_SHARE) / 60)
+        own = deadline.left / (len(wanted.tunes) - at)
+        after = deadline.left - own  # what the other tunes will have
+        share = Deadline.after(own * (1 - PEER_SHARE * peers.given) / 60)
         clock = Clock(share, Wanted([tune], wanted.ranks, wanted.checkpointing).visits(kernel, len(rows)))
         for rank, again in wanted.groups(tune):
             for kind, examples in rows.items():
@@ -163,9 +163,9 @@ def measure_speed(
             peers.save_model(scale, model if tune == "lora" else None)
         del model
         free_memory(scale)
-        for rank in wanted.ranks:
+        for done, rank in enumerate(wanted.ranks):
             cells = [_cell(scale, tune, rank, kind, False, "", e) for kind, e in rows.items()]
-            left = deadline.left / (len(wanted.tunes) - at) / len(wanted.ranks)
+            left = (deadline.left - after) / (len(wanted.ranks) - done)
             yield from peers.measure(scale, tune, rank, rows, cells, left)
 
 

@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--processes", default="1,2,4")
     parser.add_argument("--updates", type=int, default=12)
     parser.add_argument("--batch", type=int, default=14)
+    parser.add_argument("--suffix", default="", help="of the result's name")
     parser.add_argument("--kind", choices=KINDS, default="adapters")
     asked = parser.parse_args()
     worlds = [int(world) for world in asked.processes.split(",")]
@@ -45,11 +46,14 @@ def main() -> None:
         curves = {world: numbers(run, "loss") for world, run in runs.items()}
         found = {world: apart(runs[worlds[0]], run) for world, run in runs.items() if world != worlds[0]}
         parts = {world: parts_of(run) for world, run in runs.items()}
+        memory = {world: memory_of(run) for world, run in runs.items()}
     result = {"machine": describe_machine(), "settings": keys, "losses": curves, "apart_from_one_process": found}
+    result["memory_of_a_process"] = memory
     if asked.kind == "full":
         result["bytes_of_each_part_of_a_checkpoint"] = parts
     print(json.dumps(found, indent=1))
-    print(write_result("ranks" if asked.kind == "adapters" else f"ranks_{asked.kind}", result))
+    name = "ranks" if asked.kind == "adapters" else f"ranks_{asked.kind}"
+    print(write_result(name + asked.suffix, result))
 
 
 def train(asked: argparse.Namespace, keys: dict[str, Any], world: int, run: Path) -> Path:
@@ -74,6 +78,17 @@ def parts_of(run: Path) -> list[int]:
         owner = file.name.split("-")[1] if file.name.startswith("shard-") else ""
         sizes[owner] = sizes.get(owner, 0) + file.stat().st_size
     return [sizes[owner] for owner in sorted(sizes)]
+
+
+def memory_of(run: Path) -> dict[str, int]:
+    """Of the first process after updates; the highest peak of any (it reads base and result at the end); forecast."""
+    said = json.loads((run / "run.json").read_text())
+    after = max(int(number) for number in numbers(run, "memory_bytes"))
+    return {
+        "after_updates_bytes": after,
+        "peak_bytes": said["peak_memory_bytes"],
+        "forecast_bytes": said["memory_forecast_bytes"],
+    }
 
 
 def apart(one: Path, other: Path) -> dict[str, float]:

@@ -1,5 +1,5 @@
 """One tune and rank of the GPU benchmark with TRL and PEFT, in an environment of its own: torch, transformers, trl,
-peft, datasets, for QLoRA bitsandbytes; with flash-attn, rows are packed without padding, else padded to their longest.
+peft, datasets, for QLoRA bitsandbytes; with flash-attn without padding, else rows of like lengths padded together.
 
     python trl_gpu.py SPEC.json         the last line printed is the result
 
@@ -64,6 +64,7 @@ def trainer(spec, model, tokenizer, dataset, batch, steps, accumulate, out, cloc
             seed=0,
             max_length=None,
             padding_free=FLASH and cuda,
+            train_sampling_strategy="random" if FLASH and cuda else "group_by_length",
             use_cpu=not cuda,
             bf16=spec["dtype"] == "bfloat16",
             tf32=None,
@@ -81,5 +82,5 @@ def without_adapter(model):
 
 if __name__ == "__main__":
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    flags = {"attention": "flash-attn" if FLASH else "sdpa", "padding_free": FLASH, "optim": "adamw_torch_fused"}
+    flags = {"attention": "flash-attn" if FLASH else "sdpa", "padding_free": FLASH, "by_length": not FLASH}
     print(json.dumps(measure(spec, load, trainer, without_adapter, flags, ("trl", "peft", "transformers", "torch"))))

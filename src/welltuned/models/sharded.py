@@ -143,7 +143,7 @@ class ShardedParameters(FullParameters):
             name = self._names.get((id(piece._module_info.module), piece._module_info.param_name))
             if name is None:  # frozen
                 continue
-            local = piece.sharded_param.to_local()
+            local = piece.sharded_param.to_local().detach()
             view = _view(self.flat_KP, slots[name])
             view[: len(local)].copy_(local)
             piece._sharded_param_data = view.view(-1)

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from welltuned.errors import InputError
-from welltuned.recipe.check import Setting, checked, refuse_ignored_keys, refuse_unknown
+from welltuned.recipe.beside import refuse_ignored_keys
+from welltuned.recipe.check import Setting, checked, refuse_unknown
 from welltuned.recipe.keys import AUTO, HYPERPARAMETERS, KEYS, POLICIES, Method, Tracker, Tune
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})

@@ -41,9 +41,11 @@ from welltuned.training.durable import (
     write_file,
 )
 from welltuned.training.position import Position as Position
+from welltuned.training.position import Snapshot as Snapshot
 from welltuned.training.streamed import data, header
 
-FORMAT, IN_PIECES = 1, 2  # the latter where every rank writes its part
+WHOLE, IN_PIECES = 1, 2  # formats: the latter where every rank writes its part
+FORMAT = IN_PIECES  # the newest
 CHECKPOINTS, DAMAGED = "checkpoints", "damaged"
 TRAINED, OPTIMIZER, STATE, MANIFEST = "trained.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"step-(\d{6,})")
@@ -54,41 +56,6 @@ _NO_STATE: Mapping[str, Any] = MappingProxyType({})
 
 class Damaged(RunError):
     """A checkpoint is not what was written."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """What a checkpoint is written from, in host memory, and not changed while it is written.
-
-    Attributes:
-        flat_KP, exp_avg_KP, exp_avg_sq_KP: trained numbers and AdamW's moments, fp32. steps_G: AdamW's step counts.
-        codes: moments in 8 bits by name, and their scales.
-        average_KP: the average of the weights, where the run keeps one.
-        slots: names and places in a row of flat_KP.
-        run: the run's id.
-        metrics_bytes: length of metrics.jsonl at this position.
-        identity: what the run is of, to be compared when it goes on.
-    """
-
-    flat_KP: Tensor
-    exp_avg_KP: Tensor
-    exp_avg_sq_KP: Tensor
-    steps_G: Tensor
-    slots: Sequence[Slot]
-    average_KP: Tensor | None = None
-    codes: Mapping[str, Tensor] = field(default_factory=dict)
-    position: Position
-    run: str
-    metrics_bytes: int
-    identity: Mapping[str, Any]
-    versions: Mapping[str, Any]
-
-    @property
-    def bytes(self) -> int:
-        """About what its checkpoint takes on disk."""
-        average = 0 if self.average_KP is None else self.average_KP.nbytes
-        buffers = (self.flat_KP, self.exp_avg_KP, self.exp_avg_sq_KP, *self.codes.values())
-        return sum(t.nbytes for t in buffers) + average + 2**16
 
 
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -114,7 +81,7 @@ def write_checkpoint(run: Path, snapshot: Snapshot) -> Path:
         OPTIMIZER: write_file(beside / OPTIMIZER, _safetensors(_optimizer_tensors(snapshot))),
         STATE: write_file(beside / STATE, [_json(_state(snapshot))]),
     }
-    write_file(beside / MANIFEST, [_manifest(snapshot, files, FORMAT)])
+    write_file(beside / MANIFEST, [_manifest(snapshot, files, WHOLE)])
     verify(beside)
     publish_folder(beside, target)
     return target
@@ -177,7 +144,7 @@ def _optimizer_tensors(snapshot: Snapshot) -> dict[str, Tensor]:
     return found if snapshot.average_KP is None else {**found, "average": snapshot.average_KP}
 
 
-def _state(snapshot: Snapshot, format_: int = FORMAT, more: Mapping[str, Any] = _NO_STATE) -> dict[str, Any]:
+def _state(snapshot: Snapshot, format_: int = WHOLE, more: Mapping[str, Any] = _NO_STATE) -> dict[str, Any]:
     return {
         "format": format_,
         "run": snapshot.run,
@@ -258,7 +225,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         plain: dict[str, Any] = json.loads(text)
         body = {key: value for key, value in plain.items() if key != "sha256"}
         whole = text == _json({**body, "sha256": sha256(_json(body)).hexdigest()})
-        newer = whole and plain["format"] > IN_PIECES
+        newer = whole and plain["format"] > FORMAT
         known = whole and not newer and _are_known(plain["format"], plain["files"])
     except FileNotFoundError as error:
         raise Damaged(f"{MANIFEST} is missing: the save was cut short") from error
@@ -267,7 +234,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{MANIFEST} is not what was written ({error})") from error
     if newer:
-        what = f"the checkpoint has format {plain['format']}, and this version reads up to {IN_PIECES}"
+        what = f"the checkpoint has format {plain['format']}, and this version reads up to {FORMAT}"
         raise InputError(what, where=str(folder), mend="use the version of welltuned that wrote it, or a newer one")
     if not known:
         raise Damaged(f"{MANIFEST} is not what was written: its sha256 differs")
@@ -276,7 +243,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _are_known(format_: int, files: Mapping[str, Any]) -> bool:
     """Whether these are the files of such a checkpoint, all by their own names in its folder."""
-    if format_ == FORMAT:
+    if format_ == WHOLE:
         return files.keys() == {TRAINED, OPTIMIZER, STATE}
     return STATE in files and all(name == STATE or _SHARD.fullmatch(name) for name in files)
 
@@ -310,6 +277,9 @@ def read_checkpoint(folder: Path, *, tensors: bool = True) -> Checkpoint:
     manifest = verify(folder)
     try:
         state = json.loads((folder / STATE).read_bytes())
+        foreign = [name for name in manifest.extra if name.endswith(".safetensors")]
+        if foreign and state["format"] == IN_PIECES:  # all that lie there are read as parts of one
+            raise Damaged(f"{foreign[0]} does not belong to it")
         shapes, held = _held(folder, state, tensors)
         return Checkpoint(
             folder=folder,

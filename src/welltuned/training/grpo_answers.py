@@ -1,9 +1,12 @@
-"""Sampled completions of an update's rows with their rewards, as each rank has a part of them and as all know them."""
+"""Sampled completions of an update's rows with their rewards: a rank's part, all of them, and what is made of them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from welltuned.models.sample import Completion
+from welltuned.objectives.completions import Group
 from welltuned.objectives.rewards import Fault, Scores
 
 
@@ -21,6 +24,33 @@ class Answered:
     made: Sequence[Sequence[Completion]]
     scores: Scores
     seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A set of completions, what they got, and what an update needs of them.
+
+    Attributes:
+        groups: the completions that have a gradient, by prompt, of this rank's prompts.
+        pulling: tokens with a gradient, of all ranks.
+        tokens: of all sequences, each with its prompt, however often that is computed: as plans count them.
+        old, reference: log-probabilities of a completion's tokens by its number, once they are known; sampler: those
+            that another engine drew them with, none where the model itself did.
+    """
+
+    groups: tuple[Group, ...]
+    advantage_S: Tensor
+    weight_S: Tensor
+    tokens: int
+    supervised_tokens: int
+    pulling: int
+    origins: tuple[str, ...]
+    measures: Mapping[str, float]
+    notes: tuple[str, ...]
+    old: dict[int, Tensor] = field(default_factory=dict)
+    reference: dict[int, Tensor] = field(default_factory=dict)
+    sampler: dict[int, Tensor] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def together(parts: Sequence[Answered], mine: Sequence[int]) -> Answered:

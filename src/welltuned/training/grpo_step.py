@@ -10,9 +10,9 @@ of the whole update on all of them, and each follows its own groups.
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ from welltuned.objectives.grpo import (
     token_weights,
 )
 from welltuned.objectives.rewards import Fault, Judged, Reward, Scores, score
-from welltuned.training.grpo_answers import Answered, together
+from welltuned.training.grpo_answers import Answered, Sampled, together
 from welltuned.training.grpo_measures import lengths, measures_of, per_reward
 from welltuned.training.grpo_server import require_near, server_of
 from welltuned.training.prepare import Prepared
@@ -46,33 +46,6 @@ from welltuned.training.step import Engine, Evaluation, Gradient, NotFinite
 SHOWN_FAULTS = 5  # faults of one reward that are told one by one; all are counted
 KEPT_SAMPLES = 8  # held-out completions that an evaluation keeps
 SAMPLING_TOKENS = 8  # completions sampled at a time have this many times a micro-batch's tokens: a cache holds less
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """A set of completions, what they got, and what an update needs of them.
-
-    Attributes:
-        groups: the completions that have a gradient, by prompt, of this rank's prompts.
-        pulling: tokens with a gradient, of all ranks.
-        tokens: of all sequences, each with its prompt, however often that is computed: as plans count them.
-        old, reference: log-probabilities of a completion's tokens by its number, once they are known; sampler: those
-            that another engine drew them with, none where the model itself did.
-    """
-
-    groups: tuple[Group, ...]
-    advantage_S: Tensor
-    weight_S: Tensor
-    tokens: int
-    supervised_tokens: int
-    pulling: int
-    origins: tuple[str, ...]
-    measures: Mapping[str, float]
-    notes: tuple[str, ...]
-    old: dict[int, Tensor] = field(default_factory=dict)
-    reference: dict[int, Tensor] = field(default_factory=dict)
-    sampler: dict[int, Tensor] = field(default_factory=dict)
-    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def grpo_objective(prepared: Prepared, engine: Engine) -> "Grpo":

@@ -67,7 +67,7 @@ class Loop:
         self.ranks = setting.engine.ranks
         self.at = Position(token_budget=setting.engine.token_budget)
         self.watch = make_watch(plan, self.at.monitor)
-        self._sum = GradientSum(self.trained, self.ranks)
+        self._sum = GradientSum(self.trained, self.ranks, passes_together=setting.engine.shards is not None)
         self.optimizer = make_optimizer(
             plan.value("optim"),
             self.trained.flat_KP,
@@ -263,6 +263,8 @@ class Loop:
 
     def with_memory(self, make: Callable[[], T], where: str) -> T:
         """What `make` gives, tried again with a smaller token budget each time that memory is out."""
+        if self.engine.shards is not None:
+            return self.engine.shards.once(make)
         return retried(make, lambda: self._shrink(f"{where} ran out of memory"))
 
     def _shrink(self, why: str) -> None:

@@ -54,10 +54,10 @@ def sharing_notes(prepared: Prepared, ranks: Ranks) -> tuple[str, ...]:
     size = prepared.plan.value("effective_batch_size")
     notes = [f"{ranks.size} processes share every update of {size} rows"]
     if lies_in_pieces(prepared.plan, ranks):
-        notes.append(
-            f"a model in pieces: each of {ranks.size} processes keeps a part of every weight (FSDP2): none alone can "
-            "answer prompts for the report; welltuned chat does it afterwards"
-        )
+        chosen = prepared.plan.choices["fsdp"]
+        why = "" if chosen.set_by is SetBy.USER else f", since {chosen.reason}"
+        notes.append(f"a model in pieces: each of {ranks.size} processes keeps a part of every weight{why}")
+        notes.append("none of them alone can answer prompts for the report; welltuned chat does it afterwards")
     given = ("per_device_train_batch_size", "gradient_accumulation_steps")
     if any(prepared.plan.choices[name].set_by is SetBy.USER for name in given):
         product = " × ".join(str(prepared.plan.value(name)) for name in given)

@@ -45,9 +45,14 @@ class Word:
 
 
 class GradientSum:
-    """Takes the place of the flat gradient where there are several ranks; does nothing where there is one."""
+    """Takes the place of the flat gradient where there are several ranks; does nothing where there is one.
 
-    def __init__(self, trained: Trained, ranks: Ranks):
+    Args:
+        passes_together: whether the others wait in the middle of a pass for a rank that fails, so that it only ends.
+    """
+
+    def __init__(self, trained: Trained, ranks: Ranks, *, passes_together: bool = False):
+        self._together = passes_together
         self._group = ranks if isinstance(ranks, Group) else None
         self._trained, self._in_pieces = trained, isinstance(trained, FullParameters) and trained.in_pieces
         self._length = math.nan
@@ -77,9 +82,8 @@ class GradientSum:
         try:
             made = make()
         except Exception as error:
-            if is_out_of_memory(error) or isinstance(
-                error, Lost
-            ):  # even example by example; the others hear of it when this process ends
+            alone = self._together and not isinstance(error, NotFinite)  # which is found out after all passes
+            if alone or is_out_of_memory(error) or isinstance(error, Lost):  # the others hear of it when this one ends
                 raise
             failed = error
         said = word()

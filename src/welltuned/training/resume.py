@@ -68,7 +68,7 @@ def resume(
             prepared = prepare_together(lambda: prepare(run.left.recipe, planned=run.left.plan), ranks)
             ranks.first(lambda: run.compare(prepared))
             require_device(prepared.plan, path)
-            with on_this_machine(prepared.plan):
+            with on_this_machine(prepared.plan, ranks):
                 ready = loaded(prepared, ranks, observer)
                 ranks.first(lambda: run.require_same_tensors(ready.engine.trained))
                 notes, found = (*run.notes, *sharing_notes(prepared, ranks)), run.left.found

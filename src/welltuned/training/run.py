@@ -3,8 +3,8 @@
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from welltuned.adapters.verify import TensorCheck, sha256
 from welltuned.advice.plan import Plan, plan_to_yaml, require_memory
+from welltuned.advice.rules import number
 from welltuned.errors import InputError, RunError
 from welltuned.facts.machine import Device
 from welltuned.models.compiled import compile_layers
@@ -29,7 +30,7 @@ from welltuned.models.parts import idle_parts
 from welltuned.models.recompute import HostCheckpoints, checkpoint_layers
 from welltuned.models.static import Static
 from welltuned.models.tokenizer import in_short
-from welltuned.recipe import Method, Tune, recipe_to_yaml
+from welltuned.recipe import OPTIMIZERS_8BIT, Method, Tune, recipe_to_yaml
 from welltuned.training.averaged import finish_average
 from welltuned.training.best import take_best
 from welltuned.training.bystander import NoKeeper, run_files
@@ -43,10 +44,11 @@ from welltuned.training.in_pieces import lies_in_pieces, load_in_pieces
 from welltuned.training.interrupt import interruptible
 from welltuned.training.keeper import Keeper, require_disk
 from welltuned.training.loop import Loop, Setting
+from welltuned.training.on_machine import on_this_machine as on_this_machine
 from welltuned.training.preference import METHODS, preference_objective
 from welltuned.training.prepare import Prepared
 from welltuned.training.prepare_together import sharing_notes
-from welltuned.training.process import allocator_keeps_memory, memory_used, return_freed_memory
+from welltuned.training.process import memory_used, return_freed_memory
 from welltuned.training.ranks import ALONE, Group, Ranks
 from welltuned.training.result import RunResult, beside, disk_errors, healed, summary_of, verify_and_save, watched
 from welltuned.training.rundir import (
@@ -163,7 +165,7 @@ def train(
     """
     require_memory(prepared.plan)
     ranks.first(lambda: _require_place(prepared, out))
-    with on_this_machine(prepared.plan):
+    with on_this_machine(prepared.plan, ranks):
         ready = loaded(prepared, ranks, observer)  # what is wrong with the model shows before anything is written
         disk = ranks.first(lambda: _require_disk(prepared.plan, ready, out))
         with run_files(out, ranks) as directory:
@@ -367,25 +369,14 @@ class Course:
         remember_speed(self.prepared.plan, result.tokens_per_second, loop.at.seconds)
 
 
-@contextmanager
-def on_this_machine(plan: Plan) -> Iterator[None]:
-    """The allocator's settings for a run; out of memory while a model is loaded is a sentence."""
-    with allocator_keeps_memory(plan.facts.machine.device):
-        try:
-            yield
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            mend = "close other programs, use --tune qlora, or a smaller model"
-            raise RunError(f"there is not enough memory for this model; {mend}") from error
-
-
 def _require_disk(plan: Plan, ready: Ready, out: Path) -> tuple[str, ...]:
     trained, final = ready.engine.trained.flat_KP.nbytes, 1
     if isinstance(ready.engine.trained, FullParameters) and ready.engine.trained.in_pieces:
         trained, final = trained * ready.engine.ranks.size, 2  # gathered, and from there saved
-    kept = 4 if "ema_decay" in plan.choices else 3  # weights, two moments, an average
-    note = require_disk(out, kept * trained, final * trained, plan.value("save_total_limit"))
+    eight_bit = plan.value("optim") in OPTIMIZERS_8BIT
+    moments = number("memory_adam_8bit_bytes" if eight_bit else "memory_adam_bytes") / number("memory_master_bytes")
+    kept = 1 + moments + ("ema_decay" in plan.choices)  # weights, two moments, an average
+    note = require_disk(out, int(kept * trained), final * trained, plan.value("save_total_limit"))
     return () if note is None else (note,)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from welltuned.errors import InputError
+from welltuned.errors import WelltunedError
 from welltuned.kernels.token_loss import Head
 from welltuned.models.oom import is_out_of_memory
 from welltuned.training.ranks import Group, Lost
@@ -52,6 +52,11 @@ class Shards:
         with self.together():
             return self.root.without_gradient(look)
 
+    def once(self, make: Callable[[], T]) -> T:
+        """What `make` gives by passes, which are never tried again: the others would not."""
+        with self.together():
+            return make()
+
     def backward(self, value: Tensor) -> None:
         with self.together():
             value.backward()
@@ -70,7 +75,7 @@ class Shards:
         """
         try:
             yield
-        except (Lost, InputError):  # the latter is raised by all
+        except WelltunedError:  # said already, or on all ranks alike
             raise
         except Exception as error:
             if isinstance(error, RuntimeError) and _is_connection(error):
