@@ -116,3 +116,27 @@ def test_a_run_that_goes_on_is_that_without_an_end(run, tmp_path):
 
     again = load_file(left / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.adapter.items())
+
+
+def test_flex_attention_is_tried_where_answers_share_prompts_in_long_runs_on_a_gpu(monkeypatch):
+    from types import SimpleNamespace
+
+    from welltuned.recipe import Method
+
+    tried = []
+    monkeypatch.setattr(warming, "prove_flex", lambda model: tried.append(model) or "no compiler")
+
+    def told_for(method=Method.GRPO, seconds=None, device="cuda", compiled=False):
+        plan = SimpleNamespace(recipe=SimpleNamespace(method=method), time=SimpleNamespace(seconds=seconds))
+        model = SimpleNamespace(device=torch.device(device))
+        return warming.shared_prompts(plan, model, compiled=compiled)
+
+    assert "no compiler" in told_for()[0] and "no compiler" in told_for(Method.DPO, 1e5)[0] and len(tried) == 2
+    for other in (
+        dict(method=Method.SFT),
+        dict(method=Method.DPO, seconds=60.0),
+        dict(device="cpu"),
+        dict(compiled=True),
+    ):
+        assert told_for(**other) == []
+    assert len(tried) == 2

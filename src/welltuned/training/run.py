@@ -25,7 +25,7 @@ from welltuned.models.fuse import Fused, find_head, fuse
 from welltuned.models.load import load_model
 from welltuned.models.lora import AdapterBank
 from welltuned.models.oom import is_out_of_memory, release_memory
-from welltuned.models.packed import packed_model, packs, prove_flex
+from welltuned.models.packed import packed_model, packs
 from welltuned.models.parts import idle_parts
 from welltuned.models.recompute import HostCheckpoints, checkpoint_layers
 from welltuned.models.static import Static
@@ -70,12 +70,11 @@ from welltuned.training.speed import remember_speed
 from welltuned.training.starting import DTYPES, fill_loftq, same_start, trained_parts
 from welltuned.training.step import Engine, Objective, Supervised, Trained
 from welltuned.training.trackers import require_trackers, tracked
-from welltuned.training.warming import report_of, warmed
+from welltuned.training.warming import report_of, shared_prompts, warmed
 from welltuned.training.watch import is_divergence, monitor
 from welltuned.training.watcher import MakeWatch
 
 T = TypeVar("T")
-FORKED = (Method.DPO, Method.ORPO, Method.REWARD, Method.GRPO)  # whose answers are branches of a shared prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +128,7 @@ def make_ready(plan: Plan, arms: Sequence[Plan] = (), ranks: Ranks = ALONE) -> R
     packed = look(lambda: packs(model))
     if not packed:
         notes.append("this model's own code carries state along a row, so examples run one at a time, not packed")
-    if recipe.method in FORKED and model.device.type == "cuda" and (problem := prove_flex(model)) is not None:
-        notes.append(f"prompts that answers share are copied for each: FlexAttention is not used ({problem})")
+    notes += shared_prompts(plan, model, compiled=room.compiled)
     static = compile_layers(model, fused) if room.compiled else None
     if room.recompute:
         checkpoint_layers(model, fused, room.layers, HostCheckpoints(model.device) if room.offload else None)

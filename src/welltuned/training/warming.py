@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from itertools import islice
 
+from transformers import PreTrainedModel
+
 from welltuned.advice.compiling import most_lengths, most_padding
+from welltuned.advice.plan import Plan
 from welltuned.data.packing import pack
 from welltuned.models.compiled import LAYER, warm_up
 from welltuned.models.fuse import Fused
-from welltuned.models.packed import shares
+from welltuned.models.packed import prove_flex, shares
 from welltuned.models.static import MULTIPLE, Static, padded_share, static_lengths
 from welltuned.objectives.answers import laid_length
 from welltuned.recipe import Method
@@ -16,6 +19,8 @@ from welltuned.training.preference import METHODS
 from welltuned.training.prepare import Prepared
 from welltuned.training.step import Engine
 
+FORKED = (Method.DPO, Method.ORPO, Method.REWARD, Method.GRPO)  # whose answers are branches of a shared prompt
+LONG = 1800.0  # seconds of training from which a minute of compiling FlexAttention is tried (its gain is not measured)
 LOOKED_AT = 64  # updates whose micro-batches are laid out to choose lengths by
 
 
@@ -40,6 +45,18 @@ def warmed(engine: Engine, static: Static, fused: Fused, prepared: Prepared) -> 
     if found.problem is not None:
         fused.done.pop(LAYER, None)
     return Compiled(found.seconds, found.lengths, found.graphs, found.error, padding, found.problem)
+
+
+def shared_prompts(plan: Plan, model: PreTrainedModel, *, compiled: bool) -> list[str]:
+    """Try FlexAttention where a run on a GPU has prompts that answers share; a sentence where it is not used after all.
+
+    Compiled layers have torch's node for variable lengths instead.
+    """
+    long = plan.time.seconds is None or plan.time.seconds >= LONG
+    if plan.recipe.method not in FORKED or not long or compiled or model.device.type != "cuda":
+        return []
+    problem = prove_flex(model)
+    return [] if problem is None else [f"keys of shared prompts are copied for each answer: FlexAttention: {problem}"]
 
 
 def micro_batches(engine: Engine, prepared: Prepared, *, shared: bool) -> list[int]:
