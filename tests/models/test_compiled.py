@@ -81,7 +81,18 @@ def test_compiling_too_often_ends_it():
 class Engines:
     """Two models of the same numbers, one of them compiled."""
 
-    def __init__(self, tools, family, lengths, longest=40, changes=None, adapters=SETTINGS, nf4=False, again=False):
+    def __init__(
+        self,
+        tools,
+        family,
+        lengths,
+        longest=40,
+        changes=None,
+        adapters=SETTINGS,
+        nf4=False,
+        again=False,
+        any_length=False,
+    ):
         self.sides = []
         for side in (False, True):
             model = tools.model(family, **(changes or {}))
@@ -94,7 +105,7 @@ class Engines:
             if again:
                 checkpoint_layers(model, fused)
             self.sides.append((model, bank, find_head(model)))
-        self.warm = warm_up(*self.sides[1][:2], self.static, lengths, longest)
+        self.warm = warm_up(*self.sides[1][:2], self.static, lengths, longest, any_length=any_length)
 
     def agree(self, lengths, branches=None, per_adapter=None, rtol=2e-5):
         """Hidden states and gradients of one micro-batch."""
@@ -119,7 +130,7 @@ LAYERS = dict(num_hidden_layers=4)
 RAGGED = ([11, 4, 17], [30], [1] * 9, [25, 7], [40, 20, 3], [5, 33, 12], [2, 60])
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["kept", "recomputed"])
 def test_ragged_updates_are_compiled_once_for_each_length(tools, traced, again):
     """With dropout, and with layers that run again; the seventh holds a row that is too long."""
     engines = Engines(tools, "llama", (32, 64), changes=LAYERS, again=again)
@@ -130,6 +141,18 @@ def test_ragged_updates_are_compiled_once_for_each_length(tools, traced, again):
     assert engines.static.graphs == 2 and engines.static.problem is None and engines.static.plain == 1
     laid = [32, 32, 32, 32, 64, 64]
     assert engines.static.padding == sum(laid) - sum(sum(rows) for rows in RAGGED[:-1])
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
+def test_any_length_has_one_code(tools, traced, family):
+    """Nothing is padded; of two kinds of layers each has its own."""
+    engines = Engines(tools, family, (64, 33), any_length=True, longest=64)
+    graphs = {"llama": 1, "gemma3": 2}[family]
+    assert engines.warm.problem is None and engines.warm.graphs == graphs and engines.warm.lengths == ()
+    for lengths in (*RAGGED, [32], [16, 16], [1]):
+        engines.agree(lengths)
+    assert engines.static.graphs == graphs and engines.static.problem is None
+    assert engines.static.padding == 0 and engines.static.plain == 1  # the row of one token
 
 
 def test_warming_up_changes_nothing(tools, traced):
@@ -143,6 +166,7 @@ def test_warming_up_changes_nothing(tools, traced):
         assert engines.static.tokens == tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", ["qwen3", "mistral", "llama with biases", "phi3", "olmo3", "gemma3", "granite", "gpt2"]
 )
@@ -153,7 +177,7 @@ def test_families(tools, traced, family):
     engines.agree([11, 4, 12])
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3 moe"])
+@pytest.mark.parametrize("family", ["mixtral", pytest.param("qwen3 moe", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("targets", [(ALL_LINEAR,), (ALL_LINEAR, "experts")], ids=str)
 def test_experts(tools, traced, family, targets):
     adapters = LoraSettings(r=4, lora_alpha=8, target_modules=targets if len(targets) > 1 else targets[0])
@@ -175,6 +199,7 @@ def test_four_bit_weights(tools, traced):
     engines.agree([11, 4, 12])
 
 
+@pytest.mark.slow
 def test_several_adapters(tools, traced):
     adapters = [LoraSettings(r=r, lora_alpha=a) for r, a in ((4, 8), (2, 8), (4, 2))]
     engines = Engines(tools, "llama", (32,), adapters=adapters)
@@ -183,6 +208,7 @@ def test_several_adapters(tools, traced):
     assert engines.static.graphs == 1
 
 
+@pytest.mark.slow
 def test_branches(tools, traced):
     engines = Engines(tools, "llama", (32, 64))
     engines.agree([17, 9], [(4, 6), (3, 3)])
@@ -190,6 +216,7 @@ def test_branches(tools, traced):
     assert engines.static.graphs == 2
 
 
+@pytest.mark.slow
 def test_lengths_reach_a_gpus_attention_as_tensors(tools, traced, monkeypatch):
     """What half precision on a GPU is given: bounds of any number of examples in one code, no length among them."""
 
@@ -231,7 +258,7 @@ def test_lengths_reach_a_gpus_attention_as_tensors(tools, traced, monkeypatch):
 # ── what is not compiled, and what goes wrong ────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])
+@pytest.mark.parametrize("family", ["gemma2", pytest.param("gpt-oss", marks=pytest.mark.slow)])
 def test_attention_that_is_not_compiled_is_said(tools, traced, family):
     engines = Engines(
         tools, family, (32,), adapters=LoraSettings(r=4, lora_alpha=8, target_modules=("q_proj", "v_proj"))
@@ -264,7 +291,7 @@ def test_a_compiler_that_fails(tools, traced, monkeypatch):
     engines.agree([11, 4, 12], rtol=0.0)
 
 
-@pytest.mark.parametrize("fault", ["value", "gradient", "tail"])
+@pytest.mark.parametrize("fault", [pytest.param("value", marks=pytest.mark.slow), "gradient", "tail"])
 def test_wrong_numbers_are_found_and_not_used(tools, traced, monkeypatch, fault):
     """Planted faults: a compiler that computes something else, half of a gradient lost, a tail that is attended to."""
     if fault == "value":
@@ -287,6 +314,7 @@ def test_wrong_numbers_are_found_and_not_used(tools, traced, monkeypatch, fault)
     engines.agree([11, 4, 12], rtol=0.0)
 
 
+@pytest.mark.slow
 def test_undone(tools, traced):
     model = tools.model("llama")
     bank = attach(model, SETTINGS)
@@ -364,6 +392,7 @@ def test_a_gpus_attention_is_traced_forward_and_back(tools, monkeypatch):
         assert graph.count("welltuned.lora_backward.default") == 4
 
 
+@pytest.mark.slow
 def test_in_half_precision(tools, traced):
     """bfloat16 as on a GPU: torch's own norm, adapters in float32."""
     model = tools.model("llama", **LAYERS).to(torch.bfloat16)

@@ -4,24 +4,21 @@ from welltuned.advice.rules import cited, number
 from welltuned.advice.settle import duration_words
 from welltuned.choice import Choice
 from welltuned.facts.machine import Device
-from welltuned.recipe import Method
 
 
-def choose_compile(device: Device, method: Method, seconds: float | None, *, dora: bool, cut: bool) -> Choice:
+def choose_compile(device: Device, seconds: float | None, *, dora: bool, cut: bool) -> Choice:
     """`torch_compile`; `seconds` is the forecast of the whole run, None where there is none; `cut` by FSDP2."""
     least, evidence = compiling_pays_from(), cited("compile_gain", "compile_seconds")
     gain, warm_up = f"{number('compile_gain'):.0%}", duration_words(number("compile_seconds"))
     pays = f"a warm-up of about {warm_up} is won back from {duration_words(least)} on, at a gain put at {gain} by bytes"
     pays += " and not measured"
-    if device is Device.CUDA and seconds is not None and not (method is Method.GRPO or dora or cut):
+    if device is Device.CUDA and seconds is not None and not (dora or cut):
         won = "long enough" if seconds >= least else "too short"
         reason = f"your run is forecast at {duration_words(seconds)}, which is {won}: {pays}"
         return Choice(value=seconds >= least, reason=reason, evidence=evidence)
     why = "how long the run will take is not known"
     if device is Device.CPU:
         why = "on a CPU the time goes into products and attention, which compiling leaves as they are"
-    elif method is Method.GRPO:
-        why = "how long answers will be is not known, and layers are compiled for a few lengths of packed rows"
     elif dora:
         why = "DoRA takes the norms of its rows anew in each pass, which is not compiled"
     elif cut:
@@ -40,5 +37,5 @@ def most_lengths() -> int:
 
 
 def most_padding() -> float:
-    """Share of padding beyond which compiling costs more than it is put to bring."""
+    """Share of padding beyond which static lengths cost more than compiling is put to bring."""
     return number("compile_gain")

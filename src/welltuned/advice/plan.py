@@ -224,7 +224,7 @@ def _plan(
     _rate_and_schedule(choices, recipe, model, data, epoch, size, time, trained)
     dora = bool(recipe.hyperparameters.get("use_dora"))
     in_pieces = "fsdp" in choices and choices["fsdp"].value == FULL_SHARD
-    compiling = choose_compile(machine.device, recipe.method, time.seconds, dora=dora, cut=in_pieces)
+    compiling = choose_compile(machine.device, time.seconds, dora=dora, cut=in_pieces)
     choices["torch_compile"] = settle(recipe, "torch_compile", compiling)
     ordered = {name: choices[name] for name in _ORDER if name in choices}
     assert len(ordered) == len(choices), set(choices) - set(ordered)

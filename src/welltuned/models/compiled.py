@@ -1,4 +1,4 @@
-"""Decoder layers compiled by torch, one code for all of them and for each of a few static lengths.
+"""Decoder layers compiled by torch, one code for all of them and for each of a few static lengths, or for any length.
 
 Only the layer is compiled, not the model: attention, LoRA projections, gated MLPs and experts are nodes
 (kernels/nodes.py), and what is left between them (rotations, norms, residual sums, type changes) is fused. Compiled
@@ -41,6 +41,7 @@ class WarmUp:
 
     Attributes:
         seconds: until everything was compiled and proven. graphs: pieces of code, a length and kind of layer each.
+        lengths: what it is compiled for; none where it is for any.
         error: largest difference of hidden states and gradients, of their length.
         problem: why the layers run as without it; None where they are compiled.
     """
@@ -110,10 +111,16 @@ def _layer(
     hidden = args[0] if args else kwargs["hidden_states"]
     if ledger is None or not hidden.requires_grad or not torch.is_grad_enabled():
         return plain(*args, **kwargs)
-    rows.ledger = _dynamic(ledger_of(rows))
+    noted = static.noted  # layers of one micro-batch share it
+    if noted is None or noted[0] is not rows.per_adapter or noted[1] is not rows.dropout:
+        noted = static.noted = rows.per_adapter, rows.dropout, _dynamic(ledger_of(rows))
+    rows.ledger = noted[2]
     seen = kwargs["packed_seen"]
     known: dict[str, Any] = {name: value for name, value in kwargs.items() if name not in _DROPPED}
     _dynamic(ledger)
+    if static.any_length:
+        for value in (hidden, *args[1:], *known.values()):
+            _any_length(value, hidden.shape[1])
     if on_gpu(hidden):
         for bounds in (seen.query_B, seen.key_B, *(() if seen.rows_K is None else (seen.rows_K,))):
             _dynamic(bounds)
@@ -122,6 +129,15 @@ def _layer(
         return compiled(layer, *args, **known)
     finally:
         rows.ledger = None
+
+
+def _any_length(value: Any, rows: int) -> None:
+    """[1, rows, ...] with a number of rows that is no part of the compiled code; also within tuples (rotations)."""
+    if isinstance(value, tuple):
+        for inner in value:
+            _any_length(inner, rows)
+    elif isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == rows:
+        torch._dynamo.mark_dynamic(value, 1)
 
 
 def on_gpu(hidden: Tensor) -> bool:
@@ -136,9 +152,15 @@ def _dynamic(t: Tensor) -> Tensor:
 
 
 def warm_up(
-    model: PreTrainedModel, trained: AdapterBank | FullParameters, static: Static, lengths: Sequence[int], longest: int
+    model: PreTrainedModel,
+    trained: AdapterBank | FullParameters,
+    static: Static,
+    lengths: Sequence[int],
+    longest: int,
+    *,
+    any_length: bool = False,
 ) -> WarmUp:
-    """Compile for each length, and compare hidden states and gradients with those of plain layers.
+    """Compile for each length, or once for all, and compare hidden states and gradients with those of plain layers.
 
     Adapters are given random numbers for it, since the half of a new one has no gradient; all is then as it was.
     What goes wrong, whatever it is, leaves the layers as they are without.
@@ -149,22 +171,30 @@ def warm_up(
     try:
         _allow(KINDS * (len(lengths) + 1))
         with _random_adapters(trained), packed_model(model):
-            error = max(_difference(model, trained, static, length, longest) for length in lengths)
+            error = max(_difference(model, trained, static, n, longest, any_length) for n in lengths)
     except Exception as problem:  # a compiler's faults are of every kind
         static.give_up(f"compiling failed ({_reason(problem)})")
     near = _NEAR[model.dtype]
     if static.problem is None and not error <= near:
         static.give_up(f"compiled layers give other numbers: {error:.1e} of their length apart, where {near:g} may be")
-    if static.problem is None and static.graphs > KINDS * len(lengths):
-        static.give_up(f"it compiles {static.graphs} times for {len(lengths)} lengths")
-    static.lengths = () if static.problem is not None else tuple(lengths)
+    codes = 1 if any_length else len(lengths)
+    if static.problem is None and static.graphs > KINDS * codes:
+        static.give_up(f"its layers were compiled {static.graphs} times, where {KINDS * codes} would be many")
+    static.any_length = any_length and static.problem is None
+    static.lengths = () if any_length or static.problem is not None else tuple(lengths)
     static.longest, static.most, static.tokens, static.padding = longest, static.graphs, 0, 0
     known = None if math.isnan(error) else error
-    return WarmUp(time.perf_counter() - started, tuple(lengths), static.graphs, known, static.problem)
+    chosen = () if any_length else tuple(lengths)
+    return WarmUp(time.perf_counter() - started, chosen, static.graphs, known, static.problem)
 
 
 def _difference(
-    model: PreTrainedModel, trained: AdapterBank | FullParameters, static: Static, length: int, longest: int
+    model: PreTrainedModel,
+    trained: AdapterBank | FullParameters,
+    static: Static,
+    length: int,
+    longest: int,
+    any_length: bool,
 ) -> float:
     """How far compiled and plain layers are apart on random rows that almost fill the length."""
     generator = torch.Generator().manual_seed(length)
@@ -175,8 +205,9 @@ def _difference(
     ids_N = torch.randint(vocabulary, (total,), generator=generator).to(model.device)
     weight_NH = torch.randn(total, 1, generator=generator).to(model.device)
     found = []
-    for known in ((), (length,)):
-        static.lengths, static.longest = known, longest
+    static.longest = longest
+    for use in (False, True):
+        static.lengths, static.any_length = (length,) if use else (), use and any_length
         trained.use_rows(None, tuple((n, i) for i, n in enumerate(lengths)))
         trained.grad_KP.zero_()
         out_NH = hidden_states(model, Packed(ids_N, lengths))

@@ -1,15 +1,18 @@
-"""Packed rows of a few static lengths, for decoder layers that are compiled for these alone.
+"""Packed rows of a few static lengths, for decoder layers that are compiled for these alone; or of any length.
 
 A micro-batch is followed by an inert tail up to the next length: examples of their own, which nothing attends to and no
-label is in. So nothing but the rounding of larger products changes.
+label is in. So nothing but the rounding of larger products changes. Where that would be much padding, the length is no
+part of the compiled code, and nothing is padded.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from welltuned.kernels.lora import Dropout
 
 MULTIPLE = 64  # lengths are multiples of this, which is as fine as a GPU's tiles
 
@@ -19,11 +22,12 @@ class Static:
     """The lengths that a model's layers are compiled for, and what came of it.
 
     Attributes:
-        lengths: ascending; none while the layers are not compiled.
+        lengths: ascending. `any_length`: they are compiled for every length instead. Neither: they are not compiled.
         longest: no row is longer, nor a piece of the tail.
         graphs: how often something was compiled. `most`: as often as lengths and kinds of layers ask for.
         tokens, padding: of micro-batches that ran compiled. `plain`: micro-batches that did not.
         problem: why compiled code is no longer used.
+        noted: adapters and dropout of the latest micro-batch, and their ledger.
     """
 
     lengths: tuple[int, ...] = ()
@@ -34,19 +38,24 @@ class Static:
     padding: int = 0
     plain: int = 0
     problem: str | None = None
-    said: bool = field(default=False)
+    any_length: bool = False
+    noted: tuple[tuple[int, ...] | None, Dropout, Tensor] | None = None
+
+    @property
+    def ready(self) -> bool:
+        return bool(self.lengths) or self.any_length
 
     def fitting(self, lengths: Sequence[int]) -> int | None:
         """The static length for a micro-batch of these rows; None where it runs as it is."""
-        if not self.lengths or not torch.is_grad_enabled():
+        if not self.ready or not torch.is_grad_enabled():
             return None
         if self.most and self.graphs > self.most:
             self.give_up(f"its layers were compiled {self.graphs} times, where {self.most} would do")
         if self.problem is not None:
             return None
         total = sum(lengths)
-        length = next((n for n in self.lengths if n >= total), None)
-        if length is None or max(lengths) > self.longest:
+        length = total if self.any_length else next((n for n in self.lengths if n >= total), None)
+        if length is None or max(lengths) > self.longest or length < 2:  # of 1, torch makes code of its own
             self.plain += 1
             return None
         self.tokens += total

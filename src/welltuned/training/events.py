@@ -80,7 +80,7 @@ class Compiled:
     """How compiling the decoder layers went, before the first update (models/compiled.py).
 
     Attributes:
-        lengths: of packed rows that they are compiled for. graphs: pieces of code.
+        lengths: of packed rows that they are compiled for; none: any length. graphs: pieces of code.
         error: largest relative difference of hidden states and gradients from plain layers, on random rows.
         padding: share of padding in what this run's micro-batches pass through the model.
         problem: why the run goes on without; None where they are compiled.
@@ -99,7 +99,7 @@ class Compiled:
         if self.problem is not None:
             return f"decoder layers run uncompiled: {self.problem}"
         lengths = ", ".join(f"{n:,}" for n in self.lengths)
-        at = f"for packed rows of {lengths} tokens ({self.padding:.1%} padding)"
+        at = f"for packed rows of {lengths} tokens ({self.padding:.1%} padding)" if lengths else "for any length of row"
         return f"decoder layers compiled {at} in {self.seconds:.0f} s"
 
 

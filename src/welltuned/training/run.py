@@ -25,7 +25,7 @@ from welltuned.models.fuse import Fused, find_head, fuse
 from welltuned.models.load import load_model
 from welltuned.models.lora import AdapterBank
 from welltuned.models.oom import is_out_of_memory, release_memory
-from welltuned.models.packed import packed_model, packs, prove_flex, shares
+from welltuned.models.packed import packed_model, packs, prove_flex
 from welltuned.models.parts import idle_parts
 from welltuned.models.recompute import HostCheckpoints, checkpoint_layers
 from welltuned.models.static import Static
@@ -192,9 +192,7 @@ def loaded(prepared: Prepared, ranks: Ranks, observer: Observer) -> Ready:
         ready = with_objective(ready, prepared, observer if ranks.is_first else silent)
         if ready.static is None:
             return ready
-        method = prepared.recipe.method
-        shared = method in METHODS and method is not Method.KTO and shares(ready.model)
-        return replace(ready, compiled=warmed(ready.engine, ready.static, prepared, shared=shared))
+        return replace(ready, compiled=warmed(ready.engine, ready.static, ready.fused, prepared))
 
 
 def with_objective(ready: Ready, prepared: Prepared, observer: Observer) -> Ready:
@@ -365,16 +363,10 @@ class Course:
                 "healed": healed(loop.at),
                 "saving": asdict(loop.setting.keeper.cost),
                 "processes": loop.ranks.size,
-                **self._compiled(),
+                **report_of(self.ready.compiled, self.ready.static),
             },
         )
         remember_speed(self.prepared.plan, result.tokens_per_second, loop.at.seconds)
-
-    def _compiled(self) -> dict[str, Any]:
-        ready = self.ready
-        if ready.compiled is None or ready.static is None:
-            return {}
-        return {"torch_compile": report_of(ready.compiled, ready.static)}
 
 
 def _require_disk(plan: Plan, ready: Ready, out: Path) -> tuple[str, ...]:
