@@ -19,18 +19,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from welltuned.advice.rules import number
-from welltuned.data.packing import pack
 from welltuned.data.render import Example
 from welltuned.kernels.nf4 import NF4Weight
 from welltuned.models.compiled import WarmUp, compile_layers, warm_up
 from welltuned.models.four_bit import forget_dense, make_room
 from welltuned.models.frozen import NF4Linear
-from welltuned.models.fuse import Fused, find_head, fuse
-from welltuned.models.lora import AdapterBank, LoraSettings, attach
+from welltuned.models.fuse import find_head, fuse
+from welltuned.models.lora import LoraSettings, attach
 from welltuned.models.packed import packed_model
 from welltuned.models.recompute import HostCheckpoints, checkpoint_layers
-from welltuned.models.static import MULTIPLE, static_lengths
+from welltuned.models.static import MULTIPLE
 from welltuned.training.optimizer import AdamWSettings, FlatAdamW, clip_
 from welltuned.training.step import Engine, accumulate_gradient
 
@@ -45,7 +43,6 @@ class Running:
     Attributes:
         gradient: from zero, the gradient of the mean loss over all supervised tokens; gives that loss.
         gradient_of: the same of other examples.
-        warm_up: how compiling went, where layers are compiled.
         step: clip the gradient and let AdamW make one update.
         adapter, grads: the adapter's tensors and gradients by name ("model.layers.0.mlp.up_proj.lora_A").
     """
@@ -55,7 +52,6 @@ class Running:
     adapter: dict[str, Tensor]
     grads: Callable[[], dict[str, Tensor]]
     gradient_of: Callable[[Sequence[Example]], float]
-    warm_up: WarmUp | None = None
 
     def update(self) -> float:
         loss = self.gradient()
@@ -117,16 +113,14 @@ def engine(
     rank: int = RANK,
     offload: bool = False,
     dense_base: bool = False,
-    compiled: bool = False,
+    compiled: tuple[int, ...] = (),
+    warmed: Callable[[WarmUp], None] = lambda _: None,
 ) -> Iterator[Running]:
     """welltuned: packed rows, fused projections, gated MLPs and norms, loss on labelled rows only, flat AdamW.
 
     Args:
         offload: what goes into checkpointed layers waits on the host. dense_base: 4-bit weights are expanded once.
-        compiled: decoder layers are compiled for the lengths that these examples have as micro-batches.
-
-    Raises:
-        RuntimeError: they could not be compiled.
+        compiled: lengths of packed rows that the layers are compiled for; `warmed` is told how that went.
     """
     with ExitStack() as undo:
         undo.callback(forget_dense, model)
@@ -138,6 +132,7 @@ def engine(
         head = find_head(model)
         if head is None or fused.plain:
             raise RuntimeError(f"parts of a plain Llama were not fused: {fused.sentences()}, head {head}")
+        static = compile_layers(model, fused) if compiled else None
         if checkpointing:
             checkpoint_layers(model, fused, host=HostCheckpoints(model.device) if offload else None)
         optimizer = FlatAdamW(bank.flat_KP, bank.grad_KP, bank.decayed, AdamWSettings())
@@ -154,23 +149,11 @@ def engine(
         def grads() -> dict[str, Tensor]:
             return {s.name: bank.grad_KP[0, s.start : s.start + s.size].view(s.shape) for s in bank.slots}
 
-        warmed = _compiled(model, fused, bank, examples, budget) if compiled else None
+        if static is not None:
+            longest = max(len(e.ids) for e in examples)
+            warmed(warm_up(model, bank, static, compiled, -(-longest // MULTIPLE) * MULTIPLE))
         undo.enter_context(packed_model(model))
-        yield Running(partial(gradient_of, examples), step, bank.tensors(), grads, gradient_of, warmed)
-
-
-def _compiled(
-    model: PreTrainedModel, fused: Fused, bank: AdapterBank, examples: Sequence[Example], budget: int
-) -> WarmUp:
-    """As a run compiles its layers (training/warming.py), for the micro-batches of these examples."""
-    static = compile_layers(model, fused)
-    rows = [len(e.ids) for e in examples]
-    sizes = [sum(rows[i] for i in bin_) for bin_ in pack(rows, budget)]
-    longest = -(-max(rows) // MULTIPLE) * MULTIPLE
-    found = warm_up(model, bank, static, static_lengths(sizes, int(number("compile_lengths"))), longest)
-    if found.problem is not None:
-        raise RuntimeError(found.problem)
-    return found
+        yield Running(partial(gradient_of, examples), step, bank.tensors(), grads, gradient_of)
 
 
 @contextmanager

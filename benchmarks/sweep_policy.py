@@ -226,19 +226,22 @@ def of_grid(grid: dict[str, Any], arms: int, doubt: float = DOUBT) -> dict[str, 
 
 def measured(seeds: int, arms: int, grids: Sequence[str], updates: int) -> dict[str, Any]:
     """All families and grids with the policy as it is."""
-    made = [of_family(Family(c, r), seeds, arms, updates) for c in CURVES for r in REPEATS]
+    families = [Family(c, r) for c in CURVES for r in REPEATS]
+    made = [of_family(family, seeds, arms, updates) for family in families]
+    restless = [of_family(Family(c, REPEATS[1], 2 * MOVES), seeds, arms, updates) for c in CURVES]
     names = ("regret_mean", "runs", "regret_of_advice")
     kept = {name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in grids}
     return {
         "all_made_up": {name: round(float(np.mean([m[name] for m in made])), 5) for name in names},
         "made_up": made,
+        "whose_lowest_point_moves_twice_as_far": restless,
         "grids": {name: of_grid(grid, arms) for name, grid in kept.items()},
     }
 
 
 def told(name: str, found: dict[str, Any]) -> None:
     print(f"{name}: made up {found['all_made_up']}")
-    for m in found["made_up"]:
+    for m in [*found["made_up"], *found["whose_lowest_point_moves_twice_as_far"]]:
         print("   ", {k: m[k] for k in ("curve", "repeat", "regret_mean", "regret_90", "runs", "regret_of_advice")})
     for grid, m in found["grids"].items():
         print(

@@ -99,15 +99,6 @@ def test_what_comes_after_speed_has_its_numbers(result, parts):
         assert group["of"][1]["tokens"] == 4 * group["of"][0]["tokens"]
 
 
-def test_compiled_layers_have_their_numbers(result, parts):
-    found = result["compiled"]
-    assert found["passed"] and [group["rows"] for group in found["groups"]] == ["S = 64", "ragged"]
-    for group in found["groups"]:
-        assert all(cell["problem"] is None and cell["seconds"] for cell in group["cells"])
-        assert group["warm_up"]["seconds"] > 0 and group["warm_up"]["graphs"] and group["warm_up"]["error"] < 1e-3
-    assert parts("gpu_compiled").compiled.BACKEND == "inductor"  # only toys are not compiled to the end
-
-
 def test_a_bank_that_computes_something_else_is_seen(parts, monkeypatch, capsys):
     scale, bank = parts("gpu_scale"), parts("gpu_bank")
     monkeypatch.setattr(bank, "ALPHA", 16)  # the bank's; a run's is 32
@@ -310,3 +301,21 @@ def test_the_walk_has_the_entropy_that_it_claims(parts):
     row = second.row(2000, 5)
     assert all(b in second.next_TS[a] for a, b in zip(row.ids[:-1], row.ids[1:], strict=True))
     assert (row.ids == second.row(2000, 5).ids).all() and not (row.ids == second.row(2000, 6).ids).all()
+
+
+def test_shared_prompts_cost_what_they_cost_by_each_way(parts):
+    found = parts("gpu_compile").check_prefix(parts("gpu_scale").CPU)
+    assert found["passed"] and "backward on CPU" in found["flex_attention"]
+    for row in found["rows"]:
+        assert set(row["seconds"]) == {"own prompt each", "shared, keys copied"} and min(row["seconds"].values()) > 0
+        assert row["apart"]["own prompt each"] < 1e-5
+
+
+@pytest.mark.slow
+def test_compiled_layers_take_turns_with_plain_ones(parts, tmp_path):
+    torch._dynamo.reset()
+    assert parts("gpu_compile").main(["--toy", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    for row in json.loads(path.read_text(encoding="utf-8"))["compiled"]["rows"]:
+        assert row["warm_up"]["graphs"] >= 1 and row["warm_up"]["problem"] is None
+        assert row["losses"]["plain"] == pytest.approx(row["losses"]["compiled"], rel=1e-5)

@@ -287,8 +287,20 @@ def test_figures_of_the_sweeps_guide_are_those_of_the_results():
         f"the best was {best}; the advice, 3.2e-3, ends {swept['regret_of_the_advice']:.2%}"[:-1] + " % above it"
         in text
     )
-    usual, spent = swept["regret_of_defaults"]["Unsloth, Axolotl"], swept["found"]["share_of_a_grid_of_seven"]
-    assert f"the usual 2e-4 {usual:.0%}.".replace("%", " %") in text and f"{100 * spent:.0f} % of the tokens" in text
+    usual = swept["regret_of_defaults"]["Unsloth, Axolotl"]
+    assert f"the usual 2e-4 {usual:.0%}.".replace("%", " %") in text
+    exact = json.loads((RESULTS / "sweep_gsm8k_float32.json").read_text())
+    spent = exact["found"]["share_of_a_grid_of_seven"]
+    assert exact["chosen"]["learning_rate"] == exact["grid_best"]["learning_rate"] == 3.2e-3
+    assert f"of {len(exact['grid'])} rates, and a sweep finds that for {100 * spent:.0f} % of the tokens" in text
+    replayed = json.loads((RESULTS / "sweep_policy.json").read_text())["after"]["grids"]
+    short, near_zero = replayed["sweep_grid_gsm8k_float32"], replayed["sweep_grid_tickets"]
+    assert f"end {100 * short['regret_mean']:.2f} % above its best on average for" in text
+    assert f"for {100 * short['share_of_a_grid_of_seven']:.0f} % of the tokens, where the moved advice alone" in text
+    share, alone = (100 * near_zero[name] for name in ("share_of_a_grid_of_seven", "regret_of_advice"))
+    assert f"for {share:.0f} %, where it ends {alone:.1f} % above" in text
+    assert f"alone ends {100 * short['regret_of_advice']:.2f} % above; on the demo's tickets" in text
+    assert f"near zero, {100 * near_zero['regret_mean']:.1f} %" in text
 
 
 def test_every_figure_of_a_result_is_looked_at():

@@ -313,3 +313,61 @@ def inductor(tools, **options):
 @pytest.mark.parametrize("options", [{}, {"again": True}, {"family": "mistral"}, {"family": "qwen3"}], ids=str)
 def test_compiled_by_inductor(tools, options):
     inductor(tools, **options)
+
+
+def test_a_gpus_attention_is_traced_forward_and_back(tools, monkeypatch):
+    """No GPU is needed to see torch's own node for variable lengths in the graphs, once a layer, with its backward."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+
+    def shapes_only(graph, inputs):
+        """Nothing is computed: outputs are zeros of the shapes that were traced."""
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        wanted = [node if node is None else node.meta["val"] for node in graph.graph.output_node().args[0]]
+
+        def known(size):
+            return size.node.hint if isinstance(size, torch.SymInt) else size
+
+        def made(one):
+            is_tensor = isinstance(one, torch.Tensor)
+            return torch.zeros([known(n) for n in one.shape], dtype=one.dtype) if is_tensor else known(one)
+
+        def run(*args):
+            return [made(one) for one in wanted]
+
+        return run
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=shapes_only, bw_compiler=shapes_only)
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: backend)
+    monkeypatch.setattr(nodes, "takes_varlen", lambda q: True)
+    monkeypatch.setattr(module, "on_gpu", lambda hidden: True)
+    model = tools.model("llama", **LAYERS).to(torch.bfloat16)
+    bank = attach(model, LoraSettings(r=4, lora_alpha=8))
+    static = compile_layers(model, fuse(model, bank))
+    static.lengths, static.longest = (32, 64), 64
+    with packed_model(model):
+        for lengths in ([11, 4, 12], [30], [20, 9, 9]):
+            hidden_states(model, Packed(torch.ones(sum(lengths), dtype=torch.int64), lengths)).float().sum().backward()
+    forward, backward = (
+        [g for g in graphs if f"torch_attn._varlen_attn{way}.default" in g] for way in ("", "_backward")
+    )
+    assert len(forward) == len(backward) == static.graphs == 2
+    for graph in forward:
+        assert graph.count("torch_attn._varlen_attn.default") == 1 and graph.count("welltuned.lora.default") == 4
+        assert graph.count("welltuned.gated_mlp.default") == 1
+    for graph in backward:  # nothing that is a node is run a second time
+        assert not {"torch_attn._varlen_attn.default", "welltuned.lora.default", "welltuned.gated_mlp.default"} & {
+            *graph
+        }
+        assert graph.count("welltuned.lora_backward.default") == 4
+
+
+def test_in_half_precision(tools, traced):
+    """bfloat16 as on a GPU: torch's own norm, adapters in float32."""
+    model = tools.model("llama", **LAYERS).to(torch.bfloat16)
+    bank = attach(model, LoraSettings(r=4, lora_alpha=8))
+    static = compile_layers(model, fuse(model, bank))
+    found = warm_up(model, bank, static, (64,), 40)
+    assert found.problem is None and found.graphs == 1 and 0 <= found.error < 0.03

@@ -79,6 +79,8 @@ def test_the_advised_rate_that_did_best_stays():
     )
     said = report._changes(winner, 2.2e-3, 5.2e-3, 0.7, 0.06)
     assert said.endswith("the advised rate did best of what was compared: nothing changes.")
+    near = report._changes(winner, 2.2e-3, 2.3e-3, 0.3, 0.004)
+    assert near.endswith("nothing changes. Staying with the advice is expected to cost 0.40% of the loss.")
     assert "use 2.2e-3 for data like this" in report._changes(winner, 1.1e-3, 2.4e-3, 0.1, 0.06)
 
 

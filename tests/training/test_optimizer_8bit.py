@@ -12,6 +12,7 @@ from welltuned.advice.rules import number
 from welltuned.errors import InputError, RunError
 from welltuned.models.full import FullParameters
 from welltuned.recipe import OPTIMIZERS_8BIT
+from welltuned.training import run as run_module
 from welltuned.training import step as step_module
 from welltuned.training.checkpoint import checkpoints, folder_of, read_checkpoint
 from welltuned.training.events import Skipped
@@ -225,3 +226,13 @@ def test_a_search_refuses_it(tiny_model_dir, data_file, tmp_path):
     with pytest.raises(InputError, match="moments are in fp32") as refused:
         welltuned.sweep(model=str(tiny_model_dir), data=data_file, optim="adamw_8bit", out=tmp_path / "search")
     assert refused.value.where == "optim"
+
+
+def test_the_disk_is_asked_for_what_a_checkpoint_takes(options, straight, tmp_path, monkeypatch):
+    """Weights and 2.03 bytes of moments, not 8: a run is not refused for room that it would not use."""
+    asked = []
+    monkeypatch.setattr(run_module, "require_disk", lambda out, checkpoint, *rest: asked.append(checkpoint))
+    welltuned.train(out=tmp_path / "run", optim="adamw_8bit", **{**options, "max_steps": 1})
+    welltuned.train(out=tmp_path / "wide", **{**options, "max_steps": 1})
+    taken = sum(path.stat().st_size for path in folder_of(straight, UPDATES).glob("*.safetensors"))
+    assert asked[0] == pytest.approx(taken, rel=0.05) and asked[1] > 1.9 * asked[0]

@@ -102,6 +102,9 @@ MORE = {
     "orpo": dict(method="orpo", learning_rate=2e-3, max_steps=3),
     "reward": dict(method="reward", learning_rate=2e-3, max_steps=3),
     "full": dict(tune="full", max_steps=3, learning_rate=1e-3, r=None, lora_dropout=None),
+    "full, 8 bits": dict(  # whose codes are 6 % apart: at this rate that is below what is asked
+        tune="full", optim="adamw_8bit", max_steps=3, learning_rate=1e-4, r=None, lora_dropout=None
+    ),
     "qlora": dict(tune="qlora", max_steps=3),
     "the best, and an average": dict(load_best_model_at_end=True, ema_decay=0.9, max_steps=4, eval_steps=1),
     "pissa": dict(init_lora_weights="pissa_niter_4", max_steps=3, learning_rate=1e-3),
@@ -260,6 +263,19 @@ def test_one_process_costs_nothing():
     assert type(ALONE) is Ranks and ALONE.alone and ALONE.is_first
 
 
+@pytest.mark.slow
+def test_moments_in_8_bits_go_on_with_two(options, tmp_path):
+    """Codes and scales reach the rank that does not read the checkpoint."""
+    asked = {**options, **MORE["full, 8 bits"], "save_steps": 1, "max_steps": 4}
+    welltuned.train(out=tmp_path / "one", **asked)
+    shutil.copytree(tmp_path / "one", tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:06d}")
+    finished(in_ranks(resumed(tmp_path / "run"), 2, tmp_path / "said"))  # which compares its weights and moments
+    assert_same_run(tmp_path / "run", tmp_path / "one")
+
+
 def test_a_fingerprint_sees_one_bit_and_an_exchange():
     whole = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0))
     other, turned = whole.clone(), whole.clone()
@@ -268,6 +284,8 @@ def test_a_fingerprint_sees_one_bit_and_an_exchange():
     names = {fingerprint([tensor]) for tensor in (whole, other, turned, whole.view(1, -1))}
     assert len(names) == 4 and fingerprint([whole.clone()]) in names
     assert fingerprint([whole, other]) != fingerprint([other, whole])
+    codes = torch.arange(7, dtype=torch.uint8)
+    assert fingerprint([codes]) == fingerprint([codes.clone()]) != fingerprint([codes.flip(0)])
 
 
 def test_a_batch_that_is_not_multiplied_is_said(options):

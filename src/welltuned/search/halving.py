@@ -2,8 +2,9 @@
 
 Pure functions of recorded held-out losses. At a rung every arm is judged on the same rows with the running average of
 its weights, so that a high rate which has not decayed yet is not punished for its noise. An arm is dropped only if it
-is worse than the best by more than two paired standard errors and its slope cannot catch up by the end. At the last
-rung what is judged are the weights themselves.
+is worse than the best by more than two paired standard errors and its slope cannot catch up by the end. Of what else
+can be done (stop, go on with all that are left, add an arm) that is done which is worth most: the loss that it is
+expected to save, less a price for the training. At the last rung what is judged are the weights themselves.
 """
 
 import math
@@ -19,7 +20,7 @@ from welltuned.training.monitor.robust import Difference, difference
 
 ENOUGH = 0.002  # expected regret, relative to the loss, at which there is nothing left to find out
 # Relative loss that a whole run's training must be expected to save; what saves less is not compared any further. On
-# made-up curves and recorded grids (benchmarks/results/sweep_policy.json) less buys hardly anything, more loses it.
+# made-up curves (benchmarks/results/sweep_policy.json) half of it buys nothing, and twice as much loses a little.
 PRICE = 0.001
 ERRORS = 2.0  # paired standard errors
 CHANCE = 0.05  # that the best rate moves so far until the end that the arm would be the better one

@@ -178,7 +178,7 @@ def _changes(winner: Arm, advised: float, best: float | None, error: float | Non
     off = abs(math.log(best / advised))
     where = f"The advice was {shown(float(advised))}; your rows put the best rate at {shown(two_digits(best))} "
     where += f"(×/÷ {math.exp(error):.2f})"
-    if regret < ENOUGH:
+    if regret < ENOUGH or off < APART:
         return f"{where}: nothing changes. Staying with the advice is expected to cost {regret:.2%} of the loss."
     if abs(math.log(chosen / advised)) < APART:
         return f"{where}, and yet the advised rate did best of what was compared: nothing changes."

@@ -274,7 +274,8 @@ def fingerprint(tensors: Sequence[Tensor]) -> str:
     """
     found = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
-        bits = tensor.detach().contiguous().view(-1).view(torch.int32)
+        flat = tensor.detach().contiguous().view(-1)
+        bits = flat if flat.dtype is torch.uint8 else flat.view(torch.int32)
         sums = torch.zeros(2, dtype=torch.int64, device=bits.device)
         for start in range(0, len(bits), CHUNK):
             piece = bits[start : start + CHUNK].long()

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from welltuned.adapters.verify import TensorCheck, sha256
 from welltuned.advice.plan import Plan, plan_to_yaml, require_memory
+from welltuned.advice.rules import number
 from welltuned.errors import InputError, RunError
 from welltuned.facts.machine import Device
 from welltuned.models.compiled import compile_layers
@@ -29,7 +30,7 @@ from welltuned.models.parts import idle_parts
 from welltuned.models.recompute import HostCheckpoints, checkpoint_layers
 from welltuned.models.static import Static
 from welltuned.models.tokenizer import in_short
-from welltuned.recipe import Method, Tune, recipe_to_yaml
+from welltuned.recipe import OPTIMIZERS_8BIT, Method, Tune, recipe_to_yaml
 from welltuned.training.averaged import finish_average
 from welltuned.training.best import take_best
 from welltuned.training.bystander import NoKeeper, run_files
@@ -380,8 +381,10 @@ def _require_disk(plan: Plan, ready: Ready, out: Path) -> tuple[str, ...]:
     trained, final = ready.engine.trained.flat_KP.nbytes, 1
     if isinstance(ready.engine.trained, FullParameters) and ready.engine.trained.in_pieces:
         trained, final = trained * ready.engine.ranks.size, 2  # gathered, and from there saved
-    kept = 4 if "ema_decay" in plan.choices else 3  # weights, two moments, an average
-    note = require_disk(out, kept * trained, final * trained, plan.value("save_total_limit"))
+    eight_bit = plan.value("optim") in OPTIMIZERS_8BIT
+    moments = number("memory_adam_8bit_bytes" if eight_bit else "memory_adam_bytes") / number("memory_master_bytes")
+    kept = 1 + moments + ("ema_decay" in plan.choices)  # weights, two moments, an average
+    note = require_disk(out, int(kept * trained), final * trained, plan.value("save_total_limit"))
     return () if note is None else (note,)
 
 
