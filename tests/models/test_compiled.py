@@ -155,6 +155,7 @@ def test_any_length_has_one_code(tools, traced, family):
     assert engines.static.padding == 0 and engines.static.plain == 1  # the row of one token
 
 
+@pytest.mark.slow
 def test_warming_up_changes_nothing(tools, traced):
     engines = Engines(tools, "llama", (32,))
     (_, plain, _), (model, bank, _) = engines.sides
@@ -281,6 +282,7 @@ def test_refusals(tools):
     assert found.problem == static.problem and found.graphs == 0
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails(tools, traced, monkeypatch):
     def fail(graph, inputs):
         raise OSError("no compiler is found\nin all of the path")
@@ -291,7 +293,9 @@ def test_a_compiler_that_fails(tools, traced, monkeypatch):
     engines.agree([11, 4, 12], rtol=0.0)
 
 
-@pytest.mark.parametrize("fault", [pytest.param("value", marks=pytest.mark.slow), "gradient", "tail"])
+@pytest.mark.parametrize(
+    "fault", [pytest.param("value", marks=pytest.mark.slow), "gradient", pytest.param("tail", marks=pytest.mark.slow)]
+)
 def test_wrong_numbers_are_found_and_not_used(tools, traced, monkeypatch, fault):
     """Planted faults: a compiler that computes something else, half of a gradient lost, a tail that is attended to."""
     if fault == "value":

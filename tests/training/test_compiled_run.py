@@ -33,9 +33,10 @@ def told(found):
     return [line for line in found.metrics if line.get("event") == "compiled"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [pytest.param({}, marks=pytest.mark.slow), {"checkpointed_layers": 1, "token_budget": 400}],
+    [{}, {"checkpointed_layers": 1, "token_budget": 400}],
     ids=["kept", "recomputed"],
 )
 def test_a_run_is_that_without(run, plain, monkeypatch, options):
@@ -50,6 +51,7 @@ def test_a_run_is_that_without(run, plain, monkeypatch, options):
     assert summary["micro_batches_uncompiled"] == 0 and 0 <= summary["padded_share"] < 0.3
     assert summary["padded_share"] == pytest.approx(event["padding"], abs=1e-3)
     assert told(plain) == [] and "torch_compile" not in plain.summary
+    assert f'<li class="note">{event["sentence"]}</li>' in (found.path / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
