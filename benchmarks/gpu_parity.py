@@ -169,12 +169,17 @@ def _losses_and_gradients(scale: Scale, tune: str) -> dict[str, tuple[float, Ten
 def _loss_and_gradient(system: AbstractContextManager[Running]) -> tuple[float, Tensor]:
     """Of one adapter for every system, as if after some training (B not zero); the gradient as one fp64 vector."""
     with system as running:
-        draw = torch.Generator().manual_seed(1)
-        for name, tensor in sorted(running.adapter.items()):
-            spread = 0.1 if name.endswith("lora_B") else 1.0  # ten times more, and bf16 loses 15 % of any gradient
-            tensor.copy_(torch.randn(tensor.shape, generator=draw) * spread * tensor.shape[-1] ** -0.5)
+        settled(running.adapter)
         loss = running.gradient()
         return loss, torch.cat([g.detach().double().flatten().cpu() for _, g in sorted(running.grads().items())])
+
+
+def settled(adapter: dict[str, Tensor]) -> None:
+    """Give an adapter the numbers that it might have after some training: B is not zero."""
+    draw = torch.Generator().manual_seed(1)
+    for name, tensor in sorted(adapter.items()):
+        spread = 0.1 if name.endswith("lora_B") else 1.0  # ten times more, and bf16 loses 15 % of any gradient
+        tensor.copy_(torch.randn(tensor.shape, generator=draw) * spread * tensor.shape[-1] ** -0.5)
 
 
 def _errors(found: tuple[float, Tensor], loss: float, gradient: Tensor) -> dict[str, float]:

@@ -1,29 +1,26 @@
 """One GPU: does the engine learn as much as PEFT does at equal settings, with LoRA and with QLoRA?
 
-    PYTHONPATH=src python benchmarks/gpu_quality.py [--seeds 3] [--out FOLDER]
+    PYTHONPATH=src python benchmarks/gpu_quality.py [--seeds 3] [--rank 16] [--minutes 9] [--out FOLDER]
     PYTHONPATH=src python benchmarks/gpu_quality.py --toy       the same code at toy size on the CPU, in seconds
 
 Needs what gpu.py needs, and no network. A small Llama is first trained in full on one language: a random walk in which
 each token has four successors. Adapters then learn another in which half of the successors changed. What cannot be
 learned is known: the walk's entropy. Every system starts from the same adapter and sees the same rows in the same
-order, at the same rate, so that runs are paired by seed, and what is compared is the loss on held-out rows.
+order, at the same rate, so that runs are paired by seed, and what is compared is the loss on held-out rows. A seed for
+which no time is left is left out, and the result says so.
 """
 
-import argparse
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, describe_machine, write_result
-from gpu import tunes_here
-from gpu_scale import CPU, GPU, Scale, free_memory
+from common import describe_machine
+from gpu_scale import NO_TIME, RANK, Deadline, Scale, free_memory, start, tunes_here, usual_options
 from gpu_systems import Running, build_model, engine, peft_sdpa
 from transformers import PreTrainedModel
 
@@ -125,10 +122,12 @@ def pretrain(scale: Scale, work: Work, language: Walk) -> PreTrainedModel:
     return model.requires_grad_(False).to(scale.dtype).eval()
 
 
-def learn(model: PreTrainedModel, system: Callable[..., Any], work: Work, language: Walk, seed: int) -> list[float]:
+def learn(
+    model: PreTrainedModel, system: Callable[..., Any], work: Work, language: Walk, seed: int, rank: int = RANK
+) -> list[float]:
     """Held-out loss before and after so many updates from a start that the seed alone decides."""
     held_out = [language.row(work.length, 10**7 + i) for i in range(work.heldout)]
-    with system(model, held_out, budget=work.length * work.rows, rate=work.rate) as running:
+    with system(model, held_out, budget=work.length * work.rows, rate=work.rate, rank=rank) as running:
         begin(running, seed)
         before = running.gradient()
         for step in range(work.updates):
@@ -163,26 +162,38 @@ def all_learned(runs: Sequence[Learned], entropy: float) -> bool:
     return all(r.before - r.after > 0.25 * (r.before - entropy) > 0 for r in runs)
 
 
-def run(scale: Scale, work: Work, seeds: int, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def run(
+    scale: Scale, work: Work, seeds: int, rank: int, deadline: Deadline, save: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     """Every tune and system on every seed; `save` is called with all that is known so far."""
     first = walk(0)
     second = first.changed(1)
     result: dict[str, Any] = {"benchmark": "gpu_quality", "toy": not scale.cuda, "machine": describe_machine()}
     result |= {"work": asdict(work), "shape": scale.parity_shape, "entropy": second.entropy, "runs": [], "compared": []}
-    model, runs = pretrain(scale, work, first), []
-    for tune in tunes_here():
+    result |= {"rank": rank, "left_out": []}
+    model, runs, took = pretrain(scale, work, first), list[Learned](), 0.0
+    tunes = tunes_here()
+    for at, tune in enumerate(tunes):
         if tune == "qlora":
             quantize_linears(model)
+        until = Deadline.after(deadline.left / (len(tunes) - at) / 60)
         for seed in range(seeds):
-            for name, system in SYSTEMS.items():
-                runs.append(Learned(tune, name, seed, *learn(model, system, work, second, seed)))
-                print(f"{tune:6} {name:22} seed {seed}: {runs[-1].before:.4f} -> {runs[-1].after:.4f}", flush=True)
-                free_memory(scale)
-        if tune == "qlora":
+            if runs and until.left < took:  # what the seed before took
+                result["left_out"].append({"tune": tune, "seed": seed, "problem": NO_TIME})
+                print(f"{tune:6} seed {seed}: {NO_TIME}")
+                continue
+            began = deadline.left
+            runs += one_seed(scale, work, model, second, tune, seed, rank)
+            took = began - deadline.left
+            result["runs"] = [asdict(r) for r in runs]
+            save(result)
+        if not any(r.tune == tune for r in runs):
+            continue
+        if tune == "qlora" and deadline.left > took / len(SYSTEMS):
             keep_dense(model)
             rebuilt = next(r for r in runs if (r.tune, r.system, r.seed) == (tune, OURS, 0))
-            result["dense_base"] = {"rebuilt": rebuilt.after, "cached": learn(model, engine, work, second, 0)[1]}
-        result["runs"] = [asdict(r) for r in runs]
+            cached = learn(model, engine, work, second, 0, rank)[1]
+            result["dense_base"] = {"rebuilt": rebuilt.after, "cached": cached}
         result["compared"].append(compare(runs, tune))
         save(result)
     result["ok"] = all(c["agrees"] for c in result["compared"]) and all_learned(runs, second.entropy)
@@ -190,23 +201,26 @@ def run(scale: Scale, work: Work, seeds: int, save: Callable[[dict[str, Any]], N
     return result
 
 
+def one_seed(
+    scale: Scale, work: Work, model: PreTrainedModel, language: Walk, tune: str, seed: int, rank: int
+) -> list[Learned]:
+    """Every system from the same start."""
+    found = []
+    for name, system in SYSTEMS.items():
+        found.append(Learned(tune, name, seed, *learn(model, system, work, language, seed, rank)))
+        print(f"{tune:6} {name:22} seed {seed}: {found[-1].before:.4f} -> {found[-1].after:.4f}", flush=True)
+        free_memory(scale)
+    return found
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--toy", action="store_true", help="toy size on the CPU (so it is without CUDA, too)")
+    parser = usual_options(__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each system (default: 3)")
-    parser.add_argument("--out", type=Path, help="folder of the result (default: benchmarks/results; toy: none)")
+    parser.add_argument("--rank", type=int, default=RANK, help="default: %(default)s")
     options = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
-
-    scale, work = (CPU, TOY) if options.toy or not torch.cuda.is_available() else (GPU, ON_GPU)
-    folder = options.out or (RESULTS if scale.cuda else None)
-    name = f"gpu-quality-{torch.cuda.get_device_name().lower().replace(' ', '-')}" if scale.cuda else "gpu-quality-toy"
-
-    def save(result: dict[str, Any]) -> None:
-        if folder is not None:
-            write_result(name, result, folder)
-
-    result = run(scale, work, options.seeds, save)
+    started = start("gpu-quality", options)
+    work = ON_GPU if started.scale.cuda else TOY
+    result = run(started.scale, work, options.seeds, options.rank, started.deadline, started.save)
     for c in result["compared"]:
         said = f"{c['difference']:+.2%} of what is learned (± {c['standard_error']:.2%})"
         print(f"{c['tune']}: ours less theirs {said}: {'agree' if c['agrees'] else 'DIFFER'}")

@@ -1,14 +1,19 @@
-"""The GPU benchmark's givens: shapes, rows, the arithmetic that an update needs, and clocks."""
+"""The GPU benchmark's givens: shapes, rows, the arithmetic that an update needs, clocks, and options."""
 
+import argparse
 import gc
 import time
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+from common import RESULTS, write_result
 
 from welltuned.data.render import Example
 from welltuned.objectives.supervised import supervised_tokens
@@ -98,7 +103,7 @@ def row_of(scale: Scale, prompt: int, answer: int, seed: int) -> Example:
 # --- arithmetic ---
 
 
-def flops_per_token(shape: dict[str, Any], rows: list[Example], checkpointing: bool) -> float:
+def flops_per_token(shape: dict[str, Any], rows: list[Example], checkpointing: bool, rank: int = RANK) -> float:
     """4N + 4f·V·h + 7·L·S·d + 6P, and with checkpointing one more forward pass of the trunk: 2N + 2·L·S·d + 2P.
 
     N trunk, P adapter parameters, f share of trained tokens, V·h head, L layers, d width of all heads, S the length
@@ -108,7 +113,7 @@ def flops_per_token(shape: dict[str, Any], rows: list[Example], checkpointing: b
     d, kv = shape["head_dim"] * shape["num_attention_heads"], shape["head_dim"] * shape["num_key_value_heads"]
     projections = [(h, d), (h, kv), (h, kv), (d, h), (h, i), (h, i), (i, h)]
     n = layers * sum(inputs * outputs for inputs, outputs in projections)
-    p = layers * sum(RANK * (inputs + outputs) for inputs, outputs in projections)
+    p = layers * sum(rank * (inputs + outputs) for inputs, outputs in projections)
     lengths = np.array([len(row.ids) for row in rows], dtype=np.float64)
     attention = layers * d * float((lengths**2).sum() / lengths.sum())
     trained = sum(supervised_tokens(row) for row in rows) / lengths.sum()
@@ -155,3 +160,79 @@ def free_memory(scale: Scale) -> None:
 def sentence(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+# --- what the scripts are started with ---
+
+NO_TIME, FAILED = "no time left", "failed"
+ASKED_TORCH = (2, 12)
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """When a script must have ended: each part asks what is left, and says so where nothing is."""
+
+    at: float
+
+    @classmethod
+    def after(cls, minutes: float) -> "Deadline":
+        return cls(time.perf_counter() + 60 * minutes)
+
+    @property
+    def left(self) -> float:
+        return max(0.0, self.at - time.perf_counter())
+
+    def earlier(self, seconds: float) -> "Deadline":
+        """With so many seconds kept for what comes after."""
+        return Deadline(self.at - seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A script's scale, its time, and where what is known is written: after every part, over what lay there."""
+
+    scale: Scale
+    deadline: Deadline
+    save: Callable[[dict[str, Any]], None]
+
+
+def usual_options(doc: str | None, minutes: float = 9.0) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--toy", action="store_true", help="toy size on the CPU (so it is without CUDA, too)")
+    parser.add_argument("--minutes", type=float, default=minutes, help="time for everything (default: %(default)g)")
+    parser.add_argument("--layers", type=int, help="decoder layers of the measured model (default: the shape's own)")
+    parser.add_argument("--out", type=Path, help="folder of the result (default: benchmarks/results; toy: none)")
+    return parser
+
+
+def start(name: str, options: argparse.Namespace) -> Started:
+    """What the options say; NAME-GPU.json is the result."""
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)  # its new name is not in 5.17
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < ASKED_TORCH:
+        asked = ".".join(map(str, ASKED_TORCH))
+        print(
+            f"torch {torch.__version__} is older than welltuned asks for ({asked}): its varlen_attn has no enable_gqa "
+            "and takes fewer key heads as its kernel does; gpu.py compares attention with plain products"
+        )
+    scale = CPU if options.toy or not torch.cuda.is_available() else GPU
+    device = torch.cuda.get_device_name().lower().replace(" ", "-") if scale.cuda else "toy"
+    name = f"{name}-{device}"
+    folder = options.out or (RESULTS if scale.cuda else None)
+    if not scale.cuda:
+        print("Toy size on the CPU: the code is tried, the numbers mean nothing.")
+    if options.layers:
+        scale = replace(scale, shape=scale.shape | {"num_hidden_layers": options.layers})
+        name += f"-{options.layers}-layers"
+
+    def save(result: dict[str, Any]) -> None:
+        if folder is not None:
+            write_result(name, result, folder)
+
+    return Started(scale, Deadline.after(options.minutes), save)
+
+
+def tunes_here() -> list[str]:
+    if find_spec("bitsandbytes") is None:
+        print("QLoRA is left out: bitsandbytes is not installed")
+        return ["lora"]
+    return ["lora", "qlora"]

@@ -21,12 +21,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from welltuned.data.render import Example
 from welltuned.kernels.nf4 import NF4Weight
+from welltuned.models.compiled import WarmUp, compile_layers, warm_up
 from welltuned.models.four_bit import forget_dense, make_room
 from welltuned.models.frozen import NF4Linear
 from welltuned.models.fuse import find_head, fuse
 from welltuned.models.lora import LoraSettings, attach
 from welltuned.models.packed import packed_model
 from welltuned.models.recompute import HostCheckpoints, checkpoint_layers
+from welltuned.models.static import MULTIPLE
 from welltuned.training.optimizer import AdamWSettings, FlatAdamW, clip_
 from welltuned.training.step import Engine, accumulate_gradient
 
@@ -108,24 +110,29 @@ def engine(
     checkpointing: bool = False,
     budget: int,
     rate: float = LEARNING_RATE,
+    rank: int = RANK,
     offload: bool = False,
     dense_base: bool = False,
+    compiled: tuple[int, ...] = (),
+    warmed: Callable[[WarmUp], None] = lambda _: None,
 ) -> Iterator[Running]:
     """welltuned: packed rows, fused projections, gated MLPs and norms, loss on labelled rows only, flat AdamW.
 
     Args:
         offload: what goes into checkpointed layers waits on the host. dense_base: 4-bit weights are expanded once.
+        compiled: lengths of packed rows that the layers are compiled for; `warmed` is told how that went.
     """
     with ExitStack() as undo:
         undo.callback(forget_dense, model)
         make_room(model, dense=dense_base)
-        bank = attach(model, LoraSettings(r=RANK, lora_alpha=ALPHA))
+        bank = attach(model, LoraSettings(r=rank, lora_alpha=ALPHA))
         undo.callback(bank.detach)
         fused = fuse(model, bank)
         undo.callback(fused.undo)
         head = find_head(model)
         if head is None or fused.plain:
             raise RuntimeError(f"parts of a plain Llama were not fused: {fused.sentences()}, head {head}")
+        static = compile_layers(model, fused) if compiled else None
         if checkpointing:
             checkpoint_layers(model, fused, host=HostCheckpoints(model.device) if offload else None)
         optimizer = FlatAdamW(bank.flat_KP, bank.grad_KP, bank.decayed, AdamWSettings())
@@ -142,6 +149,9 @@ def engine(
         def grads() -> dict[str, Tensor]:
             return {s.name: bank.grad_KP[0, s.start : s.start + s.size].view(s.shape) for s in bank.slots}
 
+        if static is not None:
+            longest = max(len(e.ids) for e in examples)
+            warmed(warm_up(model, bank, static, compiled, -(-longest // MULTIPLE) * MULTIPLE))
         undo.enter_context(packed_model(model))
         yield Running(partial(gradient_of, examples), step, bank.tensors(), grads, gradient_of)
 
@@ -156,6 +166,7 @@ def peft_sdpa(
     budget: int,
     backend: SDPBackend | None = None,
     rate: float = LEARNING_RATE,
+    rank: int = RANK,
 ) -> Iterator[Running]:
     """Plain transformers + PEFT at its best: bf16 base, no autocast, flash attention without a mask, fused AdamW.
 
@@ -163,7 +174,7 @@ def peft_sdpa(
     before the clock starts. Non-reentrant checkpointing keeps no random state.
     """
     with _as_bitsandbytes(model), _preferring(backend):
-        twin = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"))
+        twin = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules="all-linear"))
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         try:

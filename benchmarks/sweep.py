@@ -16,8 +16,10 @@ lr_law.jsonl.
 """
 
 import argparse
+import itertools
 import json
 import math
+import statistics
 import subprocess
 import sys
 import time
@@ -262,8 +264,9 @@ def run_cells() -> None:
 
 def run_bank(arguments: argparse.Namespace) -> None:
     """K arms at once and single runs, in turn, each in a process of its own."""
-    measured = []
-    for arms in (int(k) for k in arguments.arms.split(",")):
+    kept = RESULTS / "sweep_bank.json"
+    measured = json.loads(kept.read_text(encoding="utf-8"))["measured"] if arguments.more else []
+    for _, arms in itertools.product(range(arguments.rounds), (int(k) for k in arguments.arms.split(","))):
         for mode in ("alone", "bank"):
             command = [sys.executable, __file__, mode, "--arms", str(arms), "--model", arguments.model]
             child = subprocess.run(
@@ -274,7 +277,25 @@ def run_bank(arguments: argparse.Namespace) -> None:
             )
             measured.append(json.loads(child.stdout.splitlines()[-1]))
             print(measured[-1], flush=True)
-    print(write_result("sweep_bank", {"machine": describe_machine(), "measured": measured}))
+    print(write_result("sweep_bank", {"machine": describe_machine(), **in_short(measured), "measured": measured}))
+
+
+def in_short(measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of tokens a second and memory; a bank's speed is compared with the single run just before it."""
+    pairs = list(zip(measured[::2], measured[1::2], strict=True))  # alone, then the bank
+
+    def of(runs: list[dict[str, Any]]) -> dict[str, Any]:
+        speed, memory = (statistics.median(run[key] for run in runs) for key in ("tokens_per_second", "peak_bytes"))
+        return {"tokens_per_second": round(speed, 1), "peak_gb": round(memory / 1e9, 2)}
+
+    alone, banks = of([single for single, _ in pairs]), {}
+    for k in sorted({bank["arms"] for _, bank in pairs}):
+        chosen = [(single, bank) for single, bank in pairs if bank["arms"] == k]
+        ratios = [bank["tokens_per_second"] / single["tokens_per_second"] for single, bank in chosen]
+        found = of([bank for _, bank in chosen])
+        memory = found["peak_gb"] / (k * alone["peak_gb"])
+        banks[k] = {**found, "speed_ratio": round(statistics.median(ratios), 2), "memory_of_k_runs": round(memory, 2)}
+    return {"alone": alone, "bank": banks}
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -342,6 +363,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("sweep-work"))
     parser.add_argument("--arms", default="1,2,4,8")
     parser.add_argument("--seconds", type=float, default=6.0, help="of measuring, for each token budget")
+    parser.add_argument("--rounds", type=int, default=1, help="of the bank's comparison")
+    parser.add_argument("--more", action="store_true", help="add them to those of the last result")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     if arguments.what == "grid":

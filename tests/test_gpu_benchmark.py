@@ -1,7 +1,10 @@
-"""benchmarks/gpu.py at toy size on the CPU: every part runs, and what it says about parity and arithmetic is true."""
+"""benchmarks/gpu*.py at toy size on the CPU: every part runs, and what it says of parity and arithmetic is true."""
 
 import importlib
 import json
+import os
+import sys
+import time
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -81,9 +84,39 @@ def test_the_large_base_is_measured_beside_its_forecast(result):
 
 def test_a_toy_run_writes_nothing_unless_told_to(parts, monkeypatch):
     gpu = parts("gpu")
-    monkeypatch.setattr(gpu, "run", lambda scale, minutes, save: save({}) or {"ok": True})
-    monkeypatch.setattr(gpu, "write_result", lambda *_: pytest.fail("written"))
+    monkeypatch.setattr(gpu, "run", lambda scale, deadline, save: save({}) or {"ok": True})
+    monkeypatch.setattr(parts("gpu_scale"), "write_result", lambda *_: pytest.fail("written"))
     assert gpu.main(["--toy"]) == 0
+
+
+def test_what_comes_after_speed_has_its_numbers(result, parts):
+    ways = {way["way"]: way["nanoseconds_a_number"] for way in result["optimizer"]["ways"]}
+    assert ways.keys() == {"AdamW, fp32", "AdamW, 8 bits"} and min(ways.values()) > 0
+    bank = result["bank"]
+    assert bank["passed"] and bank["gradient_apart"] < 1e-5 and bank["adapters"] == 4
+    for group in bank["cells"]:
+        assert [cell["system"] for cell in group["of"]] == ["one run", "bank of 4"] and group["speed_ratio"] > 0
+        assert group["of"][1]["tokens"] == 4 * group["of"][0]["tokens"]
+
+
+def test_a_bank_that_computes_something_else_is_seen(parts, monkeypatch, capsys):
+    scale, bank = parts("gpu_scale"), parts("gpu_bank")
+    monkeypatch.setattr(bank, "ALPHA", 16)  # the bank's; a run's is 32
+    model = parts("gpu_systems").build_model(scale.CPU.shape, torch.float32, "cpu", nf4=False)
+    found = bank.measure_bank(scale.CPU, model, "lora", scale.Deadline.after(0.0))
+    assert not found["passed"] and found["gradient_apart"] > 0.01
+    assert all(cell["problem"] == "no time left" for group in found["cells"] for cell in group["of"])
+
+
+def test_a_large_base_is_not_begun_without_time(parts):
+    scale, large = parts("gpu_scale"), parts("gpu_large")
+    found = large.check_large(scale.GPU, scale.Deadline.after(0.5))
+    assert found["problem"] == "no time left" and found["passed"] and not found["runs"]
+
+
+def test_time_that_is_kept_for_later_is_not_spent(parts):
+    deadline = parts("gpu_scale").Deadline.after(1.0)
+    assert 0 < deadline.earlier(50).left <= 10 and deadline.earlier(90).left == 0.0
 
 
 def test_a_wrong_gradient_fails_parity(parts, result):
@@ -118,7 +151,8 @@ def test_batches_keep_to_the_budget(parts):
 
 
 def _cell(speed):
-    return speed.Cell(tune="lora", rows="ragged", checkpointing=False, system="any", tokens=100, flops_per_token=1e9)
+    given = dict(tune="lora", rank=16, rows="ragged", checkpointing=False, system="any")
+    return speed.Cell(tokens=100, flops_per_token=1e9, **given)
 
 
 def _system(speed, fails_above):
@@ -150,6 +184,71 @@ def test_a_failing_system_does_not_stop_the_others(parts, capsys):
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
+# ── ranks and other tools ────────────────────────────────────────────────────────────────────────────────────────────
+
+FAKE = """
+import json, sys
+spec = json.load(open(sys.argv[1]))
+if spec["rank"] == 64:
+    sys.exit("no kernel image")
+assert spec["tune"] == "lora" and all(len(job["ids"]) == len(job["labels"]) for job in spec["jobs"])
+jobs = [{"rows": job["rows"], "seconds": [0.5], "loss": None, "peak_bytes": 7, "budget": 64, "problem": None}
+        for job in spec["jobs"]]
+jobs[-1]["loss"] = 1.0
+print("noise\\n" + json.dumps({"jobs": jobs, "ceilings": [1e12], "flags": {"padding_free": True}, "versions": {}}))
+"""
+
+
+@pytest.fixture(scope="module")
+def speeds(parts, tmp_path_factory):
+    """What gpu_speed.py wrote at two ranks, with a stand-in for TRL and without Unsloth."""
+    out = tmp_path_factory.mktemp("speeds")
+    (out / "trl_gpu.py").write_text(FAKE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts("gpu_peers"), "SCRIPTS", out)
+        options = ["--tune", "lora", "--checkpointing", "off", "--trl-python", sys.executable, "--out", str(out)]
+        assert parts("gpu_speed").main(["--toy", *options]) == 0  # what fails in another tool is its own
+    return json.loads((out / "gpu-speed-toy.json").read_text(encoding="utf-8"))
+
+
+def test_both_ranks_have_their_columns(speeds):
+    ours = [cell for cell in speeds["cells"] if cell["system"] in SYSTEMS]
+    assert {(c["rank"], c["rows"]) for c in ours} == {(r, k) for r in (16, 64) for k in ("S = 64", "ragged", "S = 8")}
+    assert all(c["problem"] is None and c["seconds"] for c in ours)
+    per_token = {c["rank"]: c["flops_per_token"] for c in ours if c["rows"] == "ragged"}
+    assert per_token[64] - per_token[16] == 6 * 48 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
+
+
+def test_other_tools_have_their_columns(speeds):
+    cells = {(c["system"], c["rank"], c["rows"]): c for c in speeds["cells"]}
+    assert all(c["problem"] == "not given" for key, c in cells.items() if key[0] == "Unsloth")
+    good = cells["TRL", 16, "ragged"]
+    assert good["tokens_per_second"] == good["tokens"] / 0.5 and good["peak_bytes"] == 7
+    assert good["problem"] is None and good["flags"]["padding_free"] and good["share_of_floor"] > 0
+    assert "it computes something else" in cells["TRL", 16, "S = 8"]["problem"]
+    assert cells["TRL", 64, "ragged"]["problem"] == "failed: no kernel image" and speeds["ok"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trl", "unsloth"])
+def test_the_real_tools_run_at_toy_size(parts, tmp_path, name):
+    python = os.environ.get(f"WELLTUNED_{name.upper()}_PYTHON")
+    if not python:
+        pytest.skip(f"WELLTUNED_{name.upper()}_PYTHON names no environment's python")
+    options = ["--rank", "16", "--checkpointing", "off", f"--{name}-python", python, "--out", str(tmp_path)]
+    assert parts("gpu_speed").main(["--toy", "--tune", "lora", *options]) == 0
+    cells = json.loads((tmp_path / "gpu-speed-toy.json").read_text(encoding="utf-8"))["cells"]
+    theirs = [c for c in cells if c["system"].lower() == name]
+    assert len(theirs) == 3 and all(c["problem"] is None and c["seconds"] for c in theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("qlora" not in TUNES, reason="4-bit weights need bitsandbytes")
+def test_large_runs_by_itself(parts, tmp_path):
+    assert parts("gpu_large").main(["--toy", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "gpu-large-toy.json").read_text(encoding="utf-8"))["large"]["passed"]
+
+
 # ── quality ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -162,6 +261,20 @@ def test_quality_agrees_with_peft_at_toy_size(parts, tmp_path):
     assert all(c["agrees"] and abs(c["difference"]) < 0.01 for c in result["compared"])
     if "qlora" in TUNES:
         assert result["dense_base"]["cached"] == result["dense_base"]["rebuilt"]
+    assert not result["left_out"]
+
+
+def test_quality_ends_in_time(parts, monkeypatch, capsys):
+    """One seed is made whatever the time; those for which none is left are named."""
+    scale, quality = parts("gpu_scale"), parts("gpu_quality")
+    learned = [quality.Learned("lora", system, 0, 3.0, 1.5) for system in (quality.OURS, quality.THEIRS)]
+    monkeypatch.setattr(quality, "tunes_here", lambda: ["lora"])
+    monkeypatch.setattr(quality, "pretrain", lambda *_: None)
+    monkeypatch.setattr(quality, "one_seed", lambda *_: time.sleep(0.02) or learned)
+    written = []
+    found = quality.run(scale.CPU, quality.TOY, 3, 16, scale.Deadline.after(0.03 / 60), written.append)
+    assert [(one["seed"], one["problem"]) for one in found["left_out"]] == [(1, "no time left"), (2, "no time left")]
+    assert len(found["runs"]) == 2 and found["ok"] and len(written) == 3
 
 
 def test_learning_less_than_peft_is_seen(parts):
@@ -188,3 +301,21 @@ def test_the_walk_has_the_entropy_that_it_claims(parts):
     row = second.row(2000, 5)
     assert all(b in second.next_TS[a] for a, b in zip(row.ids[:-1], row.ids[1:], strict=True))
     assert (row.ids == second.row(2000, 5).ids).all() and not (row.ids == second.row(2000, 6).ids).all()
+
+
+def test_shared_prompts_cost_what_they_cost_by_each_way(parts):
+    found = parts("gpu_compile").check_prefix(parts("gpu_scale").CPU)
+    assert found["passed"] and "backward on CPU" in found["flex_attention"]
+    for row in found["rows"]:
+        assert set(row["seconds"]) == {"own prompt each", "shared, keys copied"} and min(row["seconds"].values()) > 0
+        assert row["apart"]["own prompt each"] < 1e-5
+
+
+@pytest.mark.slow
+def test_compiled_layers_take_turns_with_plain_ones(parts, tmp_path):
+    torch._dynamo.reset()
+    assert parts("gpu_compile").main(["--toy", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    for row in json.loads(path.read_text(encoding="utf-8"))["compiled"]["rows"]:
+        assert row["warm_up"]["graphs"] >= 1 and row["warm_up"]["problem"] is None
+        assert row["losses"]["plain"] == pytest.approx(row["losses"]["compiled"], rel=1e-5)

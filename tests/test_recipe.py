@@ -61,11 +61,11 @@ def test_unknown_key_names_line_and_nearest(recipe_file):
     assert "did you mean" not in fails(options=BASE, sets=["zzz=1"])
 
 
-@pytest.mark.parametrize("key", ["fsdp", "fsdp_config", "deepspeed"])
+@pytest.mark.parametrize("key", ["fsdp_config", "deepspeed"])
 def test_what_cuts_a_model_in_pieces_is_refused_with_what_there_is(key):
     text = fails(options=BASE, sets=[f"{key}=full_shard"])
-    assert f"'{key}' is not built: a model is never cut in pieces" in text
-    assert "torchrun" in text and "--tune qlora needs a quarter of the memory" in text
+    assert f"'{key}' is not built" in text and "torchrun" in text and "fsdp: full_shard" in text
+    assert "it must be one of none, full_shard" in fails(options=BASE, sets=["fsdp=auto_wrap"])
 
 
 @pytest.mark.parametrize(

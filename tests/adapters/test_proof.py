@@ -11,6 +11,7 @@ from welltuned.adapters.files import read_adapter
 from welltuned.adapters.layers import by_kind, by_layer, learned
 from welltuned.cli.main import main
 from welltuned.errors import InputError
+from welltuned.finished.find import find
 from welltuned.finished.proof import prove
 
 B = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
@@ -176,3 +177,18 @@ def test_tensors_in_16_bits_have_checksums():
 
     x = torch.randn(3, 4)
     assert sha256(x.bfloat16()) != sha256(x) and sha256(x.bfloat16()) == sha256(x.bfloat16().clone())
+
+
+def test_a_misspelt_run_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "tickets").mkdir(parents=True)
+    (tmp_path / "runs" / "tickets" / "run.json").write_text("{}")
+    with pytest.raises(InputError, match="there is no such run; did you mean runs/tickets?"):
+        find("runs/tikets")
+    with pytest.raises(InputError, match="there is no such run; there are: tickets"):
+        find("runs/something-else")
+    monkeypatch.chdir(tmp_path / "runs")
+    with pytest.raises(InputError, match="did you mean tickets?"):
+        find("ticket")
+    monkeypatch.setattr("welltuned.finished.find._template", lambda path: None)  # the hub is not asked here
+    assert [find(name).model for name in ("gpt2", "org/gpt2")] == ["gpt2", "org/gpt2"]

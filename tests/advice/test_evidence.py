@@ -32,7 +32,7 @@ def test_every_rule_is_used():
     code = "".join(path.read_text() for path in Path(law.__file__).parent.glob("*.py"))
     patterns = [
         r"bytes_\w+",
-        r"memory_(overhead|fragmentation|logit_tile)_\w+",
+        r"memory_(overhead|fragmentation|logit_tile|adam_8bit_work)_\w+",
         r"token_budget_\w+",
         r"\w+_(alpha|full)_rate",
         r"\w+_(batch|epochs)_by_rows",

@@ -26,6 +26,7 @@ NAMES = [
     "lora_dropout",
     "target_modules",
     "use_rslora",
+    "torch_compile",
     "init_lora_weights",
     "bias",
     "per_device_train_batch_size",
@@ -271,6 +272,34 @@ def test_too_little_memory_says_what_would_do(plan_for, model_of, machine_of):
     require_memory(plan_for())
     hopeless = plan_for(model=model_of("llama-70b"), machine=machine_of(8, Device.CUDA))
     assert "choose a smaller model" in hopeless.warnings[0]
+
+
+def test_eight_bits_only_where_nothing_else_fits(plan_for, model_of, machine_of):
+    """AdamW's state of 8B is 64 GB in fp32 and 16 in 8 bits: only a full fine-tune that does not fit gets it."""
+    full = dict(model=model_of("llama-8b"), machine=machine_of(200, Device.CUDA), tune="full")
+    tight = plan_for(**full, memory="110GB")
+    choice = tight.choices["optim"]
+    assert choice.value == "adamw_8bit" and tight.memory.fits and "E229" in choice.evidence
+    assert choice.reason.startswith("only so does the run fit into 110.0 GB") and "47.9 GB" in choice.reason
+    assert tight.memory.parts["optimizer"] == pytest.approx(2.03 * model_of("llama-8b").parameters, rel=0.02)
+    longest = plan_for(**full).value("max_length")
+    assert tight.value("max_length") == longest  # rather than cut rows
+    assert plan_for(**full).value("optim") == "adamw"
+    mine = plan_for("optim=adamw_torch", **full, memory="110GB")
+    assert mine.value("optim") == "adamw_torch" and mine.memory.fits is False
+    assert plan_for(**full, memory="20GB").value("optim") == "adamw"  # nothing would do
+    small = plan_for(model=model_of("llama-8b"), machine=machine_of(17, Device.CUDA), tune="lora")
+    assert small.memory.fits is False and small.value("optim") == "adamw"  # an adapter's state is small
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"])
+def test_eight_bits_where_the_user_says_so(plan_for, name):
+    plan = plan_for(f"optim={name}")
+    usual = plan_for().memory.parts["optimizer"] / number("memory_adam_bytes") * number("memory_adam_8bit_bytes")
+    assert plan.value("optim") == name and "the advice is adamw" in plan.choices["optim"].reason
+    work = number("memory_adam_8bit_work_cpu")
+    assert plan.memory.parts["optimizer"] == pytest.approx(usual + work, abs=2)
+    assert any("nothing is paged out" in text for text in plan.warnings) is name.startswith("paged")
 
 
 def memory(model, tune, tokens=2048, checkpointing=False, r=16):

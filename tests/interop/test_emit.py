@@ -135,6 +135,12 @@ def test_text_is_well_formed_and_reasoned(kind, method, tune, target, plan_for):
         assert sentence in flat
 
 
+@pytest.mark.parametrize("target", list(Target))
+def test_eight_bits_are_handed_on_by_their_name(target, plan_for):
+    plan = plan_for("pair", "sft", "lora", "optim=adamw_bnb_8bit")
+    assert "adamw_bnb_8bit" in emit(plan, target).text and "adamw_torch" not in emit(plan, target).text
+
+
 @pytest.mark.parametrize(("kind", "method", "tune"), CASES, ids=NAMED)
 def test_settings_are_the_plans(kind, method, tune, plan_for, monkeypatch):
     plan = plan_for(kind, method, tune, device=Device.CUDA if tune == "qlora" else Device.CPU)

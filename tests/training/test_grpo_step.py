@@ -173,7 +173,9 @@ def test_a_second_iteration_has_ratios_and_a_third_set_is_new(engine, loss_type)
     close(mine, plain, rtol=1e-3)
     assert second.measures["kl"] > 0
     assert "seconds/generation" not in second.measures
-    third, _ = gradient(made, engine, keys=[7, 8, 9])
+    again, same = gradient(made, engine, keys=[7, 8, 9])  # the same update, made again
+    assert again.loss == second.loss and torch.equal(same, mine)
+    third, _ = gradient(made, engine, keys=[10, 11, 12])
     assert third.measures["seconds/generation"] > 0 and third.measures["clip_ratio"] == 0
 
 

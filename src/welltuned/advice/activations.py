@@ -28,9 +28,11 @@ class MemorySetting:
         targets: what carries adapters; None for every linear layer.
         more: numbers that are trained beyond r for every target, or fewer: variants of LoRA.
         average: whether an average of the weights is kept beside them.
+        eight_bit: whether AdamW's moments are kept in 8 bits.
         layers: how many layers are recomputed with `checkpointing`, the first ones; None for all.
         offload: whether what goes into a recomputed layer waits on the host.
         dense_base: whether 4-bit weights are expanded once and for all.
+        parts: into how many the model is cut, of which a process holds one.
         lengths: lengths of the rows, as many as tell short rows from long ones; () for one row of micro_tokens.
     """
 
@@ -43,10 +45,12 @@ class MemorySetting:
     targets: tuple[str, ...] | None = None
     more: int = 0
     average: bool = False
+    eight_bit: bool = False
     layers: int | None = None
     offload: bool = False
     dense_base: bool = False
     lengths: tuple[int, ...] = ()
+    parts: int = 1
 
     @property
     def word(self) -> float:

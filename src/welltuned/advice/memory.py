@@ -35,7 +35,7 @@ class Fitted:
     Attributes:
         layers: how many layers are recomputed. share: of all layers.
         offload: whether what goes into them waits on the host, and `host_bytes` what that takes there.
-        dense_base: whether 4-bit weights stay expanded.
+        dense_base: whether 4-bit weights stay expanded. eight_bit: whether AdamW's moments are in 8 bits.
     """
 
     token_budget: int
@@ -43,6 +43,7 @@ class Fitted:
     share: float
     offload: bool
     dense_base: bool
+    eight_bit: bool
     host_bytes: int
     forecast: MemoryForecast
 
@@ -74,14 +75,31 @@ def _state(model: ModelFacts, s: MemorySetting) -> Iterator[tuple[str, float]]:
         yield "quantisation_state", quantised * number("memory_nf4_state_bytes")
         if s.dense_base:
             yield "dense_base", quantised * s.word
-    yield "weights", quantised * number("memory_nf4_bytes") + (model.parameters - quantised) * s.word
+    yield "weights", quantised * number("memory_nf4_bytes") + (model.parameters - quantised) * s.word / s.parts
+    own = s.parts if s.tune is Tune.FULL else 1  # adapters are whole everywhere
     if s.tune is not Tune.FULL:
         starts = 1 if s.device is Device.CPU else 0  # how they began, for the check at the end; a GPU's lie on the host
         yield "adapters", trained * master * (1 + starts)
     if s.average:
-        yield "average", trained * master
-    yield "gradients", trained * master
-    yield "optimizer", trained * number("memory_adam_bytes")
+        yield "average", trained * master / own
+    yield "gradients", trained * master / own
+    if s.eight_bit:
+        yield "optimizer", trained * number("memory_adam_8bit_bytes") + number(f"memory_adam_8bit_work_{s.device}")
+    else:
+        yield "optimizer", trained * number("memory_adam_bytes") / own
+    if s.parts > 1:
+        yield "gathered", _gathered(model, s)
+
+
+def _gathered(model: ModelFacts, s: MemorySetting) -> float:
+    """What of a model in pieces is whole at a time: embeddings and head, a layer, and the next one on its way.
+
+    Of full fine-tuning their gradients as well, once more while they are summed. By FSDP2's code; not measured.
+    """
+    outside = model.head_parameters * (1 if model.tied_head else 2)
+    layer = (model.parameters - outside) / model.layers
+    copies, gradients = number("memory_fsdp_copies"), 2 if s.tune is Tune.FULL else 0
+    return (outside + copies * layer) * s.word + gradients * (outside + layer) * number("memory_master_bytes")
 
 
 def _work(model: ModelFacts, s: MemorySetting) -> Iterator[tuple[str, float]]:
@@ -212,6 +230,7 @@ def _fitted(
         share=layers / model.layers,
         offload=offload,
         dense_base=dense,
+        eight_bit=setting.eight_bit,
         host_bytes=host_bytes(model, setting) if offload else 0,
         forecast=forecast_memory(model, setting, limit),
     )

@@ -7,6 +7,7 @@ the sound range a warning says so.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from welltuned.advice import batch as batches
 from welltuned.advice import lora, preference, reinforcement, schedule, variants
 from welltuned.advice.activations import MemorySetting
 from welltuned.advice.codec import from_plain, to_plain
+from welltuned.advice.compiling import choose_compile
 from welltuned.advice.effort import TimeForecast, forecast_time
 from welltuned.advice.epoch import Epoch, epoch_of
 from welltuned.advice.length import choose_max_length
@@ -26,6 +28,7 @@ from welltuned.advice.room import fixed_by, room_choices
 from welltuned.advice.rules import cited, number, rule
 from welltuned.advice.safekeeping import Course, safekeeping_choices
 from welltuned.advice.settle import counted, settle, shown
+from welltuned.advice.sharding import more_processes, must_be_cut, sharding_choices, ways_to_hold
 from welltuned.advice.warn import all_warnings, ways_to_fit
 from welltuned.choice import Choice
 from welltuned.data.stream import steps_per_run
@@ -34,7 +37,7 @@ from welltuned.facts.adapter import AdapterFacts
 from welltuned.facts.data import DatasetFacts
 from welltuned.facts.machine import Device, MachineFacts
 from welltuned.facts.model import ModelFacts
-from welltuned.recipe import Method, PlainLoader, Recipe, Tune
+from welltuned.recipe import FULL_SHARD, OPTIMIZERS_8BIT, Method, PlainLoader, Recipe, Tune
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,13 +144,23 @@ def require_memory(plan: Plan) -> None:
     if plan.memory.fits is False:
         what = f"the run needs about {plan.memory.total_bytes / 1e9:.1f} GB and has "
         what += f"{(plan.memory.limit_bytes or 0) / 1e9:.1f} GB"
-        if max(plan.facts.machine.gpus, plan.facts.machine.processes) > 1:
-            what += " in each process, which holds the whole model: it is not sharded over several (FSDP2 is not built)"
+        what += _in_each(plan)
         raise InputError(
             what,
             where="memory",
-            mend=ways_to_fit(plan.recipe, plan.facts.model, plan.facts.machine.device, plan.choices, plan.memory),
+            mend=more_processes(plan.recipe, plan.facts.machine)
+            + ways_to_fit(plan.recipe, plan.facts.model, plan.facts.machine.device, plan.choices, plan.memory),
         )
+
+
+def _in_each(plan: Plan) -> str:
+    """What several processes would change, or did."""
+    machine = plan.facts.machine
+    if "fsdp" in plan.choices and plan.value("fsdp") == FULL_SHARD and machine.processes > 1:
+        return f" in each of {machine.processes} processes, though each keeps only a part of every weight"
+    if machine.processes > 1:
+        return " in each process, which holds the whole model"
+    return ""
 
 
 # ── making one ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -167,7 +180,8 @@ def make_plan(
     Where LoRA does not fit, 4-bit weights do, and the recipe names no `tune`, the plan is QLoRA's.
     """
     plan = _plan(recipe, model, data, machine, flops_per_second, adapter)
-    if plan.memory.fits or recipe.tune_given or recipe.tune is not Tune.LORA:
+    given = recipe.hyperparameters.get("fsdp")
+    if plan.memory.fits or recipe.tune_given or recipe.tune is not Tune.LORA or given == FULL_SHARD:
         return plan
     smaller = _plan(replace(recipe, tune=Tune.QLORA), model, data, machine, flops_per_second, adapter)
     return smaller if smaller.memory.fits else plan
@@ -208,6 +222,10 @@ def _plan(
         flops_per_second=flops_per_second,
     )
     _rate_and_schedule(choices, recipe, model, data, epoch, size, time, trained)
+    dora = bool(recipe.hyperparameters.get("use_dora"))
+    in_pieces = "fsdp" in choices and choices["fsdp"].value == FULL_SHARD
+    compiling = choose_compile(machine.device, time.seconds, dora=dora, cut=in_pieces)
+    choices["torch_compile"] = settle(recipe, "torch_compile", compiling)
     ordered = {name: choices[name] for name in _ORDER if name in choices}
     assert len(ordered) == len(choices), set(choices) - set(ordered)
     return Plan(
@@ -228,9 +246,10 @@ _ORDER = (
     *("bias", "loss_type", "beta", "label_smoothing", "simpo_gamma", "desirable_weight"),
     *("undesirable_weight", "center_rewards_coefficient", "num_generations", "max_completion_length", "temperature"),
     *("top_p", "epsilon", "epsilon_high", "scale_rewards", "mask_truncated_completions", "num_iterations"),
+    "vllm_importance_sampling_clip_max",
     *("warmup_steps", "lr_scheduler_type", "weight_decay", "optim", "adam_beta1", "adam_beta2", "max_grad_norm"),
     *("max_length", "packing", "assistant_only_loss", "token_budget", "gradient_checkpointing"),
-    *("checkpointed_layers", "offload_checkpoints", "dense_base", "dtype"),
+    *("checkpointed_layers", "offload_checkpoints", "dense_base", "fsdp", "torch_compile", "dtype"),
     *("eval_steps", "load_best_model_at_end", "early_stopping_patience", "save_steps", "save_total_limit", "seed"),
 )
 
@@ -265,6 +284,7 @@ def _memory_setting(
     model: ModelFacts,
     machine: MachineFacts,
     targets: tuple[str, ...] | None,
+    parts: int = 1,
 ) -> MemorySetting:
     return MemorySetting(
         tune=recipe.tune,
@@ -276,6 +296,7 @@ def _memory_setting(
         targets=targets,
         more=variants.more_parameters(model, choices, targets),
         average="ema_decay" in recipe.hyperparameters,
+        parts=parts,
     )
 
 
@@ -296,28 +317,49 @@ def _fitted(
     lengths = [user["max_length"]] if "max_length" in user else [whole]
     if "max_length" not in user and recipe.method is not Method.GRPO:
         lengths += [n for n in (data.length_p99, data.length_p95) if n < whole]
-    tried: list[tuple[int, Fitted]] = []
-    for length in lengths:
+    tried: list[tuple[int, int, Fitted]] = []
+    for length, (parts, eight_bit) in product(lengths, ways_to_hold(recipe, machine, _states(recipe))):
         longest = min(length, epoch.longest)
-        setting = _memory_setting(choices, recipe, model, machine, targets)
+        setting = _memory_setting(choices, recipe, model, machine, targets, parts)
         budget = user.get("token_budget")
         if budget is None and "per_device_train_batch_size" in user:
             budget = user["per_device_train_batch_size"] * epoch.sequences * longest
+        setting = replace(
+            setting, lengths=tuple(sorted({min(n, length) for n in data.length_percentiles})), eight_bit=eight_bit
+        )
         fitted = fit_memory(
             model,
-            replace(setting, lengths=tuple(sorted({min(n, length) for n in data.length_percentiles}))),
+            setting,
             limit=limit,
             longest=epoch.sequences * longest,
             update_tokens=epoch.sequences * min(batch * longest, max(longest, round(batch * epoch.typical))),
             host_limit=machine.memory_available if machine.device is Device.CUDA else 0,
             fixed=fixed_by(user, model, machine.device, budget),
         )
-        tried.append((length, fitted))
-        if fitted.forecast.fits:
+        tried.append((length, parts, fitted))
+        if fitted.forecast.fits and (parts > 1 or not must_be_cut(recipe, machine)):
             break
-    length, fitted = tried[-1] if tried[-1][1].forecast.fits else tried[0]
+    length, parts, fitted = tried[-1] if tried[-1][2].forecast.fits else _first_of_most_parts(tried)
+    cut = fitted.forecast if parts > 1 else None
+    choices |= sharding_choices(recipe, machine, limit, tried[0][2].forecast, cut)
+    trained = trained_parameters(model, _memory_setting(choices, recipe, model, machine, targets))
+    optimizer = schedule.choose_optimizer(trained, eight_bit=fitted.eight_bit and "optim" not in user, limit=limit)
+    choices["optim"] = settle(recipe, "optim", optimizer)
     _memory_choices(choices, recipe, model, data, epoch, machine, length, whole, fitted, limit)
     return fitted
+
+
+def _states(recipe: Recipe) -> tuple[bool, ...]:
+    """Whether AdamW's moments are in 8 bits: the user's value, else in full fine-tuning where fp32 does not fit."""
+    if "optim" in recipe.hyperparameters:
+        return (recipe.hyperparameters["optim"] in OPTIMIZERS_8BIT,)
+    return (False, True) if recipe.tune is Tune.FULL else (False,)
+
+
+def _first_of_most_parts(tried: Sequence[tuple[int, int, Fitted]]) -> tuple[int, int, Fitted]:
+    """Where nothing fits: what comes nearest without cutting rows."""
+    most = max(parts for _, parts, _ in tried)
+    return next(found for found in tried if found[1] == most)
 
 
 def _memory_choices(
@@ -398,7 +440,6 @@ def _rate_and_schedule(
         "lr_scheduler_type": shape,
         "warmup_steps": schedule.choose_warmup(updates, shape.value),
         "weight_decay": schedule.choose_weight_decay(rate, updates),
-        "optim": schedule.choose_optimizer(trained),
         "adam_beta1": beta1,
         "adam_beta2": beta2,
         "max_grad_norm": schedule.choose_clip(batch),

@@ -41,7 +41,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
     "The optimizer": (*("optim", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "ema_decay", "seed"),),
     "Memory and numbers": (
-        *("dtype", "gradient_checkpointing", "checkpointed_layers", "offload_checkpoints", "dense_base"),
+        *("dtype", "gradient_checkpointing", "checkpointed_layers", "offload_checkpoints", "dense_base", "fsdp"),
+        "torch_compile",
     ),
     "Looking and saving": (
         *("eval_steps", "save_steps", "save_total_limit", "load_best_model_at_end", "early_stopping_patience"),
@@ -52,7 +53,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
     "Learning from rewards": (
         *("num_generations", "max_completion_length", "temperature", "top_p", "epsilon", "epsilon_high"),
-        *("scale_rewards", "mask_truncated_completions", "num_iterations"),
+        *("scale_rewards", "mask_truncated_completions", "num_iterations", "vllm_importance_sampling_clip_max"),
     ),
 }
 SMALL: dict[str, Any] = dict(

@@ -35,6 +35,7 @@ def group_choices(recipe: Recipe, model: ModelFacts, data: DatasetFacts) -> Mapp
         "top_p": _top_p(group),
         "mask_truncated_completions": _masked(longest),
         "num_iterations": _iterations(group),
+        **({} if recipe.vllm_server_base_url is None else {"vllm_importance_sampling_clip_max": _correction(group)}),
     }.items():
         found[name] = settle(recipe, name, choice)
     return found
@@ -177,3 +178,9 @@ def _masked(longest: int) -> Choice:
 def _iterations(group: int) -> Choice:
     why = f"one update of each set of answers, so that all {group} of a group are the current policy's own"
     return from_rule(rule("grpo_num_iterations"), why)
+
+
+def _correction(group: int) -> Choice:
+    why = f"vLLM draws your {group} answers with slightly other arithmetic, so each token counts by how much likelier"
+    spec = rule("grpo_sampler_clip")
+    return from_rule(spec, f"{why} training finds it, up to {shown(spec.value)} times: no rare one rules an update")

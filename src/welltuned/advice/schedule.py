@@ -3,7 +3,7 @@
 import math
 
 from welltuned.advice.rules import by_threshold, cited, number, rule
-from welltuned.advice.settle import counted, from_rule, shown
+from welltuned.advice.settle import bytes_words, counted, from_rule, shown
 from welltuned.choice import Choice
 from welltuned.recipe import Method
 
@@ -66,9 +66,14 @@ def is_inert(rate: float, decay: float, updates: int) -> bool:
     return decay_reach(rate, decay) > number("weight_decay_inert") * updates
 
 
-def choose_optimizer(trained: int) -> Choice:
+def choose_optimizer(trained: int, *, eight_bit: bool, limit: int) -> Choice:
+    """AdamW; with its moments in 8 bits where nothing else makes full fine-tuning fit into so many bytes."""
     why = f"AdamW, with which the rates were found; its state for your {trained:,} trained parameters is kept in fp32"
-    return from_rule(rule("optimizer"), why)
+    if not eight_bit:
+        return from_rule(rule("optimizer"), why)
+    saved = (number("memory_adam_bytes") - number("memory_adam_8bit_bytes")) * trained
+    why = f"only so does the run fit into {bytes_words(limit)}: AdamW's two moments in 8 bits save {bytes_words(saved)}"
+    return from_rule(rule("optimizer_8bit"), why)
 
 
 def choose_betas(updates: int) -> tuple[Choice, Choice]:

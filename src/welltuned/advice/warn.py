@@ -10,11 +10,12 @@ from welltuned.advice.memory import MemoryForecast, forecast_memory
 from welltuned.advice.rate import moves_nothing, rate_setting
 from welltuned.advice.rules import number, rule
 from welltuned.advice.settle import counted, shown
+from welltuned.advice.sharding import more_processes
 from welltuned.choice import Choice, SetBy
 from welltuned.facts.data import DatasetFacts
 from welltuned.facts.machine import Device, MachineFacts
 from welltuned.facts.model import ModelFacts
-from welltuned.recipe import Method, Recipe, Tune
+from welltuned.recipe import OPTIMIZERS_8BIT, Method, Recipe, Tune
 
 _Weighed = tuple[float, str]
 
@@ -31,7 +32,7 @@ def all_warnings(
 ) -> tuple[str, ...]:
     """Sentences, the weightiest first. `problems` are the audit's, weighed; without them the facts must do."""
     found = [
-        *_of_memory(recipe, model, machine.device, choices, memory),
+        *_of_memory(recipe, model, machine, choices, memory),
         *(_of_data(model, data, choices) if problems is None else problems),
         *_of_user_values(choices, updates),
         *_of_run(recipe, model, data, machine, choices, updates),
@@ -40,11 +41,11 @@ def all_warnings(
 
 
 def _of_memory(
-    recipe: Recipe, model: ModelFacts, device: Device, choices: Mapping[str, Choice], memory: MemoryForecast
+    recipe: Recipe, model: ModelFacts, machine: MachineFacts, choices: Mapping[str, Choice], memory: MemoryForecast
 ) -> Iterator[_Weighed]:
     if memory.fits is False:
         need, limit = memory.total_bytes / 1e9, (memory.limit_bytes or 0) / 1e9
-        ways = ways_to_fit(recipe, model, device, choices, memory)
+        ways = more_processes(recipe, machine) + ways_to_fit(recipe, model, machine.device, choices, memory)
         yield 100, f"does not fit: needs about {need:.1f} GB of {limit:.1f} GB; {ways}"
     if recipe.tune is Tune.QLORA and not recipe.tune_given:
         limit = (memory.limit_bytes or 0) / 1e9
@@ -65,8 +66,10 @@ def ways_to_fit(
         checkpointing=True,
         r=choices["r"].value if "r" in choices else int(number("lora_rank_floor")),
     )
+    yours = choices["optim"].set_by is SetBy.USER
+    eight_bit = choices["optim"].value in OPTIMIZERS_8BIT if yours else recipe.tune is Tune.FULL
     ways = [
-        ("shorter examples and recomputed activations", base),
+        ("shorter examples and recomputed activations", replace(base, eight_bit=eight_bit)),
         ("--tune lora with them", replace(base, tune=Tune.LORA)),
         ("--tune qlora with them", replace(base, tune=Tune.QLORA)),
     ]
@@ -127,6 +130,9 @@ def _of_run(
 ) -> Iterator[_Weighed]:
     if not data.heldout_rows:
         yield 70, "no held-out rows: nothing will show overfitting"
+    if choices["optim"].value.startswith("paged"):
+        where = "the GPU" if machine.device is Device.CUDA else "memory"
+        yield 20, f"optim {choices['optim'].value} (yours): its 8-bit state stays in {where}, nothing is paged out"
     batch = choices["effective_batch_size"].value
     group = choices["num_generations"].value if "num_generations" in choices else 1
     if batch > data.rows * group:

@@ -19,7 +19,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
 
 def run(arguments: argparse.Namespace) -> int:
     recipe = recipe_of(arguments)
-    from welltuned.training.prepare import ALONE_ONLY, prepare
+    from welltuned.training.prepare import prepare
 
     quiet_libraries()
     prepared = prepare(recipe, progress=RowsShown(), weights_needed=arguments.probe)
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     for note in (note for note in prepared.notes if note not in prepared.plan.warnings):
         console.print(f"  {visible(note)}", style="dim", markup=False)
-    processes = 1 if recipe.method in ALONE_ONLY else prepared.plan.facts.machine.gpus  # one for each GPU
+    processes = prepared.plan.facts.machine.gpus  # one for each GPU
     print_plan(prepared.plan, whole=arguments.all, command=train_command(arguments, processes))
     return 0
 

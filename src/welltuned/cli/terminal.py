@@ -14,7 +14,7 @@ from rich.text import Text
 
 from welltuned.advice.settle import bytes_words, duration_words
 from welltuned.cli.safe import visible
-from welltuned.training.events import Evaluated, Event, Finding, Note, Severity, Skipped, Updated
+from welltuned.training.events import Compiled, Evaluated, Event, Finding, Note, Severity, Skipped, Updated
 
 # In a file or a pipe rich would fold everything to 80 columns.
 console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
@@ -56,6 +56,8 @@ class Progress:
         match event:
             case Note():
                 self._line(Text("  " + visible(event.text), style="dim"))
+            case Compiled():
+                self._line(Text("  " + visible(event.sentence), style="dim"))
             case Skipped():
                 rows = visible(", ".join(event.rows[:5]))
                 text = f"! update {event.step} was left out, {visible(event.what)}: {rows}"

@@ -31,8 +31,7 @@ from welltuned.models.generate import stop_ids
 from welltuned.models.load import load_config, load_model, load_skeleton, load_tokenizer
 from welltuned.models.lora_settings import Init
 from welltuned.models.resolve import SourceKind, resolve
-
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
+from welltuned.models.vllm import rank_of_server
 
 
 class Target(StrEnum):
@@ -121,11 +120,10 @@ def _peft(finished: Finished, out: Path, options: Options) -> Exported:
     adapter = read_adapter(finished.adapter, accept=UNDERSTOOD)
     base = str(adapter.config.get("base_model_name_or_path") or finished.model)
     rank = int(adapter.config["r"])
-    most = next((r for r in _VLLM_RANKS if r >= rank), rank)
     name = _title(finished)
     commands = (
         f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{out}")',
-        f"vllm serve {base} --enable-lora --max-lora-rank {most} --lora-modules {name}={out}",
+        f"vllm serve {base} --enable-lora --max-lora-rank {rank_of_server(rank)} --lora-modules {name}={out}",
     )
     notes = []
     if resolve(finished.model).kind is SourceKind.GGUF:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,10 +20,11 @@ from welltuned.models.adapter_file import CONFIG, UNDERSTOOD, load_adapter, read
 from welltuned.models.load import load_model, load_tokenizer
 from welltuned.models.lora import AdapterBank
 from welltuned.models.paths import inside
-from welltuned.models.resolve import NO_TRUST, resolve
+from welltuned.models.resolve import NO_TRUST, SourceKind, resolve
 from welltuned.recipe import Trust
 from welltuned.training.rundir import ADAPTER, MODEL, PLAN, RUN, read_run
 
+SHOWN = 5  # runs that are named where one is not found
 _NO_FACTS: Mapping[str, Any] = MappingProxyType({})
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -105,11 +107,22 @@ def find(path: str | Path) -> Finished:
     if folder.is_dir() and not (folder / "config.json").is_file():
         mend = "give a run, an adapter's folder or a model"
         raise InputError("there is neither a finished run nor an adapter", where=str(path), mend=mend)
-    resolve(str(path))
+    if resolve(str(path)).kind is SourceKind.HUB:
+        _refuse_misspelt(folder)
     facts = _origin(folder) if folder.is_dir() else {}
     template = facts["chat_template"] if "chat_template" in facts else _template(str(path))
     base = facts.get("model")
     return Finished(path=folder, adapter=None, model=str(path), base=base, chat_template=template, facts=facts)
+
+
+def _refuse_misspelt(folder: Path) -> None:
+    """Raise InputError where what could be a hub id is meant for a run here: the hub would be asked at length."""
+    beside = folder.parent
+    runs = [child.name for child in beside.iterdir() if (child / RUN).is_file()] if beside.is_dir() else []
+    close = get_close_matches(folder.name, runs)
+    if close or (runs and beside != Path(".")):
+        mend = f"did you mean {beside / close[0]}?" if close else f"there are: {', '.join(sorted(runs)[:SHOWN])}"
+        raise InputError("there is no such run", where=str(folder), mend=mend)
 
 
 def _run(folder: Path) -> Finished:

@@ -7,7 +7,7 @@ from welltuned.advice.plan import Plan
 from welltuned.data.conversation import Format
 from welltuned.interop.emit_missing import held_out_share, model_there
 from welltuned.interop.emit_rows import Look, Shape, loss_of, template_text
-from welltuned.interop.emit_text import Setting, reasoned, yaml_lines
+from welltuned.interop.emit_text import Setting, optimizer_name, reasoned, yaml_lines
 from welltuned.interop.emit_yaml import (
     HELD_OUT_ROWS,
     TRAIN_ROWS,
@@ -19,7 +19,6 @@ from welltuned.interop.emit_yaml import (
     job_for,
     length_settings,
     missing_of,
-    optimizer_name,
 )
 from welltuned.recipe import ALL_LINEAR, Method, Tune
 
@@ -68,7 +67,7 @@ def _axolotl(job: Job) -> Iterator[Setting]:
         yield reasoned(plan, "num_train_epochs", "num_epochs", value=float(plan.value("num_train_epochs")))
     for ours, theirs in _AXOLOTL:
         yield reasoned(plan, ours, theirs)
-    yield reasoned(plan, "optim", "optimizer", value=optimizer_name(job))
+    yield reasoned(plan, "optim", "optimizer", value=optimizer_name(job.plan))
     yield Setting("excess_length_strategy", "truncate", "longer rows are cut, as here; the default drops them")
     yield Setting("sample_packing", False, "as explained at the top")
     yield Setting("pad_to_sequence_len", False)

@@ -9,7 +9,7 @@ from welltuned.data.conversation import Format
 from welltuned.facts.machine import Device
 from welltuned.interop.emit_missing import held_out_share, model_there
 from welltuned.interop.emit_rows import Look, Shape, loss_of
-from welltuned.interop.emit_text import Setting, reasoned, yaml_lines
+from welltuned.interop.emit_text import Setting, optimizer_name, reasoned, yaml_lines
 from welltuned.interop.emit_yaml import (
     HELD_OUT_ROWS,
     TRAIN_ROWS,
@@ -21,7 +21,6 @@ from welltuned.interop.emit_yaml import (
     job_for,
     length_settings,
     missing_of,
-    optimizer_name,
 )
 from welltuned.recipe import ALL_LINEAR, Method, Tune
 
@@ -99,7 +98,7 @@ def _llamafactory(job: Job) -> Iterator[Setting]:
         yield reasoned(plan, "num_train_epochs", value=float(plan.value("num_train_epochs")))
     for name in _SHARED:
         yield reasoned(plan, name)
-    yield reasoned(plan, "optim", value=optimizer_name(job))
+    yield reasoned(plan, "optim", value=optimizer_name(job.plan))
     yield reasoned(
         plan, "gradient_checkpointing", "disable_gradient_checkpointing", value=not plan.value("gradient_checkpointing")
     )

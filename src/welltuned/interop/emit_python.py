@@ -15,7 +15,16 @@ from welltuned.interop.emit_missing import (
     other_rows_held_out,
 )
 from welltuned.interop.emit_rows import Look, Shape, look_at, loss_of, shape_of, template_code
-from welltuned.interop.emit_text import Setting, bullets, comment, python_call, python_value, reasoned, title
+from welltuned.interop.emit_text import (
+    Setting,
+    bullets,
+    comment,
+    optimizer_name,
+    python_call,
+    python_value,
+    reasoned,
+    title,
+)
 from welltuned.recipe import ALL_LINEAR, Method, Tune
 
 TRAINERS = {
@@ -203,7 +212,7 @@ def _trainer_settings(job: _Job) -> Iterator[Setting]:
         yield reasoned(plan, "num_train_epochs", value=float(plan.value("num_train_epochs")))
     for name in SHARED:
         yield reasoned(plan, name)
-    yield reasoned(plan, "optim", value="adamw_torch_fused" if cuda else "adamw_torch")
+    yield reasoned(plan, "optim", value=optimizer_name(plan))
     yield reasoned(plan, "gradient_checkpointing", "activation_checkpointing")
     mixed = job.dtype == "bfloat16"
     yield Setting("bf16", mixed, "autocast to bfloat16, as the base is" if mixed else "TRL's default is True")

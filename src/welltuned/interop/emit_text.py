@@ -9,6 +9,8 @@ from typing import Any
 
 from welltuned.advice.plan import Plan
 from welltuned.choice import SetBy
+from welltuned.facts.machine import Device
+from welltuned.recipe import OPTIMIZERS_8BIT
 
 WIDTH = 110
 _PLAIN = re.compile(r"[A-Za-z_][\w./-]*")
@@ -29,6 +31,13 @@ def reasoned(plan: Plan, choice: str, name: str | None = None, value: Any = None
     chosen = plan.choices[choice]
     evidence = f" [{' '.join(chosen.evidence)}]" if chosen.evidence and chosen.set_by is SetBy.ADVICE else ""
     return Setting(name or choice, chosen.value if value is None else value, chosen.reason + evidence)
+
+
+def optimizer_name(plan: Plan) -> str:
+    """As transformers calls it; its names for AdamW in 8 bits are ours too."""
+    if plan.value("optim") in OPTIMIZERS_8BIT:
+        return str(plan.value("optim"))
+    return "adamw_torch_fused" if plan.facts.machine.device is Device.CUDA else "adamw_torch"
 
 
 def comment(text: str, indent: str = "", first: str = "") -> list[str]:

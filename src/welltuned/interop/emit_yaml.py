@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from welltuned.advice.plan import Plan
 from welltuned.data.conversation import Format
-from welltuned.facts.machine import Device
 from welltuned.interop.emit_code import data_code
 from welltuned.interop.emit_missing import (
     missing_everywhere,
@@ -141,10 +140,6 @@ def length_settings(job: Job) -> Iterator[Setting]:
 
 def dtype_setting(job: Job) -> Setting:
     return reasoned(job.plan, "dtype", "bf16", value=job.plan.value("dtype") == "bfloat16")
-
-
-def optimizer_name(job: Job) -> str:
-    return "adamw_torch_fused" if job.plan.facts.machine.device is Device.CUDA else "adamw_torch"
 
 
 def alpha_setting(job: Job) -> Setting:

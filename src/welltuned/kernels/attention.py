@@ -3,13 +3,14 @@
 An example may end in branches: continuations of one beginning (its trunk), each of which sees the trunk and itself, so
 that what several answers share is computed once (Wang & Hegde 2024, arXiv 2410.20305).
 
-Four ways to the same numbers: CUDA half precision runs torch's variable-length flash attention; short examples on the
+Four ways to the same numbers (and kernels/flex.py, of long trunks): CUDA half precision runs torch's variable-length
+flash attention; short examples on the
 CPU run blocks of queries against the keys they may see, in batched matrix products; elsewhere each example is a slice
 with its own causal SDPA, which skips padding and never builds an N x N mask; logit soft-capping and attention sinks,
 which SDPA lacks, take the plain product per slice.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import accumulate
@@ -109,6 +110,72 @@ def _blocks(n: int) -> list[tuple[int, int]]:
     return [(i, min(i + size, n)) for i in range(0, n, size)]
 
 
+def _probabilities(
+    q: Tensor, k: Tensor, span: Span, upper: Tensor, window: int | None = None
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Of each block of a span's queries its bounds, and the probabilities [G, Q/G · rows, seen keys].
+
+    Args:
+        q: [G, Q/G, N, D], scaled. k: what the span sees. upper: -inf above the diagonal, of a block.
+    """
+    groups, _, _, d = q.shape
+    for i, j in _blocks(span.length):
+        seen = span.shared + j
+        z = torch.bmm(q[:, :, span.start + i : span.start + j].reshape(groups, -1, d), k[:, :seen].transpose(1, 2))
+        each = z.view(groups, -1, j - i, seen)
+        each[..., span.shared + i :] += upper[: j - i, : j - i]
+        if window is not None and window < seen:
+            each.masked_fill_(~_allowed(j - i, seen, window, q.device), -torch.inf)
+        yield i, j, torch.softmax(z, -1)
+
+
+def _grouped(q_QND: Tensor, groups: int, scale: float) -> Tensor:
+    """Scaled queries [G, Q/G, N, D]: a smaller pass than over the logits."""
+    return (q_QND * scale).reshape(groups, -1, *q_QND.shape[1:])
+
+
+def _upper(like: Tensor) -> Tensor:
+    return torch.full((BLOCK, BLOCK), -torch.inf, dtype=like.dtype, device=like.device).triu(1)
+
+
+def _gradients(
+    g_NQD: Tensor,
+    q: Tensor,
+    k_GND: Tensor,
+    v_GND: Tensor,
+    parts: Sequence[Span],
+    scale: float,
+    kept: Sequence[Tensor] | None,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq_QND, dk_GND, dv_GND); q as `_grouped` gives it. Without `kept` probabilities they are formed again."""
+    groups, repeat, n_all, d = q.shape
+    d_value = v_GND.shape[-1]
+    g = g_NQD.view(n_all, groups, repeat, d_value).permute(1, 2, 0, 3)
+    dq = torch.empty_like(q)
+    dk_GND, dv_GND = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (k_GND, v_GND))
+    blocks, upper = iter(kept or ()), _upper(q)
+    for span in parts:
+        k, v, dk, dv = (span.of(t) for t in (k_GND, v_GND, dk_GND, dv_GND))
+        if span.apart:  # copies, which hold what the trunk has got so far: not to be added once more
+            dk.zero_()
+            dv.zero_()
+        again = _probabilities(q, k, span, upper, window) if kept is None else None
+        for i, j, p in again or ((i, j, next(blocks)) for i, j in _blocks(span.length)):
+            rows, seen = slice(span.start + i, span.start + j), span.shared + j
+            g_block = g[:, :, rows].reshape(groups, -1, d_value)
+            dv[:, :seen].baddbmm_(p.transpose(1, 2), g_block)
+            dp = torch.bmm(g_block, v[:, :seen].transpose(1, 2))
+            dz = torch._softmax_backward_data(dp, p, -1, p.dtype)
+            dq[:, :, rows] = torch.bmm(dz, k[:, :seen]).view(groups, -1, j - i, d)
+            dk[:, :seen].baddbmm_(dz.transpose(1, 2), q[:, :, rows].reshape(groups, -1, d))
+        if span.apart:
+            for whole, part in ((dk_GND, dk), (dv_GND, dv)):
+                whole[:, span.trunk : span.trunk + span.shared] += part[:, : span.shared]
+                whole[:, span.start : span.start + span.length] += part[:, span.shared :]
+    return dq.mul_(scale).view(-1, n_all, d), dk_GND, dv_GND
+
+
 class _BlockedAttention(torch.autograd.Function):
     """Causal attention of packed short examples; keeps the probabilities of each block, the upper triangle skipped.
 
@@ -117,22 +184,18 @@ class _BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q_QND, k_GND, v_GND, parts, scale):  # type: ignore[no-untyped-def]
-        heads, n_all, d = q_QND.shape
+        heads, n_all, _ = q_QND.shape
         groups, _, d_value = v_GND.shape  # which is not d in DeepSeek's latent attention
-        q = (q_QND * scale).reshape(groups, heads // groups, n_all, d)  # a smaller pass than over the logits
+        q = _grouped(q_QND, groups, scale)
         out_NQD = q_QND.new_empty(n_all, heads, d_value)
         out = out_NQD.view(n_all, groups, heads // groups, d_value).permute(1, 2, 0, 3)
-        upper = torch.full((BLOCK, BLOCK), -torch.inf, dtype=q.dtype).triu(1)
-        kept = []
+        kept, upper = [], _upper(q)
         for span in parts:
             k, v = span.of(k_GND), span.of(v_GND)
-            for i, j in _blocks(span.length):
-                rows, seen = slice(span.start + i, span.start + j), span.shared + j
-                z = torch.bmm(q[:, :, rows].reshape(groups, -1, d), k[:, :seen].transpose(1, 2))
-                z.view(groups, -1, j - i, seen)[..., span.shared + i :] += upper[: j - i, : j - i]
-                p = torch.softmax(z, -1)
+            for i, j, p in _probabilities(q, k, span, upper):
                 kept.append(p)
-                out[:, :, rows] = torch.bmm(p, v[:, :seen]).view(groups, -1, j - i, d_value)
+                rows = slice(span.start + i, span.start + j)
+                out[:, :, rows] = torch.bmm(p, v[:, : span.shared + j]).view(groups, -1, j - i, d_value)
         ctx.save_for_backward(q, k_GND, v_GND, *kept)
         ctx.parts, ctx.scale = parts, scale
         return out_NQD
@@ -140,30 +203,22 @@ class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g_NQD):  # type: ignore[no-untyped-def]
         q, k_GND, v_GND, *kept = ctx.saved_tensors
-        groups, repeat, n_all, d = q.shape
-        d_value = v_GND.shape[-1]
-        g = g_NQD.view(n_all, groups, repeat, d_value).permute(1, 2, 0, 3)
-        dq = torch.empty_like(q)
-        dk_GND, dv_GND = (torch.zeros(t.shape, dtype=t.dtype) for t in (k_GND, v_GND))
-        blocks = iter(kept)
-        for span in ctx.parts:
-            k, v, dk, dv = (span.of(t) for t in (k_GND, v_GND, dk_GND, dv_GND))
-            if span.apart:  # copies, which hold what the trunk has got so far: not to be added once more
-                dk.zero_()
-                dv.zero_()
-            for i, j in _blocks(span.length):
-                rows, seen, p = slice(span.start + i, span.start + j), span.shared + j, next(blocks)
-                g_block = g[:, :, rows].reshape(groups, -1, d_value)
-                dv[:, :seen].baddbmm_(p.transpose(1, 2), g_block)
-                dp = torch.bmm(g_block, v[:, :seen].transpose(1, 2))
-                dz = torch._softmax_backward_data(dp, p, -1, p.dtype)
-                dq[:, :, rows] = torch.bmm(dz, k[:, :seen]).view(groups, -1, j - i, d)
-                dk[:, :seen].baddbmm_(dz.transpose(1, 2), q[:, :, rows].reshape(groups, -1, d))
-            if span.apart:
-                for whole, part in ((dk_GND, dk), (dv_GND, dv)):
-                    whole[:, span.trunk : span.trunk + span.shared] += part[:, : span.shared]
-                    whole[:, span.start : span.start + span.length] += part[:, span.shared :]
-        return dq.mul_(ctx.scale).view(-1, n_all, d), dk_GND, dv_GND, None, None
+        return *_gradients(g_NQD, q, k_GND, v_GND, ctx.parts, ctx.scale, kept), None, None
+
+
+def packed_attention_backward(
+    g_NQD: Tensor,
+    q_QND: Tensor,
+    k_GND: Tensor,
+    v_GND: Tensor,
+    lengths: Sequence[int],
+    scale: float,
+    window: int | None = None,
+    branches: Branches | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of `packed_attention` where nothing was kept: its probabilities are formed again."""
+    q = _grouped(q_QND, v_GND.shape[0], scale)
+    return _gradients(g_NQD, q, k_GND, v_GND, list(spans(lengths, branches)), scale, None, window)
 
 
 def _slice_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
@@ -198,8 +253,11 @@ def packed_attention(
     if sum(lengths) != q_QND.shape[1]:
         raise ValueError(f"lengths add up to {sum(lengths)}, not to {q_QND.shape[1]} rows")
     plain = softcap is not None or sinks_Q is not None
-    if q_QND.is_cuda and q_QND.dtype in (torch.bfloat16, torch.float16) and not plain:
-        return _cuda_varlen(q_QND, k_GND, v_GND, seen or seen_by(lengths, branches, q_QND.device), scale, window)
+    if takes_varlen(q_QND) and not plain:
+        seen = seen or seen_by(lengths, branches, q_QND.device)
+        if seen.whole is not None and (window is None or window >= seen.longest[1]):
+            return seen.whole(q_QND, k_GND, v_GND, scale)
+        return varlen(q_QND, k_GND, v_GND, seen, scale, window)
     parts = list(spans(lengths, branches))
     longest = max(span.keys for span in parts)
     unwindowed = window is None or window >= longest
@@ -224,12 +282,14 @@ class Seen:
 
     Attributes:
         rows_K: the row of each key, None where keys are the rows as they lie (no branches).
+        whole: instead of all this, where trunks are read where they lie, their attention (kernels/flex.py).
     """
 
     query_B: Tensor
     key_B: Tensor
     longest: tuple[int, int]
     rows_K: Tensor | None = None
+    whole: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None
 
 
 def seen_by(lengths: Sequence[int], branches: Branches | None, device: torch.device) -> Seen:
@@ -252,11 +312,23 @@ def on(device: torch.device, host: Tensor) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
-def _cuda_varlen(q: Tensor, k: Tensor, v: Tensor, seen: Seen, scale: float, window: int | None) -> Tensor:
+def takes_varlen(q: Tensor) -> bool:
+    """Whether torch has variable-length flash attention for it."""
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+
+
+@torch.compiler.assume_constant_result
+def _group_keyword() -> bool:
+    """torch 2.11 takes fewer key heads as they are and does not know the keyword; 2.12 wants to be told."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.11 takes fewer key heads as they are and does not know the keyword; 2.12 wants to be told.
-    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    return "enable_gqa" in signature(varlen_attn).parameters
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, seen: Seen, scale: float, window: int | None) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped: dict[str, Any] = {"enable_gqa": True} if _group_keyword() else {}
     if seen.rows_K is not None:
         k, v = k.index_select(1, seen.rows_K), v.index_select(1, seen.rows_K)
     q_NQD, k_NGD, v_NGD = (t.transpose(0, 1).contiguous() for t in (q, k, v))

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from welltuned.kernels.lora import Projection, Rows, lora
-from welltuned.kernels.nf4 import FrozenWeight, NF4Weight
+from welltuned.kernels.nf4 import DenseWeight, FrozenWeight
 
 
 def row_squares(weight: FrozenWeight) -> Tensor:
     """|w|² of each row [O], in float64."""
-    return weight.dense(torch.float32 if isinstance(weight, NF4Weight) else weight.w_OI.dtype).double().square().sum(1)
+    dtype = weight.w_OI.dtype if isinstance(weight, DenseWeight) else torch.float32  # 16 bits widen without a loss
+    return weight.dense(dtype).double().square().sum(1)
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ _BACKWARD: dict[Activation, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class GatedMLP:
     gate: Projection
     up: Projection
@@ -51,29 +51,46 @@ def gated_mlp_reference(x_NI: Tensor, mlp: GatedMLP, gate: Pair, up: Pair, down:
     return lora_reference(FORWARD[mlp.activation](e) * u, mlp.down, *down, None, rows)
 
 
+Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # outputs of gate and up, the thin S of gate, up and down
+
+
+def mlp_forward(x_NI: Tensor, mlp: GatedMLP, gate: Pair, up: Pair, down: Pair, rows: Rows) -> tuple[Tensor, Kept]:
+    """Without autograd: y_NI, and what the backward pass needs."""
+    e_NO, sg_NR = project(x_NI, mlp.gate, *gate, None, rows)
+    u_NO, su_NR = project(x_NI, mlp.up, *up, None, rows)
+    y_NI, sd_NR = project(FORWARD[mlp.activation](e_NO).mul_(u_NO), mlp.down, *down, None, rows)
+    return y_NI, (e_NO, u_NO, sg_NR, su_NR, sd_NR)
+
+
+def mlp_backward(
+    g_NI: Tensor, x: Tensor, kept: Kept, mlp: GatedMLP, gate: Pair, up: Pair, down: Pair, rows: Rows, needs_dx: bool
+) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """dx_NI, and the gradients of the three pairs in turn."""
+    e, u, sg, su, sd = kept
+    act_e = FORWARD[mlp.activation](e)
+    dh, dad, dbd = project_backward(g_NI.contiguous(), act_e * u, sd, mlp.down, *down, rows, None, True)
+    assert dh is not None
+    du = act_e.mul_(dh)
+    de = _BACKWARD[mlp.activation](dh.mul_(u), e)
+    dx, dag, dbg = project_backward(de, x, sg, mlp.gate, *gate, rows, None, needs_dx)
+    dx, dau, dbu = project_backward(du, x, su, mlp.up, *up, rows, dx, needs_dx)
+    return dx, (dag, dbg, dau, dbu, dad, dbd)
+
+
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_NI, mlp, rows, ag, bg, au, bu, ad, bd):  # type: ignore[no-untyped-def]
-        e_NO, sg_NR = project(x_NI, mlp.gate, ag, bg, None, rows)
-        u_NO, su_NR = project(x_NI, mlp.up, au, bu, None, rows)
-        y_NI, sd_NR = project(FORWARD[mlp.activation](e_NO).mul_(u_NO), mlp.down, ad, bd, None, rows)
-        ctx.save_for_backward(x_NI, e_NO, u_NO, sg_NR, su_NR, sd_NR, ag, bg, au, bu, ad, bd)
+        y_NI, kept = mlp_forward(x_NI, mlp, (ag, bg), (au, bu), (ad, bd), rows)
+        ctx.save_for_backward(x_NI, *kept, ag, bg, au, bu, ad, bd)
         ctx.mlp, ctx.rows = mlp, Rows(rows.per_adapter, rows.dropout)
         return y_NI
 
     @staticmethod
     def backward(ctx, g_NI):  # type: ignore[no-untyped-def]
         x, e, u, sg, su, sd, ag, bg, au, bu, ad, bd = ctx.saved_tensors
-        mlp, rows = ctx.mlp, ctx.rows
-        act_e = FORWARD[mlp.activation](e)
-        dh, dad, dbd = project_backward(g_NI.contiguous(), act_e * u, sd, mlp.down, ad, bd, rows, None, True)
-        assert dh is not None
-        du = act_e.mul_(dh)
-        de = _BACKWARD[mlp.activation](dh.mul_(u), e)
-        needs_dx = ctx.needs_input_grad[0]
-        dx, dag, dbg = project_backward(de, x, sg, mlp.gate, ag, bg, rows, None, needs_dx)
-        dx, dau, dbu = project_backward(du, x, su, mlp.up, au, bu, rows, dx, needs_dx)
-        return dx, None, None, dag, dbg, dau, dbu, dad, dbd
+        kept, pairs = (e, u, sg, su, sd), ((ag, bg), (au, bu), (ad, bd))
+        dx, grads = mlp_backward(g_NI, x, kept, ctx.mlp, *pairs, ctx.rows, ctx.needs_input_grad[0])
+        return dx, None, None, *grads
 
 
 @torch.compiler.disable
@@ -81,7 +98,6 @@ def gated_mlp(x_NI: Tensor, mlp: GatedMLP, gate: Pair, up: Pair, down: Pair, row
     """y_NI, differentiable in x and in the three pairs (A_KRI, B_KOR)."""
     x_NI = autocast_input(x_NI)
     if not torch.is_grad_enabled():
-        e_NO, u_NO = project(x_NI, mlp.gate, *gate, None, rows)[0], project(x_NI, mlp.up, *up, None, rows)[0]
-        return project(FORWARD[mlp.activation](e_NO).mul_(u_NO), mlp.down, *down, None, rows)[0]
+        return mlp_forward(x_NI, mlp, gate, up, down, rows)[0]
     y_NI: Tensor = _GatedMLP.apply(x_NI, mlp, rows, *gate, *up, *down)
     return y_NI

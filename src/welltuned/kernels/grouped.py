@@ -214,41 +214,66 @@ def _adapter_gradients(
     return da_KERI, db_KEOR
 
 
+def experts_forward(
+    x_NH: Tensor, weight_NT: Tensor, experts: Experts, routing: Routing, up: Adapter | None, down: Adapter | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Without autograd: (y_NH, h_SO of the first product, S of both), the last three for the backward pass."""
+    h_SO, su_SR = _project(routing.spread(x_NH), experts.up, experts.up_bias_EO, up, routing)
+    y_SH, sd_SR = _project(experts.act(h_SO), experts.down, experts.down_bias_EO, down, routing)
+    weight_S1 = weight_NT.flatten()[routing.order_S, None]
+    return routing.gather(y_SH * weight_S1).to(x_NH.dtype), h_SO, su_SR, sd_SR
+
+
+def experts_backward(
+    g_NH: Tensor,
+    x_NH: Tensor,
+    weight_NT: Tensor,
+    h_SO: Tensor,
+    su_SR: Tensor | None,
+    sd_SR: Tensor | None,
+    experts: Experts,
+    routing: Routing,
+    up: Adapter | None,
+    down: Adapter | None,
+    needs_dx: bool,
+) -> tuple[Tensor | None, ...]:
+    """(dx_NH, dweight_NT, dA and dB of the first product, dA and dB of the second)."""
+    weight_S1 = weight_NT.flatten()[routing.order_S, None]
+    g_SH = routing.spread(g_NH)
+    found = torch.func.vjp(experts.act, h_SO)  # also where autograd is not at work: within a node of the compiler
+    inner_SI, through_act = found[0], found[1]
+    # Before the row's weight is applied: (W + s B A)^T g. Its product with what the experts took is g · y, the
+    # weight's own gradient, so y itself is not needed again.
+    di_SI, ds_SR = _project_backward(g_SH, experts.down, down, routing)
+    dweight_NT = _weight_gradient(di_SI, inner_SI, g_SH, experts, routing).view_as(weight_NT)
+    dad = dbd = dau = dbu = None
+    if down is not None and ds_SR is not None and sd_SR is not None:
+        gw_SH, dsw_SR = ((t * weight_S1).to(g_SH.dtype) for t in (g_SH, ds_SR))
+        dad, dbd = _adapter_gradients(inner_SI, sd_SR, gw_SH, dsw_SR, down, routing)
+    (dh_SO,) = through_act((di_SI * weight_S1).to(inner_SI.dtype))
+    dx_SH, ds_SR = _project_backward(dh_SO, experts.up, up, routing)
+    if up is not None and ds_SR is not None and su_SR is not None:
+        dau, dbu = _adapter_gradients(routing.spread(x_NH), su_SR, dh_SO, ds_SR, up, routing)
+    dx_NH = routing.gather(dx_SH) if needs_dx else None
+    return dx_NH, dweight_NT.to(weight_NT.dtype), dau, dbu, dad, dbd
+
+
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_NH, weight_NT, experts, routing, scale_K, au, bu, ad, bd):  # type: ignore[no-untyped-def]
         up, down = _adapter(au, bu, scale_K[0]), _adapter(ad, bd, scale_K[1])
-        h_SO, su_SR = _project(routing.spread(x_NH), experts.up, experts.up_bias_EO, up, routing)
-        y_SH, sd_SR = _project(experts.act(h_SO), experts.down, experts.down_bias_EO, down, routing)
+        y_NH, h_SO, su_SR, sd_SR = experts_forward(x_NH, weight_NT, experts, routing, up, down)
         ctx.save_for_backward(x_NH, weight_NT, h_SO, su_SR, sd_SR, au, bu, ad, bd)
         ctx.experts, ctx.routing, ctx.scale_K = experts, routing, scale_K
-        weight_S1 = weight_NT.flatten()[routing.order_S, None]
-        return routing.gather(y_SH * weight_S1).to(x_NH.dtype)
+        return y_NH
 
     @staticmethod
     def backward(ctx, g_NH):  # type: ignore[no-untyped-def]
-        x_NH, weight_NT, h_SO, su_SR, sd_SR, au, bu, ad, bd = ctx.saved_tensors
-        experts, routing = ctx.experts, ctx.routing
+        x, weight, h, su, sd, au, bu, ad, bd = ctx.saved_tensors
         up, down = _adapter(au, bu, ctx.scale_K[0]), _adapter(ad, bd, ctx.scale_K[1])
-        weight_S1 = weight_NT.flatten()[routing.order_S, None]
-        g_SH = routing.spread(g_NH)
-        with torch.enable_grad():
-            h_SO = h_SO.detach().requires_grad_()
-            inner_SI = experts.act(h_SO)
-        # Before the row's weight is applied: (W + s B A)^T g. Its product with what the experts took is g · y, the
-        # weight's own gradient, so y itself is not needed again.
-        di_SI, ds_SR = _project_backward(g_SH, experts.down, down, routing)
-        dweight_NT = _weight_gradient(di_SI, inner_SI.detach(), g_SH, experts, routing).view_as(weight_NT)
-        dad = dbd = dau = dbu = None
-        if down is not None:
-            gw_SH, dsw_SR = ((t * weight_S1).to(g_SH.dtype) for t in (g_SH, ds_SR))
-            dad, dbd = _adapter_gradients(inner_SI.detach(), sd_SR, gw_SH, dsw_SR, down, routing)
-        (dh_SO,) = torch.autograd.grad(inner_SI, h_SO, (di_SI * weight_S1).to(inner_SI.dtype))
-        dx_SH, ds_SR = _project_backward(dh_SO, experts.up, up, routing)
-        if up is not None and ds_SR is not None:
-            dau, dbu = _adapter_gradients(routing.spread(x_NH), su_SR, dh_SO, ds_SR, up, routing)
-        dx_NH = routing.gather(dx_SH) if ctx.needs_input_grad[0] else None
-        return dx_NH, dweight_NT.to(weight_NT.dtype), None, None, None, dau, dbu, dad, dbd
+        parts = ctx.experts, ctx.routing, up, down, ctx.needs_input_grad[0]
+        dx, dweight, *grads = experts_backward(g_NH, x, weight, h, su, sd, *parts)
+        return dx, dweight, None, None, None, *grads
 
 
 def _adapter(a_KERI: Tensor | None, b_KEOR: Tensor | None, scale_K: Sequence[float]) -> Adapter | None:

@@ -60,10 +60,14 @@ class Dropout:
 
 @dataclass(slots=True)
 class Rows:
-    """How the rows of this micro-batch belong to adapters and examples. One object, shared by every projection."""
+    """How the rows of this micro-batch belong to adapters and examples. One object, shared by every projection.
+
+    `ledger` is the same as a tensor, where compiled layers read it (kernels/nodes.py).
+    """
 
     per_adapter: tuple[int, ...] | None = None  # None: every row belongs to adapter 0
     dropout: Dropout = field(default_factory=Dropout)
+    ledger: Tensor | None = None
 
     def spans(self, n: int) -> list[tuple[int, slice]]:
         if self.per_adapter is None:
@@ -76,6 +80,20 @@ class Rows:
                 spans.append((k, slice(start, start + rows)))
             start += rows
         return spans
+
+    @contextmanager
+    def longer(self, rows: int) -> Iterator[None]:
+        """Within the block so many rows follow that belong to no example."""
+        per_adapter, dropout = self.per_adapter, self.dropout
+        if per_adapter is not None:
+            self.per_adapter = (*per_adapter[:-1], per_adapter[-1] + rows)
+        if dropout.p:
+            shares = (*dropout.p_of_span, 0.0) if dropout.p_of_span else ()
+            self.dropout = Dropout(dropout.p, (*dropout.spans, (rows, 0)), shares)
+        try:
+            yield
+        finally:
+            self.per_adapter, self.dropout = per_adapter, dropout
 
     @contextmanager
     def only(self, start: int, n: int) -> Iterator[None]:
@@ -98,7 +116,7 @@ class Rows:
             self.per_adapter, self.dropout = per_adapter, dropout
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class Projection:
     """One adapted projection. `scale_K` is s of each adapter; `index` tells projections apart for dropout.
 
@@ -296,7 +314,7 @@ def autocast_input(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
-@torch.compiler.disable  # Inductor has miscompiled traced LoRA backward passes: keep it opaque
+@torch.compiler.disable  # Inductor has miscompiled traced LoRA backward passes; ours are nodes (kernels/nodes.py)
 def lora(x_NI: Tensor, p: Projection, a_KRI: Tensor, b_KOR: Tensor, bias_O: Tensor | None, rows: Rows) -> Tensor:
     """y_NO, differentiable in x, A, B and the bias; W is frozen. A and B keep their own dtype (fp32 master weights)."""
     if not torch.is_grad_enabled():  # sampling: nothing to be kept for a backward pass

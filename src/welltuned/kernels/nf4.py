@@ -7,6 +7,7 @@ another device.
 """
 
 import math
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class DenseWeight:
     """A frozen matrix W_OI in the model's dtype (a transposed view for GPT-2's Conv1D)."""
 
@@ -31,6 +32,20 @@ class DenseWeight:
     @property
     def shape(self) -> tuple[int, int]:
         return self.w_OI.shape[0], self.w_OI.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class LiveWeight:
+    """A frozen matrix W_OI that is asked for anew each time: in a model in pieces it is whole in its turn only."""
+
+    read: Callable[[], Tensor]
+    shape: tuple[int, int]
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.read().to(dtype)
+
+    def lent(self, dtype: torch.dtype) -> Tensor:
+        return self.dense(dtype)
 
 
 @dataclass(slots=True)
@@ -49,7 +64,7 @@ class Workspace:
         return self.flat[:size].view(shape)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class NF4Weight:
     """A frozen matrix as packed 4-bit codes and bitsandbytes' QuantState (block 64, scales quantised again in 256s).
 
@@ -142,4 +157,4 @@ def nf4_reference(weight: NF4Weight) -> Tensor:
     return dense
 
 
-FrozenWeight = DenseWeight | NF4Weight
+FrozenWeight = DenseWeight | NF4Weight | LiveWeight

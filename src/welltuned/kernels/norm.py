@@ -15,6 +15,8 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, gain_H, eps):  # type: ignore[no-untyped-def]
         rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True).pow_(2).div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, gain_H, rstd)
+        if torch.compiler.is_compiling():  # torch 2.11 loses the gradient of a result that is written in place
+            return x * rstd * gain_H
         return (x * rstd).mul_(gain_H)
 
     @staticmethod

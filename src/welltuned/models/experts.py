@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from welltuned.kernels.grouped import Adapter, DenseStack, Experts, NF4Stack, Stack, lora_experts
+from welltuned.kernels.ledger import ledger_of
 from welltuned.kernels.lora import Rows
+from welltuned.kernels.nodes import experts_node, handle_of
 
 DOWN = "down_proj"
 
@@ -105,6 +107,15 @@ def _experts(module: nn.Module, layout: Layout) -> Experts:
     return Experts(stack(module, layout.up, layout), stack(module, DOWN, layout), act, biases[0], biases[1])
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertsNode:
+    """What a compiled layer is given of a module of experts: its handle, the rows of no adapters, the inner width."""
+
+    handle: Tensor
+    ledger: Tensor
+    width: int
+
+
 class NF4Experts(nn.Module):
     """Experts whose stacks are stored in NF4, expert by expert; takes the place of the module it was made from.
 
@@ -118,6 +129,7 @@ class NF4Experts(nn.Module):
         self.base, self.layout, self.frozen = base, layout, frozen
         for name in layout.stacks:
             base._parameters[name] = None
+        self.node: ExpertsNode | None = None
         self.train(base.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Experts":
@@ -126,9 +138,20 @@ class NF4Experts(nn.Module):
             self.frozen[name] = codes.to(fn(codes.weights[0].packed[:0]).device)
         return self
 
+    def parts(self) -> tuple[Experts, tuple[float, ...]]:
+        """What it is made of, and no scales."""
+        return _experts(self, self.layout), ()
+
+    def as_node(self) -> None:
+        """Be one node of a compiled layer."""
+        self.node = ExpertsNode(handle_of(self), ledger_of(Rows()), stack(self, self.layout.up, self.layout).shape[1])
+
     def forward(self, hidden_states: Tensor, index_NT: Tensor, weight_NT: Tensor) -> Tensor:
-        experts = _experts(self, self.layout)
-        return lora_experts(hidden_states, index_NT, weight_NT, experts, None, None, Rows())
+        node = self.node
+        if torch.compiler.is_compiling() and node is not None:
+            rest = node.handle, node.ledger, node.width
+            return experts_node(hidden_states, index_NT, weight_NT, None, None, *rest)
+        return lora_experts(hidden_states, index_NT, weight_NT, self.parts()[0], None, None, Rows())
 
 
 class LoraExperts(nn.Module):
@@ -155,20 +178,36 @@ class LoraExperts(nn.Module):
             self.register_parameter(f"{name}_lora_A", a_KERI)
             self.register_parameter(f"{name}_lora_B", b_KEOR)
         self.enabled = True
+        self.node: ExpertsNode | None = None
         self.train(base.training)
 
     def forward(self, hidden_states: Tensor, index_NT: Tensor, weight_NT: Tensor) -> Tensor:
         if not self.enabled:
             out: Tensor = self.base(hidden_states, index_NT, weight_NT)
             return out
+        node, ledger = self.node, self.rows.ledger
+        if torch.compiler.is_compiling() and node is not None and ledger is not None:
+            pairs = self._pair(self.layout.up), self._pair(DOWN)
+            return experts_node(hidden_states, index_NT, weight_NT, *pairs, node.handle, ledger, node.width)
         up, down = self._adapter(self.layout.up), self._adapter(DOWN)
         return lora_experts(hidden_states, index_NT, weight_NT, _experts(self.base, self.layout), up, down, self.rows)
 
-    def _adapter(self, name: str) -> Adapter | None:
+    def parts(self) -> tuple[Experts, tuple[float, ...]]:
+        """What it is made of, and each adapter's scale."""
+        return _experts(self.base, self.layout), self.scale_K
+
+    def as_node(self) -> None:
+        """Be one node of a compiled layer."""
+        self.node = ExpertsNode(handle_of(self), ledger_of(Rows()), stack(self, self.layout.up, self.layout).shape[1])
+
+    def _pair(self, name: str) -> tuple[Tensor, Tensor] | None:
         if name not in self.adapted:
             return None
-        a_KERI, b_KEOR = self.get_parameter(f"{name}_lora_A"), self.get_parameter(f"{name}_lora_B")
-        return Adapter(a_KERI, b_KEOR, self.scale_K)
+        return self.get_parameter(f"{name}_lora_A"), self.get_parameter(f"{name}_lora_B")
+
+    def _adapter(self, name: str) -> Adapter | None:
+        pair = self._pair(name)
+        return None if pair is None else Adapter(*pair, self.scale_K)
 
 
 def quantize_experts(model: nn.Module, ready: Mapping[str, NF4Stack] = MappingProxyType({})) -> int:

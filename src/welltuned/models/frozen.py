@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from welltuned.errors import InputError
-from welltuned.kernels.nf4 import DenseWeight, FrozenWeight, NF4Weight
+from welltuned.kernels.nf4 import DenseWeight, FrozenWeight, LiveWeight, NF4Weight
+from welltuned.kernels.nodes import frozen_node, handle_of
 
 # Routers pick experts: "all linear" does not mean them. State-space layers use dt_proj's weight without calling it.
 # A reward model's head is trained as it is.
@@ -63,6 +64,11 @@ class NF4Linear(nn.Module):
         self.frozen = weight
         self.out_features, self.in_features = weight.shape
         self.register_parameter("bias", bias)
+        self.handle: Tensor | None = None
+
+    def as_node(self) -> None:
+        """Be one node of a compiled layer."""
+        self.handle = handle_of(self.frozen)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
         super()._apply(fn, recurse)
@@ -70,7 +76,11 @@ class NF4Linear(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        held = self._parameters["bias"]
+        bias = None if held is None else held.to(x.dtype)
+        if torch.compiler.is_compiling() and self.handle is not None:
+            y_NO = frozen_node(x.reshape(-1, self.in_features), bias, self.handle, self.out_features)
+            return y_NO.view(*x.shape[:-1], self.out_features)
         y: Tensor = _FrozenLinear.apply(x, self.frozen, bias)
         return y
 
@@ -84,6 +94,20 @@ def frozen_weight(module: nn.Module) -> FrozenWeight:
     if isinstance(module, nn.Linear):
         return DenseWeight(module.weight.detach())
     raise InputError(f"{type(module).__name__} is not a projection that LoRA can stand on", where="target_modules")
+
+
+def live_weight(module: nn.Module) -> LiveWeight:
+    """The same, read from the module whenever it is asked for; where it lies in pieces, all ranks must ask together."""
+    before, transposed = frozen_weight(module), isinstance(module, Conv1D)
+
+    def read() -> Tensor:
+        from torch.distributed.tensor import DTensor
+
+        weight = module.get_parameter("weight").detach()
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        return whole.t() if transposed else whole
+
+    return LiveWeight(read, before.shape)
 
 
 def quantisable(model: PreTrainedModel) -> list[str]:

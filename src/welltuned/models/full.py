@@ -15,8 +15,11 @@ class FullParameters:
         frozen: names of parts that stay as they are.
 
     Attributes:
+        in_pieces: whether these are only this rank's parts of them (models/sharded.py); `whole` has their whole shapes.
         decayed: how many columns of the flat buffer weight decay applies to (matrices, not gains or biases).
     """
+
+    in_pieces = False
 
     def __init__(self, model: PreTrainedModel, frozen: tuple[str, ...] = ()):
         self.model = model.float()
@@ -29,6 +32,7 @@ class FullParameters:
         for name, parameter in named:
             self.slots.append(Slot(name, start, tuple(parameter.shape)))
             start += parameter.numel()
+        self.whole = {slot.name: slot.shape for slot in self.slots}
         self.decayed = sum(slot.size for slot in self.slots if len(slot.shape) > 1)
         device = named[0][1].device
         self.flat_KP = torch.empty(1, start, dtype=torch.float32, device=device)

@@ -8,14 +8,16 @@ day it appears, and one that only looks familiar trains on its own code.
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from inspect import signature
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from welltuned.kernels.gated_mlp import FORWARD, Activation, GatedMLP, gated_mlp
+from welltuned.kernels.nodes import gated_mlp_node, handle_of
 from welltuned.kernels.norm import rms_norm
 from welltuned.kernels.token_loss import Head
 from welltuned.models.experts import LoraExperts, NF4Experts, has_stacks
@@ -27,6 +29,7 @@ BARE_MLPS = "gated MLPs with biases or unadapted projections"
 DORA_MLPS = "gated MLPs whose rows DoRA scales"
 STRANGE_MLPS = "gated MLPs with an unknown activation"
 UNGATED_MLPS = "MLPs without gate_proj, up_proj and down_proj"
+_GATED, _NORM = "fused_gated_mlp", "fused_rms_norm"  # where a module keeps what its new forward needs
 STACKS = "stacks of experts, which carry no adapters"
 GATED = frozenset({"gate_proj", "up_proj", "down_proj"})
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -41,6 +44,7 @@ class Fused:
     plain: Counter[str] = field(default_factory=Counter)
 
     def replace(self, module: nn.Module, forward: Callable[..., Tensor], what: str) -> None:
+        """A forward that is a method of the module, not a closure, is the same code for all of its kind."""
         module.forward = forward
         self.modules.append(module)
         self.done[what] += 1
@@ -48,8 +52,8 @@ class Fused:
     def undo(self) -> None:
         """Give every module its class's forward back."""
         for module in self.modules:
-            if "forward" in module.__dict__:
-                del module.forward
+            for name in ("forward", _GATED, _NORM):
+                module.__dict__.pop(name, None)
         self.modules.clear()
 
     def sentences(self) -> list[str]:
@@ -121,21 +125,48 @@ def _fuse_mlp(module: nn.Module, fused: Fused) -> None:
     assert isinstance(gate, LoraLinear) and isinstance(up, LoraLinear) and isinstance(down, LoraLinear)
     mlp = GatedMLP(gate.projection, up.projection, down.projection, kind)
     original = module.forward
-
-    def forward(x: Tensor) -> Tensor:
-        if not gate.enabled:
-            out: Tensor = original(x)
-            return out
-        gate.check_dropout()
-        pairs = [(m.lora_A, m.lora_B) for m in (gate, up, down)]
-        return gated_mlp(x.reshape(-1, x.shape[-1]), mlp, *pairs, gate.rows).view(*x.shape[:-1], -1)
-
+    module.__dict__[_GATED] = FusedMLP(mlp, original, (gate, up, down))
+    forward = MethodType(_fused_mlp, module)
     with torch.no_grad():
         x = _random(1, 5, gate.projection.weight.shape[1], like=gate.lora_A).to(_dtype(gate))
         if same(forward(x), original(x)):
             fused.replace(module, forward, "gated MLP")
         else:
             fused.plain[OTHER_MLPS] += 1
+            del module.__dict__[_GATED]
+
+
+@dataclass(slots=True)
+class FusedMLP:
+    """What the forward of a fused gated MLP needs; `handle` where its layer is compiled."""
+
+    mlp: GatedMLP
+    original: Callable[[Tensor], Tensor]
+    parts: tuple[LoraLinear, LoraLinear, LoraLinear]
+    handle: Tensor | None = None
+
+    def as_node(self) -> None:
+        """Be one node of a compiled layer."""
+        self.handle = handle_of(self.mlp)
+
+
+def _fused_mlp(module: Any, x: Tensor) -> Tensor:
+    found: FusedMLP = module.fused_gated_mlp
+    gate = found.parts[0]
+    if not gate.enabled:
+        return found.original(x)
+    pairs = [(m.lora_A, m.lora_B) for m in found.parts]
+    x_NI = x.reshape(-1, x.shape[-1])
+    if torch.compiler.is_compiling() and found.handle is not None and gate.rows.ledger is not None:
+        return gated_mlp_node(x_NI, pairs, found.handle, gate.rows.ledger).view(*x.shape[:-1], -1)
+    gate.check_dropout()
+    return gated_mlp(x_NI, found.mlp, *pairs, gate.rows).view(*x.shape[:-1], -1)
+
+
+def fused_mlp_of(module: nn.Module) -> FusedMLP | None:
+    """What is fused on this module, if it is."""
+    found: FusedMLP | None = module.__dict__.get(_GATED)
+    return found
 
 
 def _dtype(module: LoraLinear) -> torch.dtype:
@@ -167,23 +198,37 @@ def _fuse_norm(module: nn.Module, fused: Fused) -> None:
     assert weight is not None
     if weight.requires_grad:
         return
-    forward = rms_norm_of(module)
-    if forward is None:
+    norm = rms_norm_of(module)
+    if norm is None:
         fused.plain[OTHER_NORMS] += 1
     else:
-        fused.replace(module, forward, "RMS norm")
+        module.__dict__[_NORM] = norm
+        fused.replace(module, MethodType(_fused_norm, module), "RMS norm")
+
+
+@dataclass(frozen=True, slots=True)
+class RMSNorm:
+    """Gain and epsilon."""
+
+    gain_H: Tensor
+    eps: float
+
+
+def _fused_norm(module: Any, x: Tensor) -> Tensor:
+    norm: RMSNorm = module.fused_rms_norm
+    return rms_norm(x, norm.gain_H, norm.eps)
 
 
 @torch.no_grad()
-def rms_norm_of(module: nn.Module) -> Callable[..., Tensor] | None:
-    """An RMS norm that gives this module's numbers, or None; for modules that look like one."""
+def rms_norm_of(module: nn.Module) -> RMSNorm | None:
+    """The RMS norm that gives this module's numbers, or None; for modules that look like one."""
     weight, eps = module._parameters["weight"], _epsilon(module)
     assert weight is not None and eps is not None
     x = _random(3, weight.shape[0], like=weight)
     y = module(x) if takes_one_argument(module) else x.new_empty(0)  # Qwen3-Next gates some of its norms
     for gain in (weight.detach(), (1.0 + weight.detach().float()).to(weight.dtype)):  # Gemma stores gain - 1
         if same(rms_norm(x, gain, eps), y):
-            return partial(rms_norm, gain_H=gain, eps=eps)
+            return RMSNorm(gain, eps)
     return None
 
 

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from welltuned.errors import InputError, RunError
 from welltuned.kernels.dora import dora, row_squares
 from welltuned.kernels.lora import Dropout, Projection, Rows, lora
+from welltuned.kernels.nodes import handle_of, lora_node
 from welltuned.models.experts import LoraExperts, expert_stacks, stack_shape
-from welltuned.models.frozen import frozen_weight
+from welltuned.models.frozen import frozen_weight, live_weight
 from welltuned.models.lora_settings import ALL_LINEAR as ALL_LINEAR
 from welltuned.models.lora_settings import FROM_WEIGHTS, by_pattern
 from welltuned.models.lora_settings import Bias as Bias
@@ -61,14 +62,22 @@ class LoraLinear(nn.Module):
         bias = base._parameters.get("bias")
         self.bias_O: Tensor | None = None if bias is None else bias
         self.enabled = True
+        self.handle: Tensor | None = None
         self.train(base.training)
+
+    def as_node(self) -> None:
+        """Be one node of a compiled layer."""
+        self.handle = handle_of(self.projection)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             out: Tensor = self.base(x)
             return out
-        self.check_dropout()
         x_NI = x.reshape(-1, x.shape[-1])
+        if torch.compiler.is_compiling() and self.handle is not None and self.rows.ledger is not None:
+            y = lora_node(x_NI, self.lora_A, self.lora_B, self.bias_O, self.handle, self.rows.ledger)
+            return y.view(*x.shape[:-1], y.shape[-1])
+        self.check_dropout()
         if self.magnitude_KO is not None and self.squares_O is not None:
             pair = self.lora_A, self.lora_B
             y = dora(x_NI, self.projection, *pair, self.magnitude_KO, self.squares_O, self.bias_O, self.rows)
@@ -269,6 +278,29 @@ class AdapterBank:
                 module.enabled = True
             for (parameter, _), data in zip(originals, trained, strict=True):
                 parameter.data = data
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained, as the modules hold it."""
+        return list(self._parameters.values())
+
+    def read_weights_anew(self, device: torch.device) -> None:
+        """Hold no frozen weight any more: each is read from its module when its turn comes, which is on `device`.
+
+        Raises:
+            InputError: adapters that need whole weights besides.
+        """
+        if self.stacks:
+            what, mend = "adapters on stacks of experts need them whole", "leave the experts out of target_modules"
+            raise InputError(what, where="target_modules", mend=mend)
+        if self.settings[0].init in FROM_WEIGHTS:
+            what = f"init_lora_weights {self.settings[0].init} starts at a part of whole weights"
+            raise InputError(what, where="init_lora_weights", mend="leave it out where the model lies in pieces")
+        for module in self.modules.values():
+            assert isinstance(module, LoraLinear)
+            module.projection.weight = live_weight(module.base)
+            if module.squares_O is not None:
+                module.squares_O = module.squares_O.to(device)
 
     def use_rows(self, per_adapter: tuple[int, ...] | None, dropout_spans: tuple[tuple[int, int], ...]) -> None:
         """Say how the rows of the next forward pass belong to adapters, and name its examples for dropout."""

@@ -7,7 +7,7 @@ along the row) is found out by trying, and runs its examples one at a time on it
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,10 +16,15 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from welltuned.kernels.attention import Branches, Seen, on, packed_attention, seen_by, spans
+from welltuned.kernels.flex import block_mask, flex, prove, wanted
+from welltuned.kernels.ledger import layout_of
 from welltuned.kernels.lora import Dropout
+from welltuned.kernels.nodes import attention_node
 from welltuned.models.lora import shared_rows
+from welltuned.models.static import Static, static_of
 
 ATTENTION = "welltuned_packed"
+UNCOMPILED = "soft-capped logits and attention sinks are not compiled"
 _PACKABLE_LAYERS = {"full_attention", "sliding_attention"}  # not "linear_attention", "chunked_attention", "conv", ...
 _NOT_KNOWN = ("indices", "block_indices", "position_bias", "sinks")  # sparse or biased attention: not ours
 _PACKS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -52,6 +57,12 @@ class Packed:
         device = self.ids_N.device
         return on(device, position_ids_N)
 
+    def followed_by(self, tail: list[int]) -> "Packed":
+        """The same and an inert tail: examples of so many times token 0, in which no label is."""
+        ids_N = torch.cat([self.ids_N, self.ids_N.new_zeros(sum(tail))])
+        branches = None if self.branches is None else [*self.branches, *((),) * len(tail)]
+        return Packed(ids_N, [*self.lengths, *tail], branches)
+
 
 def _attention(
     module: nn.Module,
@@ -66,15 +77,25 @@ def _attention(
     packed_lengths: list[int] | None = None,
     packed_seen: Seen | None = None,
     packed_branches: Branches | None = None,
+    packed_ledger: Tensor | None = None,
     is_causal: bool | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention call: [1, heads, N, D] in, [1, N, heads, D] out."""
-    if packed_lengths is None or query.shape[0] != 1:
+    """transformers' attention call: [1, heads, N, D] in, [1, N, heads, D] out.
+
+    In a compiled layer lengths and branches are in the ledger.
+    """
+    if (packed_lengths is None and packed_ledger is None) or query.shape[0] != 1:
         raise NotPackable(f"{ATTENTION} attention runs packed rows only; use `hidden_states` or standard attention")
     if is_causal is False or any(more.get(key) is not None for key in _NOT_KNOWN):
         raise NotPackable(f"{type(module).__name__} asks for more than causal attention with a window")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if packed_ledger is not None and torch.compiler.is_compiling():
+        if softcap is not None or s_aux is not None:
+            raise NotPackable(UNCOMPILED)
+        parts = query[0], key[0], value[0]
+        return attention_node(*parts, packed_ledger, packed_seen, scale, sliding_window)[None], None
+    assert packed_lengths is not None
     out = packed_attention(
         query[0],
         key[0],
@@ -133,6 +154,14 @@ def shares(model: PreTrainedModel) -> bool:
         with _bare(model):
             _SHARES[model] = packs(model) and _try_sharing(model)
     return _SHARES[model]
+
+
+def prove_flex(model: PreTrainedModel) -> str | None:
+    """Try torch's FlexAttention with this model's heads; why it is not used, or None."""
+    known = model.config.get_text_config().to_dict()
+    heads = known["num_attention_heads"]
+    width = known.get("head_dim") or known["hidden_size"] // heads
+    return prove(heads, known.get("num_key_value_heads") or heads, width, model.dtype, model.device)
 
 
 @contextmanager
@@ -210,18 +239,27 @@ def _near(tried_NV: Tensor, known_NV: Tensor) -> bool:
 
 
 def _arguments(batch: Packed) -> dict[str, Any]:
+    device = batch.ids_N.device
+    seen = seen_by(batch.lengths, batch.branches, device)
+    if wanted(batch.lengths, batch.branches, device):
+        mask = block_mask(batch.lengths, batch.branches, device)
+        seen = replace(seen, whole=lambda q, k, v, scale: flex(q, k, v, mask, scale))
     return {
         "input_ids": batch.ids_N[None],
         "position_ids": batch.position_ids_N[None],
         "use_cache": False,
         "packed_lengths": batch.lengths,
         "packed_branches": batch.branches,
-        "packed_seen": seen_by(batch.lengths, batch.branches, batch.ids_N.device),
+        "packed_seen": seen,
     }
 
 
 def _run(model: PreTrainedModel, part: nn.Module, batch: Packed, output: str) -> Tensor:
     if model.config._attn_implementation == ATTENTION:
+        static = static_of(model)
+        length = None if static is None else static.fitting(batch.lengths)
+        if static is not None and length is not None:
+            return _run_static(model, part, batch, output, static, length)
         return part(**_arguments(batch))[output][0]
     if batch.branches is not None and any(batch.branches):
         raise NotPackable("branches need a model whose examples can be packed")
@@ -231,6 +269,18 @@ def _run(model: PreTrainedModel, part: nn.Module, batch: Packed, output: str) ->
             parts.append(part(input_ids=batch.ids_N[None, start : start + n], use_cache=False)[output][0])
         start += n
     return torch.cat(parts)
+
+
+def _run_static(
+    model: PreTrainedModel, part: nn.Module, batch: Packed, output: str, static: Static, length: int
+) -> Tensor:
+    """Followed by an inert tail, and with what compiled layers are given instead of lengths."""
+    n = len(batch.ids_N)
+    if n < length:
+        batch = batch.followed_by(static.tail(length - n))
+    with shared_rows(model).longer(length - n):
+        out: Tensor = part(**_arguments(batch), packed_ledger=layout_of(batch.lengths, batch.branches))[output][0]
+    return out[:n]
 
 
 def hidden_states(model: PreTrainedModel, batch: Packed) -> Tensor:

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from welltuned.errors import InputError
+
 
 @torch.no_grad()
 def idle_parts(model: PreTrainedModel) -> tuple[str, ...]:
@@ -29,6 +31,26 @@ def idle_parts(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(
         name for name, part in children if _is_large(part) and not any(within(other, (name,)) for other in reached)
     )
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The model's decoder layers in order; [] where it keeps them otherwise than in a list."""
+    count = model.config.num_hidden_layers
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    return list(next(lists, ()))
+
+
+def require_layers(model: PreTrainedModel, where: str) -> list[nn.Module]:
+    """The same for a key, `where`, that needs them.
+
+    Raises:
+        InputError: there is no such list.
+    """
+    found = decoder_layers(model)
+    if not found:
+        mend = f"leave {where} out, or set it to false or none"
+        raise InputError("no list of decoder layers was found", where=where, mend=mend)
+    return found
 
 
 def _note(reached: set[str], name: str, *_: Any) -> None:

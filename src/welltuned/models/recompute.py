@@ -13,7 +13,7 @@ from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -22,6 +22,7 @@ from welltuned.errors import InputError
 from welltuned.kernels.lora import Rows
 from welltuned.models.fuse import Fused
 from welltuned.models.lora import shared_rows
+from welltuned.models.parts import require_layers
 
 
 def checkpoint_layers(
@@ -35,11 +36,8 @@ def checkpoint_layers(
     Args:
         host: keep what goes into them there, instead of on the device.
     """
-    count = model.config.num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not lists:
-        raise InputError("no list of decoder layers was found", where="gradient_checkpointing", mend="set it to false")
-    chosen = list(lists[0])[: count if layers is None else layers]
+    found = require_layers(model, "gradient_checkpointing")
+    chosen = found[: len(found) if layers is None else layers]
     for layer in chosen:
         again = partial(
             checkpoint,

@@ -48,12 +48,14 @@ class Sampling:
 class Completion:
     """ids [n] int32, the token that ended it included where `ended`; else it was cut at the limit.
 
-    `entropy` is the sum over its tokens of the entropy of what each was drawn from, before top_p, in nats.
+    `entropy` is the sum over its tokens of the entropy of what each was drawn from, before top_p, in nats. Where
+    another engine drew them it is estimated from `logprobs` [n], those of the tokens themselves.
     """
 
     ids: NDArray[np.int32]
     ended: bool
     entropy: float
+    logprobs: NDArray[np.float32] | None = None
 
 
 def uniforms(name: int, count: int) -> Tensor:

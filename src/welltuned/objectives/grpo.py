@@ -4,8 +4,12 @@ Shapes: P prompts of an update, G completions of each, S = P G sequences, M thei
 all or those of one micro-batch.
 
     A_PG   advantage: (r - mean_G r) / (std + 1e-4), one number for all tokens of a completion
-    rho_M  ratio to the policy that sampled: exp(logp - old); with gspo one a sequence, exp(mean_t(logp - old))
+    rho_M  ratio to the policy that sampled, as training sees it: exp(logp - old); with gspo one a sequence,
+           exp(mean_t(logp - old))
     loss   sum_M weight_M (-min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) + beta k3_M)
+    c_M    min(exp(old - sampler), clip), 1 where the sampler is the model itself: another engine's arithmetic draws
+           from slightly other probabilities (truncated importance sampling; Yao et al. 2025, "Your Efficient RL
+           Framework Secretly Brings You Off-Policy RL Training"); it multiplies the clipped term
     k3_M   exp(ref - logp) - (ref - logp) - 1, an unbiased estimate of the KL to the reference that is never negative
 
 - grpo: DeepSeekMath (Shao et al. 2024, arXiv 2402.03300), equations 3 and 4: a mean over each completion's tokens, then
@@ -128,6 +132,7 @@ def policy_loss(
     advantage_S: Tensor,
     weight_S: Tensor,
     settings: GrpoSettings,
+    correction_M: Tensor | None = None,
 ) -> PolicyLoss:
     """The loss of some whole sequences of an update.
 
@@ -137,6 +142,7 @@ def policy_loss(
         ref_M: under the reference; None where beta is 0.
         sequence_M: the sequence that each token belongs to, in [0, S).
         advantage_S, weight_S: of each sequence.
+        correction_M: c_M above; None for 1.
     """
     advantage_M = advantage_S.to(logprob_M)[sequence_M]
     weight_M = weight_S.to(logprob_M)[sequence_M]
@@ -146,6 +152,8 @@ def policy_loss(
     ratio_M = log_ratio_M.exp()
     held_M = ratio_M.clamp(1.0 - settings.epsilon, 1.0 + settings.epsilon_high)
     each_M = -torch.minimum(ratio_M * advantage_M, held_M * advantage_M)
+    if correction_M is not None:
+        each_M = correction_M * each_M
     kl = logprob_M.new_zeros(())
     if ref_M is not None:
         below_M = ref_M - logprob_M

@@ -30,10 +30,13 @@ class Tracker(StrEnum):
 AUTO = "auto"
 ALL_LINEAR = "all-linear"
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
-OPTIMIZERS = ("adamw", "adamw_torch", "adamw_torch_fused")
+OPTIMIZERS_8BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
+OPTIMIZERS = ("adamw", "adamw_torch", "adamw_torch_fused", *OPTIMIZERS_8BIT)
 DTYPES = ("float32", "bfloat16")
 BIASES = ("none", "all", "lora_only")
 DENSE_BASES = ("cached", "rebuilt")
+FULL_SHARD = "full_shard"
+FSDP = ("none", FULL_SHARD)
 ON_NONFINITE = ("back", "stop")
 LOSS_ON = ("assistant", "last", "everything")
 DPO_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "simpo")
@@ -46,6 +49,7 @@ LORA_KEYS = VARIANTS | {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights", "bias"),
     *("loraplus_lr_ratio", "embedding_learning_rate"),
 }
+UNSERVED = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern")  # what adapters in vLLM cannot have
 METHOD_KEYS = MappingProxyType(
     {
         "beta": frozenset({Method.DPO, Method.ORPO, Method.KTO, Method.GRPO}),
@@ -59,6 +63,7 @@ METHOD_KEYS = MappingProxyType(
             (
                 *("rewards", "reward_weights", "num_generations", "max_completion_length", "temperature", "top_p"),
                 *("epsilon", "epsilon_high", "scale_rewards", "mask_truncated_completions", "num_iterations"),
+                *("vllm_server_base_url", "vllm_importance_sampling_clip_max"),
             ),
             frozenset({Method.GRPO}),
         ),
@@ -99,6 +104,7 @@ FIELDS: Mapping[str, Key] = MappingProxyType(
             many=True,
         ),
         "reward_weights": Key(float, "Weights of the rewards in their sum, one for each (grpo); unset: 1.", many=True),
+        "vllm_server_base_url": Key(str, "A vLLM server that samples the answers (grpo), as http://localhost:8000."),
         "data_weights": Key(float, "Shares of an epoch, one for each of several datasets; no row repeats.", many=True),
         "data_rows": Key(int, "Rows of each dataset in an epoch; where it has fewer, they repeat evenly.", many=True),
         "eval_data": Key(str, "Held-out data of your own; without it a share of `data` is held out.", many=True),
@@ -186,7 +192,7 @@ HYPERPARAMETERS: Mapping[str, Key] = MappingProxyType(
         "weight_decay": Key(float, "AdamW's pull of the trained weights towards 0."),
         "adam_beta1": Key(float, "AdamW's memory of the gradient."),
         "adam_beta2": Key(float, "AdamW's memory of the squared gradient."),
-        "optim": Key(str, "The optimiser: adamw (all names accepted mean the same AdamW)."),
+        "optim": Key(str, "The optimiser: adamw, or adamw_8bit with a quarter of its state; others' names do too."),
         "max_grad_norm": Key(float, "Gradients longer than this are scaled down to it."),
         "max_length": Key(int, "Longest example in tokens; what is longer is cut."),
         "packing": Key(bool, "Put several whole examples into one stream without padding."),
@@ -195,6 +201,14 @@ HYPERPARAMETERS: Mapping[str, Key] = MappingProxyType(
         "checkpointed_layers": Key(int, "How many layers are recomputed, the first ones; the rest keep activations."),
         "offload_checkpoints": Key(bool, "What goes into recomputed layers waits in the host's memory, not the GPU's."),
         "dense_base": Key(str, "The 4-bit base in training: expanded once and cached, or rebuilt for each product."),
+        "fsdp": Key(
+            str,
+            "Whether processes that torchrun started share the model too: full_shard (each keeps a part of every "
+            "weight) or none.",
+        ),
+        "torch_compile": Key(
+            bool, "Decoder layers are compiled: less time an update, after a warm-up; CUDA, long runs."
+        ),
         "dtype": Key(str, "Number format of the base weights and activations: " + " or ".join(DTYPES) + "."),
         "ema_decay": Key(float, "Keep an average of the weights too, which each update moves by 1 - ema_decay."),
         "seed": Key(int, "Seed of everything random."),
@@ -224,6 +238,9 @@ HYPERPARAMETERS: Mapping[str, Key] = MappingProxyType(
             bool, "Leave answers that were cut at the length limit out of the loss (grpo)."
         ),
         "num_iterations": Key(int, "Updates made of each set of sampled answers (grpo)."),
+        "vllm_importance_sampling_clip_max": Key(
+            float, "Most that a token counts, where vLLM drew it with less probability than it has in training (grpo)."
+        ),
     }
 )
 

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from welltuned.errors import InputError
-from welltuned.recipe.check import Setting, checked, refuse_ignored_keys, refuse_unknown
+from welltuned.recipe.beside import refuse_ignored_keys
+from welltuned.recipe.check import Setting, checked, refuse_unknown
 from welltuned.recipe.keys import AUTO, HYPERPARAMETERS, KEYS, POLICIES, Method, Tracker, Tune
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
@@ -38,6 +39,7 @@ class Recipe:
     adapter: str | None = None
     rewards: tuple[str, ...] | None = None
     reward_weights: tuple[float, ...] | None = None
+    vllm_server_base_url: str | None = None
     tune_given: bool = field(default=False, compare=False)
     data_weights: tuple[float, ...] | None = None
     data_rows: tuple[int, ...] | None = None
@@ -116,6 +118,7 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
         "adapter": recipe.adapter,
         "rewards": recipe.rewards,
         "reward_weights": recipe.reward_weights,
+        "vllm_server_base_url": recipe.vllm_server_base_url,
         "data_weights": recipe.data_weights,
         "data_rows": recipe.data_rows,
         "eval_data": recipe.eval_data,

@@ -76,6 +76,8 @@ class Log:
                 self.skipped.append(line)
             case "note":
                 self.notes.append(str(line.get("text", "")))
+            case "compiled":
+                self.notes.append(str(line.get("sentence", "")))
             case "arm_update":
                 self._take_arm(line)
             case "arm" | "arm_judged" | "arm_ended":

@@ -10,7 +10,7 @@ from welltuned.advice.plan import Plan
 from welltuned.advice.settle import shown
 from welltuned.choice import SetBy
 from welltuned.errors import InputError
-from welltuned.recipe import POLICIES, Method, Recipe, Tune
+from welltuned.recipe import OPTIMIZERS_8BIT, POLICIES, Method, Recipe, Tune
 from welltuned.recipe.read import recipe_to_dict
 
 RATE = "learning_rate"
@@ -39,9 +39,14 @@ APPLIED = frozenset(
 
 REFUSED: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
+        "fsdp": ("a search runs in one process", "remove it"),
         "adapter": ("a search begins with new adapters", "remove it"),
         "ema_decay": (
             "a search keeps averages of its own, to compare arms by",
+            "remove it; train with it once the search has chosen",
+        ),
+        "torch_compile": (
+            "how the rows of a search's arms lie changes from round to round",
             "remove it; train with it once the search has chosen",
         ),
         **dict.fromkeys(
@@ -56,6 +61,7 @@ OTHER_METHODS = frozenset(
     [
         *("rewards", "reward_weights", "num_generations", "max_completion_length", "temperature", "top_p", "epsilon"),
         *("epsilon_high", "scale_rewards", "mask_truncated_completions", "num_iterations"),
+        *("vllm_server_base_url", "vllm_importance_sampling_clip_max"),
         *("desirable_weight", "undesirable_weight", "center_rewards_coefficient"),
     ]
 )
@@ -142,6 +148,9 @@ def require_searchable(plan: Plan) -> None:
         raise InputError("biases belong to the base that all arms share", where="bias", mend="use bias: none")
     if str(plan.value("init_lora_weights")).lower() == "loftq":
         raise InputError("a bank of arms does not start at what 4 bits lose", where="init_lora_weights")
+    if plan.value("optim") in OPTIMIZERS_8BIT:
+        what = "an arm's rows come and go in one buffer, whose moments are in fp32: adapters' are small"
+        raise InputError(what, where="optim", mend="use adamw")
     if not plan.facts.dataset.heldout_rows:
         what = "no rows are held out, so that arms cannot be compared"
         raise InputError(what, where="eval_fraction", mend="give a share such as 0.1, or --eval-data")

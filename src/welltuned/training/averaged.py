@@ -10,6 +10,7 @@ from welltuned.models.adapter_file import save_adapter
 from welltuned.models.lora import AdapterBank
 from welltuned.training.events import Note
 from welltuned.training.loop import Loop
+from welltuned.training.ranks import Group
 from welltuned.training.rundir import AVERAGE
 from welltuned.training.starting import save_model
 from welltuned.training.step import Evaluation, NotFinite
@@ -30,7 +31,7 @@ def finish_average(loop: Loop, folder: AbstractContextManager[Path], facts: Mapp
     average.exchange(trained.flat_KP)
     try:
         found = _judged(loop) if prepared.held_out else None
-        loop.ranks.first(lambda: _write(loop, folder, facts))
+        _save(loop, folder, facts)
     finally:
         average.exchange(trained.flat_KP)
     text = f"{AVERAGE}/ holds the average of the weights (ema_decay {average.decay:g})"
@@ -42,10 +43,27 @@ def finish_average(loop: Loop, folder: AbstractContextManager[Path], facts: Mapp
     return {"decay": average.decay, "held_out": {"loss": found.loss, "standard_error": found.standard_error}}
 
 
-def _write(loop: Loop, folder: AbstractContextManager[Path], facts: Mapping[str, Any]) -> None:
+def _save(loop: Loop, folder: AbstractContextManager[Path], facts: Mapping[str, Any]) -> None:
+    if loop.numbers.pieces is None:
+        loop.ranks.first(lambda: _write(loop, folder, facts))
+        return
+    from welltuned.training.gathered import gathered_file
+
+    assert isinstance(loop.ranks, Group)
+    with gathered_file(loop.numbers.pieces, loop.setting.directory.path, loop.ranks) as file:
+        loop.ranks.first(lambda: _write(loop, folder, facts, file))
+
+
+def _write(
+    loop: Loop, folder: AbstractContextManager[Path], facts: Mapping[str, Any], gathered: Path | None = None
+) -> None:
     trained, prepared = loop.trained, loop.setting.prepared
     with folder as place:
-        if isinstance(trained, AdapterBank):
+        if gathered is not None:
+            from welltuned.training.gathered import save_stored
+
+            save_stored(prepared, gathered, place)
+        elif isinstance(trained, AdapterBank):
             save_adapter(trained, place, base=str(loop.engine.model.config.name_or_path))
         else:
             save_model(loop.engine.model, prepared.recipe.method, place)

@@ -1,11 +1,15 @@
 """The best weights of a run, by its held-out rows, in the place of the last."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from welltuned.training.checkpoint import Damaged, folder_of, read_checkpoint
+from welltuned.training.checkpoint import Damaged, folder_of, read_checkpoint, verify
 from welltuned.training.events import Note
 from welltuned.training.loop import Loop
 from welltuned.training.snapshot import restore_weights
+
+if TYPE_CHECKING:
+    from welltuned.models.sharded import ShardedParameters
 
 
 def take_best(loop: Loop) -> bool:
@@ -23,7 +27,10 @@ def take_best(loop: Loop) -> bool:
     if damaged is not None:
         loop.tell(Note(f"the weights of update {best} were the best, but {damaged}: the last ones are kept"))
         return False
-    loop.ranks.spread_([loop.trained.flat_KP])
+    if loop.numbers.pieces is None:
+        loop.ranks.spread_([loop.trained.flat_KP])
+    else:
+        _read_pieces(loop, loop.numbers.pieces, best)
     held_out = setting.prepared.held_out
     last = loop.with_memory(lambda: setting.objective.evaluate(loop.engine, held_out), "the evaluation")
     loop.at = replace(loop.at, last=last)
@@ -32,10 +39,21 @@ def take_best(loop: Loop) -> bool:
     return True
 
 
+def _read_pieces(loop: Loop, trained: "ShardedParameters", step: int) -> None:
+    from welltuned.training.pieces import read_own_part
+
+    folder = folder_of(loop.setting.directory.path, step)
+    loop.ranks.each(lambda: read_own_part(folder, {"trained": trained.flat_KP}, trained))
+
+
 def _read(loop: Loop, step: int) -> str | None:
     """Put a checkpoint's weights in the place of the last; what is wrong with it, where that is so."""
+    folder = folder_of(loop.setting.directory.path, step)
     try:
-        restore_weights(loop.trained, read_checkpoint(folder_of(loop.setting.directory.path, step)))
+        if loop.numbers.pieces is None:
+            restore_weights(loop.trained, read_checkpoint(folder))
+        else:
+            verify(folder)
     except Damaged as damage:
         return str(damage)
     return None

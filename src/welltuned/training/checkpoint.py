@@ -1,10 +1,12 @@
 """One checkpoint: a folder of safetensors and JSON, no pickle, with a manifest by which every byte is verified.
 
     trained.safetensors     the trained tensors by name
-    optimizer.safetensors   AdamW's two moments in the flat layout, its step counts, and the average of the weights
-                            where the run keeps one (ema_decay)
+    optimizer.safetensors   AdamW's two moments in the flat layout (of 8-bit AdamW codes and scales), its step counts,
+                            and the average of the weights where the run keeps one (ema_decay)
     state.json              position, monitor, what the run was (training/identity.py)
     manifest.json           written last: size and sha256 of the other three, and of itself
+
+Where the model lies in pieces, files of every rank stand in the place of the first two (training/pieces.py).
 
 It is written beside its name, fsynced, read back and renamed, so that a folder with its name is whole. Everything
 random in a run is a function of (seed, update, row), so there is no random state to keep, and nothing in a checkpoint
@@ -13,7 +15,6 @@ depends on how many devices share the work.
 
 import json
 import re
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -21,7 +22,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -38,93 +40,22 @@ from welltuned.training.durable import (
     sync_folder,
     write_file,
 )
-from welltuned.training.step import Evaluation
+from welltuned.training.position import Position as Position
+from welltuned.training.position import Snapshot as Snapshot
+from welltuned.training.streamed import data, header
 
-FORMAT = 1
+WHOLE, IN_PIECES = 1, 2  # formats: the latter where every rank writes its part
+FORMAT = IN_PIECES  # the newest
 CHECKPOINTS, DAMAGED = "checkpoints", "damaged"
 TRAINED, OPTIMIZER, STATE, MANIFEST = "trained.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"step-(\d{6,})")
+_SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+_NO_CODES = {"trained", "exp_avg", "exp_avg_sq", "step", "average"}
 _NO_STATE: Mapping[str, Any] = MappingProxyType({})
 
 
 class Damaged(RunError):
     """A checkpoint is not what was written."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Position:
-    """Where a run is, beside its weights and moments.
-
-    Attributes:
-        step: updates done, those that were skipped among them.
-        rate_factor: what every rate is multiplied by since the run went back.
-        skipped, in_a_row: updates left out because something was not finite: all, and the latest without a break.
-        returns: how often the run went back to a checkpoint.
-        seconds, tokens: spent in updates. elapsed: all of the run's time.
-        before, last: evaluations before the first update and the latest.
-        best: the update that the monitor holds for the best; its checkpoint stays.
-        monitor: the monitor's own state.
-        ended: why the run ended before its last planned update, if it did.
-    """
-
-    step: int = 0
-    token_budget: int
-    rate_factor: float = 1.0
-    skipped: int = 0
-    in_a_row: int = 0
-    returns: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    elapsed: float = 0.0
-    before: Evaluation | None = None
-    last: Evaluation | None = None
-    best: int | None = None
-    monitor: Mapping[str, Any] = field(default_factory=lambda: _NO_STATE)
-    ended: str | None = None
-
-    @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> "Position":
-        """What `to_plain` made of one."""
-        return cls(**{**plain, "before": _evaluation(plain["before"]), "last": _evaluation(plain["last"])})
-
-
-def _evaluation(plain: Mapping[str, Any] | None) -> Evaluation | None:
-    if plain is None:
-        return None
-    lists = {name: tuple(value) for name, value in plain.items() if isinstance(value, list)}
-    return Evaluation(**{**plain, **lists})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """What a checkpoint is written from, in host memory, and not changed while it is written.
-
-    Attributes:
-        flat_KP, exp_avg_KP, exp_avg_sq_KP: trained numbers and AdamW's moments, fp32. steps_G: AdamW's step counts.
-        average_KP: the average of the weights, where the run keeps one.
-        slots: names and places in a row of flat_KP.
-        run: the run's id.
-        metrics_bytes: length of metrics.jsonl at this position.
-        identity: what the run is of, to be compared when it goes on.
-    """
-
-    flat_KP: Tensor
-    exp_avg_KP: Tensor
-    exp_avg_sq_KP: Tensor
-    steps_G: Tensor
-    slots: Sequence[Slot]
-    average_KP: Tensor | None = None
-    position: Position
-    run: str
-    metrics_bytes: int
-    identity: Mapping[str, Any]
-    versions: Mapping[str, Any]
-
-    @property
-    def bytes(self) -> int:
-        """About what its checkpoint takes on disk."""
-        average = 0 if self.average_KP is None else self.average_KP.nbytes
-        return sum(t.nbytes for t in (self.flat_KP, self.exp_avg_KP, self.exp_avg_sq_KP)) + average + 2**16
 
 
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -141,13 +72,35 @@ def write_checkpoint(run: Path, snapshot: Snapshot) -> Path:
         OSError: as the disk says. Damaged: what was read back is not what was written.
     """
     target = folder_of(run, snapshot.position.step)
+    place = begin_checkpoint(run, snapshot, snapshot.bytes)
+    if place is None:
+        return target
+    beside = Path(place)
+    files = {
+        TRAINED: write_file(beside / TRAINED, _safetensors(named(snapshot.flat_KP, snapshot.slots))),
+        OPTIMIZER: write_file(beside / OPTIMIZER, _safetensors(_optimizer_tensors(snapshot))),
+        STATE: write_file(beside / STATE, [_json(_state(snapshot))]),
+    }
+    write_file(beside / MANIFEST, [_manifest(snapshot, files, WHOLE)])
+    verify(beside)
+    publish_folder(beside, target)
+    return target
+
+
+def begin_checkpoint(run: Path, snapshot: Snapshot, needed: int) -> str | None:
+    """An empty folder beside the checkpoint's name; None where one with that name is there already and whole.
+
+    Raises:
+        OSError: as the disk says, or where it has no room for `needed` bytes.
+    """
+    target = folder_of(run, snapshot.position.step)
     if target.exists():
         try:
             verify(target)
-            return target
+            return None
         except Damaged as damage:
             set_aside(target, str(damage))
-    durable.require_room(run, snapshot.bytes)
+    durable.require_room(run, needed)
     beside = target.with_name(target.name + BESIDE)
     if beside.exists():
         remove_folder(beside)
@@ -155,15 +108,24 @@ def write_checkpoint(run: Path, snapshot: Snapshot) -> Path:
         durable.SYSTEM.make_folder(target.parent)
         sync_folder(run)
     durable.SYSTEM.make_folder(beside)
-    files = {
-        TRAINED: write_file(beside / TRAINED, _safetensors(named(snapshot.flat_KP, snapshot.slots))),
-        OPTIMIZER: write_file(beside / OPTIMIZER, _safetensors(_optimizer_tensors(snapshot))),
-        STATE: write_file(beside / STATE, [_json(_state(snapshot))]),
-    }
-    write_file(beside / MANIFEST, [_manifest(snapshot, files)])
-    verify(beside)
+    return str(beside)
+
+
+def finish_checkpoint(run: Path, snapshot: Snapshot, files: Mapping[str, Written], shapes: Mapping[str, Any]) -> None:
+    """Give a checkpoint in pieces its name, once every rank has written its files and read them back.
+
+    Args:
+        shapes: of all that is trained, in the order of a whole flat buffer.
+    """
+    target = folder_of(run, snapshot.position.step)
+    beside = target.with_name(target.name + BESIDE)
+    more = {"trained": shapes, "step": snapshot.steps_G.tolist(), "average": snapshot.average_KP is not None}
+    state = write_file(beside / STATE, [_json(_state(snapshot, IN_PIECES, more))])
+    write_file(beside / MANIFEST, [_manifest(snapshot, {STATE: state, **files}, IN_PIECES)])
+    if checksum(beside / STATE) != state:
+        raise Damaged(f"{STATE} is not what was written")
+    _read_manifest(beside)
     publish_folder(beside, target)
-    return target
 
 
 def named(flat_KP: Tensor, slots: Sequence[Slot]) -> dict[str, Tensor]:
@@ -177,33 +139,33 @@ def named(flat_KP: Tensor, slots: Sequence[Slot]) -> dict[str, Tensor]:
 
 
 def _optimizer_tensors(snapshot: Snapshot) -> dict[str, Tensor]:
-    found = {"exp_avg": snapshot.exp_avg_KP, "exp_avg_sq": snapshot.exp_avg_sq_KP, "step": snapshot.steps_G}
+    fp32 = {"exp_avg": snapshot.exp_avg_KP, "exp_avg_sq": snapshot.exp_avg_sq_KP, "step": snapshot.steps_G}
+    found = {**fp32, **snapshot.codes}
     return found if snapshot.average_KP is None else {**found, "average": snapshot.average_KP}
 
 
-def _state(snapshot: Snapshot) -> dict[str, Any]:
+def _state(snapshot: Snapshot, format_: int = WHOLE, more: Mapping[str, Any] = _NO_STATE) -> dict[str, Any]:
     return {
-        "format": FORMAT,
+        "format": format_,
         "run": snapshot.run,
         "position": to_plain(snapshot.position),
         "metrics_bytes": snapshot.metrics_bytes,
         "identity": dict(snapshot.identity),
         "versions": dict(snapshot.versions),
+        **more,
     }
 
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file of fp32 tensors, piece by piece: safetensors' own writer would hold all of it once more."""
-    header, at = {}, 0
-    for name, tensor in tensors.items():
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
-        at += tensor.nbytes
-    text = json.dumps(header).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    yield struct.pack("<Q", len(text)) + text
+    """A safetensors file, piece by piece: safetensors' own writer would hold all of it once more.
+
+    The wider types come first, so that all lie at multiples of their size.
+    """
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
+    yield header({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
     for tensor in tensors.values():
         if tensor.numel():
-            yield tensor.detach().cpu().contiguous().view(-1).numpy().data.cast("B")
+            yield data(tensor)
 
 
 def _json(value: Any) -> bytes:
@@ -211,9 +173,9 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, ensure_ascii=True, indent=1) + "\n").encode("utf-8")
 
 
-def _manifest(snapshot: Snapshot, files: Mapping[str, Written]) -> bytes:
+def _manifest(snapshot: Snapshot, files: Mapping[str, Written], format_: int) -> bytes:
     body = {
-        "format": FORMAT,
+        "format": format_,
         "run": snapshot.run,
         "step": snapshot.position.step,
         "files": {name: asdict(file) for name, file in files.items()},
@@ -264,7 +226,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         body = {key: value for key, value in plain.items() if key != "sha256"}
         whole = text == _json({**body, "sha256": sha256(_json(body)).hexdigest()})
         newer = whole and plain["format"] > FORMAT
-        known = whole and not newer and plain["files"].keys() == {TRAINED, OPTIMIZER, STATE}
+        known = whole and not newer and _are_known(plain["format"], plain["files"])
     except FileNotFoundError as error:
         raise Damaged(f"{MANIFEST} is missing: the save was cut short") from error
     except OSError as error:
@@ -279,11 +241,23 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return plain
 
 
+def _are_known(format_: int, files: Mapping[str, Any]) -> bool:
+    """Whether these are the files of such a checkpoint, all by their own names in its folder."""
+    if format_ == WHOLE:
+        return files.keys() == {TRAINED, OPTIMIZER, STATE}
+    return STATE in files and all(name == STATE or _SHARD.fullmatch(name) for name in files)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A verified checkpoint, read. `trained` are the tensors by name."""
+    """A verified checkpoint, read.
+
+    Attributes:
+        shapes: of the trained tensors by name; `trained` are they themselves, empty where only the position was read.
+    """
 
     folder: Path
+    shapes: Mapping[str, tuple[int, ...]]
     trained: Mapping[str, Tensor]
     exp_avg_KP: Tensor
     exp_avg_sq_KP: Tensor
@@ -294,22 +268,28 @@ class Checkpoint:
     identity: Mapping[str, Any]
     versions: Mapping[str, Any]
     average_KP: Tensor | None = None
+    codes: Mapping[str, Tensor] = field(default_factory=dict)
     extra: tuple[str, ...] = ()
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Verify and read. Raises as `verify` does."""
+def read_checkpoint(folder: Path, *, tensors: bool = True) -> Checkpoint:
+    """Verify and read; without `tensors` only its position, step counts and shapes. Raises as `verify` does."""
     manifest = verify(folder)
     try:
         state = json.loads((folder / STATE).read_bytes())
-        optimizer = load_file(folder / OPTIMIZER)
+        foreign = [name for name in manifest.extra if name.endswith(".safetensors")]
+        if foreign and state["format"] == IN_PIECES:  # all that lie there are read as parts of one
+            raise Damaged(f"{foreign[0]} does not belong to it")
+        shapes, held = _held(folder, state, tensors)
         return Checkpoint(
             folder=folder,
-            trained=load_file(folder / TRAINED),
-            exp_avg_KP=optimizer["exp_avg"],
-            exp_avg_sq_KP=optimizer["exp_avg_sq"],
-            steps_G=optimizer["step"],
-            average_KP=optimizer.get("average"),
+            shapes=shapes,
+            trained=held.get("trained", {}),
+            exp_avg_KP=held.get("exp_avg", torch.empty(0)),
+            exp_avg_sq_KP=held.get("exp_avg_sq", torch.empty(0)),
+            steps_G=held["step"],
+            average_KP=held.get("average"),
+            codes={name: tensor for name, tensor in held.items() if name not in _NO_CODES},
             position=Position.from_json(state["position"]),
             run=state["run"],
             metrics_bytes=state["metrics_bytes"],
@@ -319,6 +299,23 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         )
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"it cannot be read ({error})") from error
+
+
+def _held(folder: Path, state: Mapping[str, Any], tensors: bool) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """The trained tensors' shapes, and what of the rest is asked for."""
+    if state["format"] == IN_PIECES:
+        from welltuned.training.pieces import read_whole
+
+        shapes = {name: tuple(shape) for name, shape in state["trained"].items()}
+        held = read_whole(folder, shapes, state["average"]) if tensors else {}
+        return shapes, {**held, "step": torch.tensor(state["step"])}
+    if tensors:
+        trained = load_file(folder / TRAINED)
+        shapes = {name: tuple(tensor.shape) for name, tensor in trained.items()}
+        return shapes, {"trained": trained, **load_file(folder / OPTIMIZER)}
+    with safe_open(folder / TRAINED, "pt") as file, safe_open(folder / OPTIMIZER, "pt") as moments:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+        return shapes, {"step": moments.get_tensor("step")}
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
@@ -343,12 +340,16 @@ def set_aside(folder: Path, reason: str) -> Path:
     return place
 
 
-def newest(run: Path, run_id: str | None) -> tuple[Checkpoint | None, tuple[str, ...]]:
-    """The newest checkpoint that verifies and belongs to this run; sentences on those that were set aside for it."""
+def newest(run: Path, run_id: str | None, *, tensors: bool = True) -> tuple[Checkpoint | None, tuple[str, ...]]:
+    """The newest checkpoint that verifies and belongs to this run; sentences on those that were set aside for it.
+
+    Args:
+        tensors: whether they are read as well, and not by each rank for itself.
+    """
     notes = []
     for step, folder in checkpoints(run):
         try:
-            found = read_checkpoint(folder)
+            found = read_checkpoint(folder, tensors=tensors)
             if found.position.step != step:
                 raise Damaged(f"it holds update {found.position.step} under the name of update {step}")
             if run_id is not None and found.run != run_id:

@@ -75,6 +75,34 @@ class Skipped:
     rows: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """How compiling the decoder layers went, before the first update (models/compiled.py).
+
+    Attributes:
+        lengths: of packed rows that they are compiled for; none: any length. graphs: pieces of code.
+        error: largest relative difference of hidden states and gradients from plain layers, on random rows.
+        padding: share of padding in what this run's micro-batches pass through the model.
+        problem: why the run goes on without; None where they are compiled.
+    """
+
+    seconds: float
+    lengths: tuple[int, ...]
+    graphs: int
+    error: float | None
+    padding: float
+    problem: str | None = None
+
+    @property
+    def sentence(self) -> str:
+        """All of it."""
+        if self.problem is not None:
+            return f"decoder layers run uncompiled: {self.problem}"
+        lengths = ", ".join(f"{n:,}" for n in self.lengths)
+        at = f"for packed rows of {lengths} tokens ({self.padding:.1%} padding)" if lengths else "for any length of row"
+        return f"decoder layers compiled {at} in {self.seconds:.0f} s"
+
+
 class Severity(StrEnum):
     """How much a finding matters: worth knowing, to be mended for the next run, or this run is lost."""
 
@@ -140,7 +168,7 @@ class Finding:
         return cls(value["id"], severity, value["step"], value["what"], value["cause"], remedies)
 
 
-Event = Note | Updated | Skipped | Evaluated | Finding
+Event = Note | Compiled | Updated | Skipped | Evaluated | Finding
 Observer = Callable[[Event], None]
 
 

@@ -29,7 +29,7 @@ def back_or_stop(loop: "Loop", why: str) -> None:
 
     def look() -> bool:
         nonlocal found, notes
-        found, notes = newest(run, loop.setting.origin.run)
+        found, notes = newest(run, loop.setting.origin.run, tensors=loop.numbers.pieces is None)
         return found is not None
 
     if loop.ranks.first(look):

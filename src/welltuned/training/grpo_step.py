@@ -1,14 +1,18 @@
 """Reinforcement learning in groups: an update samples, has its completions rewarded, and follows what they teach.
 
-Sampling uses the model as it is at that update, in this process. Log-probabilities of the policy that sampled are those
-of the training forward pass, not the sampler's, so that every ratio of the first iteration is exactly 1.
+Sampling uses the model as it is at that update, in this process, or a vLLM server that is given the adapter as it is.
+Log-probabilities of the policy that sampled are those of the training forward pass, not the sampler's, so that every
+ratio of the first iteration is exactly 1; how far another engine's are from them is measured, and corrected for.
+
+Several ranks sample and reward whole groups each, and tell each other what came of it: advantages and weights are those
+of the whole update on all of them, and each follows its own groups.
 """
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +25,7 @@ from welltuned.models.generate import stop_ids
 from welltuned.models.lora import AdapterBank
 from welltuned.models.packed import shares
 from welltuned.models.sample import Completion, Sampling, complete
+from welltuned.models.vllm import VllmServer
 from welltuned.objectives.completions import Group, cut, lay, token_logprobs
 from welltuned.objectives.grpo import (
     GrpoSettings,
@@ -32,34 +37,15 @@ from welltuned.objectives.grpo import (
     token_weights,
 )
 from welltuned.objectives.rewards import Fault, Judged, Reward, Scores, score
+from welltuned.training.grpo_answers import Answered, Sampled, together
+from welltuned.training.grpo_measures import lengths, measures_of, per_reward
+from welltuned.training.grpo_server import require_near, server_of
 from welltuned.training.prepare import Prepared
 from welltuned.training.step import Engine, Evaluation, Gradient, NotFinite
 
 SHOWN_FAULTS = 5  # faults of one reward that are told one by one; all are counted
 KEPT_SAMPLES = 8  # held-out completions that an evaluation keeps
 SAMPLING_TOKENS = 8  # completions sampled at a time have this many times a micro-batch's tokens: a cache holds less
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """A set of completions, what they got, and what an update needs of them.
-
-    Attributes:
-        groups: the completions that have a gradient, by prompt.
-        tokens: of all sequences, each with its prompt, however often that is computed: as plans count them.
-        old, reference: log-probabilities of a completion's tokens by its number, once they are known.
-    """
-
-    groups: tuple[Group, ...]
-    advantage_S: Tensor
-    weight_S: Tensor
-    tokens: int
-    supervised_tokens: int
-    origins: tuple[str, ...]
-    measures: Mapping[str, float]
-    notes: tuple[str, ...]
-    old: dict[int, Tensor] = field(default_factory=dict)
-    reference: dict[int, Tensor] = field(default_factory=dict)
 
 
 def grpo_objective(prepared: Prepared, engine: Engine) -> "Grpo":
@@ -89,6 +75,8 @@ def grpo_objective(prepared: Prepared, engine: Engine) -> "Grpo":
         generations=value("num_generations"),
         iterations=value("num_iterations"),
         whole_budget=engine.token_budget,
+        server=server_of(prepared.plan),
+        clip=value("vllm_importance_sampling_clip_max") if prepared.recipe.vllm_server_base_url else math.inf,
     )
     objective.remember_start(engine)  # now, before a checkpoint may be restored
     return objective
@@ -103,6 +91,7 @@ class Grpo:
             caller must ask for the same rows; a run that goes on within a set samples it anew.
         whole_budget: the engine's token budget for which `sampling.tokens_at_once` was chosen; with a smaller one
             fewer completions are sampled at a time. None: always as many.
+        server: samples in the model's place. clip: the most that a token counts because it drew it too rarely.
     """
 
     def __init__(
@@ -115,12 +104,15 @@ class Grpo:
         generations: int,
         iterations: int = 1,
         whole_budget: int | None = None,
+        server: VllmServer | None = None,
+        clip: float = math.inf,
     ):
+        self._server, self._clip = server, clip
         self._whole_budget = whole_budget
         self.settings, self.sampling, self.rewards, self.tokenizer = settings, sampling, tuple(rewards), tokenizer
         self.generations, self.iterations = generations, iterations
         self._sampled: Sampled | None = None
-        self._uses = 0
+        self._used_by: tuple[tuple[int, ...], ...] = ()  # the keys of each update that used the set
         self._told: dict[str, int] = {}
         self._start: Tensor | None = None
 
@@ -129,37 +121,63 @@ class Grpo:
     def accumulate_gradient(self, engine: Engine, rows: Sequence[Prompt], keys: Sequence[int]) -> Gradient:
         """Sample, reward and add the gradient. A group without signal adds exactly nothing, and is not computed."""
         self.remember_start(engine)
-        origins = tuple(row.origin for row in rows)
-        notes: tuple[str, ...] = ()
-        seconds: dict[str, float] = {}
-        if self._sampled is None or self._uses == self.iterations or self._sampled.origins != origins:
-            self._sampled = None  # a set of the policy as it was, which may not outlive a failure to sample
-            self._sampled, seconds = self._sample(engine, rows, keys)
-            self._uses, notes = 0, self._sampled.notes
+        sampled = self._set_for(engine, rows, tuple(keys))
         started = time.perf_counter()
-        loss, measures = self._follow(engine, self._sampled)
-        self._uses += 1  # now: a call that ran out of memory is made again with the same set
-        seconds["seconds/update"] = time.perf_counter() - started
+        loss, measures = self._follow(engine, sampled)
+        measures["seconds/update"] = time.perf_counter() - started
+        if len(self._used_by) == 1:
+            measures |= sampled.seconds
+        if not engine.ranks.is_first:  # sums over the ranks: the first one's time, and what all know once
+            measures |= {name: 0.0 for name in measures if name.startswith("seconds/")}
+        known = sampled.measures if engine.ranks.is_first else dict.fromkeys(sampled.measures, 0.0)
         return Gradient(
             loss=loss,
-            tokens=self._sampled.tokens,
-            supervised_tokens=self._sampled.supervised_tokens,
-            measures={**self._sampled.measures, **measures, **seconds},
-            notes=notes,
+            tokens=sampled.tokens,
+            supervised_tokens=sampled.supervised_tokens,
+            measures={**known, **measures},
+            notes=sampled.notes if len(self._used_by) == 1 else (),
         )
 
-    def _sample(self, engine: Engine, rows: Sequence[Prompt], keys: Sequence[int]) -> tuple[Sampled, dict[str, float]]:
-        started = time.perf_counter()
-        names = [[name_of(key, g) for g in range(self.generations)] for key in keys]
-        made = self._complete(engine, rows, names, self.sampling)
-        sampled = time.perf_counter()
-        scores = self._score([(row, c) for row, group in zip(rows, made, strict=True) for c in group])
-        seconds = {"seconds/generation": sampled - started, "seconds/reward": time.perf_counter() - sampled}
-        return self._prepared(rows, keys, made, scores), seconds
+    def _set_for(self, engine: Engine, rows: Sequence[Prompt], keys: tuple[int, ...]) -> Sampled:
+        """The set of completions that an update follows: the same for as many updates as `iterations` says.
 
-    def _prepared(
-        self, rows: Sequence[Prompt], keys: Sequence[int], made: Sequence[Sequence[Completion]], scores: Scores
-    ) -> Sampled:
+        A call by the same keys is one that is made again, for want of memory here or to find a row at fault: it has the
+        same set. So this is decided alike on all ranks, without a word between them.
+        """
+        known, origins = self._sampled, tuple(row.origin for row in rows)
+        again = bool(self._used_by) and self._used_by[-1] == keys
+        if known is None or known.origins != origins or not (again or len(self._used_by) < self.iterations):
+            self._sampled, self._used_by = None, ()  # the policy's as it was, which may not outlive a failure to sample
+            known = self._sampled = self._sample(engine, rows, keys)
+        if not again or not self._used_by:
+            self._used_by = (*self._used_by, keys)
+        return known
+
+    def _sample(self, engine: Engine, rows: Sequence[Prompt], keys: Sequence[int]) -> Sampled:
+        names = [[name_of(key, g) for g in range(self.generations)] for key in keys]
+        answered = self._answered(engine, rows, names, self.sampling)
+        return self._prepared(rows, keys, answered)
+
+    def _answered(
+        self, engine: Engine, rows: Sequence[Prompt], names: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Answered:
+        """A completion for each name of each row, with their rewards; each rank makes those of its share."""
+        lengths = [len(row.ids) + len(group) * sampling.max_new_tokens for row, group in zip(rows, names, strict=True)]
+        mine = engine.ranks.share(lengths)
+
+        def make() -> Answered:
+            started = time.perf_counter()
+            some = [rows[i] for i in mine]
+            made = self._complete(engine, some, [names[i] for i in mine], sampling)
+            sampled = time.perf_counter()
+            scores = self._score([(row, c) for row, group in zip(some, made, strict=True) for c in group])
+            seconds = {"seconds/generation": sampled - started, "seconds/reward": time.perf_counter() - sampled}
+            return Answered(tuple(mine), made, scores, seconds)
+
+        return together(engine.ranks.gather(make), mine)
+
+    def _prepared(self, rows: Sequence[Prompt], keys: Sequence[int], answered: Answered) -> Sampled:
+        made, scores = answered.made, answered.scores
         settings = self.settings
         reward_PG = torch.tensor(scores.total, dtype=torch.float64).view(len(rows), self.generations)
         found = advantages(reward_PG, settings.scale_rewards)
@@ -170,19 +188,22 @@ class Grpo:
         advantage_S = found.value_PG.flatten()
         pulls_S = kept_S & ((advantage_S != 0) | (settings.beta > 0))
         groups = []
-        for p, (row, key) in enumerate(zip(rows, keys, strict=True)):
+        for p in answered.rows:
             numbers = [s for s in range(p * self.generations, (p + 1) * self.generations) if pulls_S[s]]
             if numbers:
-                groups.append(Group(row.ids, tuple(every[s].ids for s in numbers), key, tuple(numbers)))
+                groups.append(Group(rows[p].ids, tuple(every[s].ids for s in numbers), keys[p], tuple(numbers)))
         return Sampled(
             groups=tuple(groups),
             advantage_S=advantage_S,
             weight_S=token_weights(counted_S, settings),
             tokens=self.generations * sum(len(row.ids) for row in rows) + int(lengths_S.sum()),
             supervised_tokens=int(counted_S.sum()),
+            pulling=int(lengths_S[pulls_S].sum()),
             origins=tuple(row.origin for row in rows),
-            measures=_measures(every, reward_PG, found.std_P, found.silent_P, scores),
+            measures=measures_of(every, reward_PG, found.std_P, found.silent_P, scores),
             notes=self._fault_notes(scores.faults),
+            seconds=answered.seconds,
+            sampler={s: torch.from_numpy(c.logprobs) for s, c in enumerate(every) if c.logprobs is not None},
         )
 
     def _follow(self, engine: Engine, sampled: Sampled) -> tuple[float, dict[str, float]]:
@@ -191,17 +212,13 @@ class Grpo:
         if self.settings.beta > 0 and not sampled.reference:
             self._ask_reference(engine, batches, sampled)
         parts: list[PolicyLoss] = []
+        apart: list[Tensor] = []
         for batch in batches:
-            found = self._batch_loss(engine, batch, sampled)
+            found = self._batch_loss(engine, batch, sampled, apart)
             found.value.backward()
             parts.append(PolicyLoss(found.value.detach(), found.kl, found.clipped))
-        if not parts:
-            return 0.0, {"clip_ratio": 0.0}
-        loss, kl, clipped = (
-            torch.stack([part.value.double() for part in parts]).tolist(),
-            float(sum(part.kl for part in parts)),
-            float(sum(part.clipped for part in parts)),
-        )
+        loss = torch.stack([part.value.double() for part in parts]).tolist() if parts else []
+        kl, clipped = float(sum(part.kl for part in parts)), float(sum(part.clipped for part in parts))
         for batch, value in zip(batches, loss, strict=True):
             if not math.isfinite(value):
                 names = ", ".join(dict.fromkeys(self._origin(sampled, group) for group in batch))
@@ -210,9 +227,14 @@ class Grpo:
         measures = {"clip_ratio": clipped / tokens}
         if self.settings.beta > 0:
             measures["kl"] = kl / tokens
-        return sum(loss), measures
+        if self._server is not None:
+            gap_M = torch.cat(apart) if apart else torch.zeros(1)
+            require_near(float(gap_M.mean()))
+            measures["sampler_gap"] = float(gap_M.sum()) / max(1, sampled.pulling)
+        return math.fsum(loss), measures
 
-    def _batch_loss(self, engine: Engine, batch: Sequence[Group], sampled: Sampled) -> PolicyLoss:
+    def _batch_loss(self, engine: Engine, batch: Sequence[Group], sampled: Sampled, apart: list[Tensor]) -> PolicyLoss:
+        """`apart` is given how far another sampler's log-probabilities are from ours, a number a token."""
         laid = lay(batch, shared=shares(engine.model), device=engine.model.device)
         engine.trained.use_rows(None, laid.spans)
         logprob_M = token_logprobs(engine.model, engine.head, laid, self.sampling.temperature)
@@ -225,9 +247,14 @@ class Grpo:
             old_M = torch.cat([sampled.old[s] for s in numbers])
         ref_M = torch.cat([sampled.reference[s] for s in numbers]) if sampled.reference else None
         device = logprob_M.device
+        correction_M = None
+        if sampled.sampler:
+            above_M = old_M - torch.cat([sampled.sampler[s] for s in numbers]).to(old_M)
+            apart.append(above_M.abs())
+            correction_M = above_M.exp().clamp_max(self._clip)
         return policy_loss(
             *(logprob_M, old_M, ref_M, laid.sequence_M),
-            *(sampled.advantage_S.to(device), sampled.weight_S.to(device), self.settings),
+            *(sampled.advantage_S.to(device), sampled.weight_S.to(device), self.settings, correction_M),
         )
 
     @torch.no_grad()
@@ -265,6 +292,9 @@ class Grpo:
     def _complete(
         self, engine: Engine, rows: Sequence[Prompt], names: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Completion]]:
+        if self._server is not None:
+            assert isinstance(engine.trained, AdapterBank)
+            return self._server.complete(engine.trained, [row.ids for row in rows], names, sampling)
         engine.trained.no_dropout()
         if self._whole_budget is not None:  # where memory was short, in smaller batches
             at_once = sampling.tokens_at_once * engine.token_budget // self._whole_budget
@@ -317,14 +347,14 @@ class Grpo:
             stop_ids=self.sampling.stop_ids,
             tokens_at_once=self.sampling.tokens_at_once,
         )
-        made = [group[0] for group in self._complete(engine, rows, [[0]] * len(rows), greedy)]
-        scores = self._score(list(zip(rows, made, strict=True)))
+        answered = self._answered(engine, rows, [[0]] * len(rows), greedy)
+        made, scores = [group[0] for group in answered.made], answered.scores
         known = torch.tensor([value for value in scores.total if not math.isnan(value)], dtype=torch.float64)
         mean = float(known.mean()) if len(known) else math.nan
         error = float(known.std() / math.sqrt(len(known))) if len(known) > 1 else math.nan
         measures = {"eval_reward": mean, "eval_reward_se": error}
-        measures |= {f"eval_{name}": value for name, value in _per_reward(scores).items()}
-        measures |= {f"eval_{name}": value for name, value in _lengths(made).items()}
+        measures |= {f"eval_{name}": value for name, value in per_reward(scores).items()}
+        measures |= {f"eval_{name}": value for name, value in lengths(made).items()}
         return Evaluation(
             loss=-mean,
             standard_error=error,
@@ -357,35 +387,3 @@ def _by_sequence(value_M: Tensor, batch: Sequence[Group]) -> dict[int, Tensor]:
     pairs = [(s, len(ids)) for group in batch for s, ids in zip(group.sequences, group.completions, strict=True)]
     parts = value_M.split([n for _, n in pairs])
     return {s: part for (s, _), part in zip(pairs, parts, strict=True)}
-
-
-def _measures(
-    every: Sequence[Completion], reward_PG: Tensor, std_P: Tensor, silent_P: Tensor, scores: Scores
-) -> dict[str, float]:
-    known = reward_PG[~reward_PG.isnan()]
-    tokens = sum(len(c.ids) for c in every)
-    return {
-        "reward": float(known.mean()) if len(known) else math.nan,
-        "reward_std": float(std_P.mean()),
-        **_per_reward(scores),
-        "reward_faults": float(len(scores.faults)),
-        "frac_reward_zero_std": float(silent_P.double().mean()),
-        "entropy": sum(c.entropy for c in every) / max(1, tokens),
-        **_lengths(every),
-    }
-
-
-def _per_reward(scores: Scores) -> dict[str, float]:
-    """Each reward's own mean, where it applies."""
-    found = {}
-    for name, values in scores.each.items():
-        known = [value for value in values if not math.isnan(value)]
-        found[f"rewards/{name}/mean"] = sum(known) / len(known) if known else math.nan
-    return found
-
-
-def _lengths(every: Sequence[Completion]) -> dict[str, float]:
-    return {
-        "completions/mean_length": sum(len(c.ids) for c in every) / max(1, len(every)),
-        "completions/clipped_ratio": sum(not c.ended for c in every) / max(1, len(every)),
-    }

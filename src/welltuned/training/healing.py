@@ -62,18 +62,22 @@ def culprits(rows: Sequence[Any], finite: Callable[[Sequence[int]], bool]) -> li
 
 
 def finite_alone(
-    make: Callable[[Sequence[Any], Sequence[int]], Gradient], grad_KP: Tensor, rows: Sequence[Any], keys: Sequence[int]
+    make: Callable[[Sequence[Any], Sequence[int]], Gradient],
+    norm: Callable[[], Tensor],
+    grad_KP: Tensor,
+    rows: Sequence[Any],
+    keys: Sequence[int],
 ) -> Callable[[Sequence[int]], bool]:
     """Whether some of an update's rows have a finite loss and gradient; leaves the gradients cleared.
 
     Args:
-        make: fills the flat gradient, over all ranks.
+        make: fills the flat gradient, over all ranks; `norm` is its length afterwards, on all of them.
     """
 
     def finite(some: Sequence[int]) -> bool:
         try:
             made = make([rows[i] for i in some], [keys[i] for i in some])
-            return is_sound(float(grad_KP.norm()), made)
+            return is_sound(float(norm().norm()), made)
         except NotFinite:
             return False
         finally:

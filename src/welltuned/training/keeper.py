@@ -70,6 +70,20 @@ class Keeper:
         self.cost.training_thread += time.perf_counter() - started
         return tuple(notes)
 
+    def has(self, step: int) -> bool:
+        """Whether the newest checkpoint is that of this update, and safe."""
+        return self.saved == step and self.failed is None
+
+    def written(self, snapshot: Snapshot, failed: str | None, seconds: float) -> tuple[str, ...]:
+        """All ranks together wrote a checkpoint, or could not for this reason; sentences on that."""
+        self.cost.training_thread += seconds
+        self._writing, self._error = snapshot.position.step, None if failed is None else RunError(failed)
+        self.cost.saves += 1
+        if failed is None:
+            with suppress(OSError):  # the next save tries again
+                rotate(self.run, self.keep, snapshot.position.best, snapshot.run)
+        return self._done()
+
     def resumed(self, step: int, best: int | None, run_id: str) -> None:
         """The run goes on from this checkpoint; what a kill kept from being removed is removed now."""
         self.saved = step

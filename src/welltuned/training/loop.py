@@ -25,7 +25,8 @@ from welltuned.training.interrupt import Asked, Interrupted, name_of
 from welltuned.training.keeper import Keeper
 from welltuned.training.memory_guard import MemoryGuard
 from welltuned.training.monitor.movement import Movement
-from welltuned.training.optimizer import FlatAdamW, clip_
+from welltuned.training.optimizer import clip_
+from welltuned.training.optimizer_8bit import make_optimizer
 from welltuned.training.prepare import Prepared
 from welltuned.training.process import memory_used
 from welltuned.training.reduce import GradientSum, Word
@@ -66,8 +67,9 @@ class Loop:
         self.ranks = setting.engine.ranks
         self.at = Position(token_budget=setting.engine.token_budget)
         self.watch = make_watch(plan, self.at.monitor)
-        self._sum = GradientSum(self.trained, self.ranks)
-        self.optimizer = FlatAdamW(
+        self._sum = GradientSum(self.trained, self.ranks, passes_together=setting.engine.shards is not None)
+        self.optimizer = make_optimizer(
+            plan.value("optim"),
             self.trained.flat_KP,
             self.trained.grad_KP,
             self.trained.decayed,
@@ -76,7 +78,7 @@ class Loop:
         )
         self.average = Average(plan.value("ema_decay"), self.trained.flat_KP) if "ema_decay" in plan.choices else None
         self.numbers = Numbers(self.trained, self.optimizer, self.average)
-        self._movement = Movement(self.trained)  # before a checkpoint is restored: it remembers the start
+        self._movement = Movement(self.trained, self.ranks)  # before a checkpoint is restored: it remembers the start
         self.schedule = schedule_of(plan)
         self.batch = plan.value("effective_batch_size")
         self._guard = MemoryGuard(plan, processes=self.ranks.here)
@@ -180,7 +182,7 @@ class Loop:
         keys = [dropout_key(self.plan.value("seed"), step, i) for i in chosen]
         try:
             made = self._gradient(rows, keys)
-            norm = clip_(self.trained.grad_KP, self.plan.value("max_grad_norm"))[0]
+            norm = clip_(self.trained.grad_KP, self.plan.value("max_grad_norm"), self._sum.lengths())[0]
             what = (
                 None
                 if is_sound(norm, made)
@@ -261,6 +263,8 @@ class Loop:
 
     def with_memory(self, make: Callable[[], T], where: str) -> T:
         """What `make` gives, tried again with a smaller token budget each time that memory is out."""
+        if self.engine.shards is not None:
+            return self.engine.shards.once(make)
         return retried(make, lambda: self._shrink(f"{where} ran out of memory"))
 
     def _shrink(self, why: str) -> None:
@@ -305,10 +309,10 @@ class Loop:
     def _left_out(self, what: str, rows: Sequence[Any], keys: Sequence[int]) -> bool:
         """Leave this update out: nothing of it reaches weights or moments. False where the run went back."""
         self.optimizer.zero_grad()
-        if not bool(torch.isfinite(self.trained.flat_KP).all()):
+        if not all(self.ranks.gather(lambda: bool(torch.isfinite(self.trained.flat_KP).all()))):
             back_or_stop(self, f"trained weights are not finite at update {self.at.step + 1}")
             return False
-        finite = finite_alone(self._gradient, self.trained.grad_KP, rows, keys)
+        finite = finite_alone(self._gradient, self._sum.lengths, self.trained.grad_KP, rows, keys)
         found = tuple(rows[i].origin for i in culprits(rows, finite))
         self.at = replace(self.at, step=self.at.step + 1, skipped=self.at.skipped + 1, in_a_row=self.at.in_a_row + 1)
         self.tell(Skipped(self.at.step, self.plan.updates, what, found))
@@ -334,7 +338,8 @@ class Loop:
 
     def save(self, *, wait: bool = False) -> None:
         """Begin to save this position; with `wait`, until it is on the disk."""
-        self.ranks.require_equal(f"the weights or moments after update {self.at.step}", self.numbers.flat)
+        if self.numbers.pieces is None:
+            self.ranks.require_equal(f"the weights or moments after update {self.at.step}", self.numbers.flat)
         if not self.ranks.alone:
             self._heed(self.ranks.gather(self._word))
         now = time.monotonic()
@@ -345,16 +350,22 @@ class Loop:
             monitor=self.watch.state(),
         )
         self._clock = now
-        self.ranks.first(lambda: self._keep(wait))
+        if self.numbers.pieces is None:
+            self.ranks.first(lambda: self._keep(wait))
+        else:
+            from welltuned.training.pieces import keep_pieces
+
+            keep_pieces(self, self.numbers.pieces)
 
     def _keep(self, wait: bool) -> None:
         keeper = self.setting.keeper
         if wait:
             self.say(keeper.join())
-        if keeper.saved != self.at.step or keeper.failed is not None:
-            self.say(keeper.save(self._snapshot, wait=wait))
+        if not keeper.has(self.at.step):
+            self.say(keeper.save(self.snapshot, wait=wait))
 
-    def _snapshot(self, copied: bool) -> Snapshot:
+    def snapshot(self, copied: bool) -> Snapshot:
+        """The run as it is here; see `Numbers.take`."""
         length = self.setting.directory.metrics_bytes
         return self.numbers.take(self.at, self.setting.origin, length, copied=copied)
 
@@ -373,7 +384,7 @@ class Loop:
         """
         self.at, self._clock = self.numbers.restore(found, self.ranks), time.monotonic()
         self.optimizer.zero_grad()
-        self.cut_to(self.at.token_budget)
+        self.cut_to(min(self.engine.token_budget, self.at.token_budget))  # the recipe's may be less by now
         self.watch = self._make_watch(self.plan, self.at.monitor)
         if found is None:
             return

@@ -4,13 +4,18 @@ AdamW: Loshchilov & Hutter 2019, arXiv 1711.05101. One fused call on one buffer 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
+
+from welltuned.errors import RunError
+
+NO_CODES: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Scheduler(StrEnum):
@@ -74,8 +79,10 @@ class FlatAdamW:
 
     Attributes:
         exp_avg_KP, exp_avg_sq_KP: the two moments, as flat as the weights, made at once so that no update needs more
-            memory than the one before.
+            memory than the one before. codes: empty; moments in 8 bits, where an optimizer has them.
     """
+
+    codes = NO_CODES
 
     def __init__(
         self,
@@ -92,7 +99,7 @@ class FlatAdamW:
         groups = []
         state = {}
         for k in range(flat_KP.shape[0]):
-            for span in _cut(spans or [Span(0, flat_KP.shape[1])], decayed):
+            for span in cut(spans or [Span(0, flat_KP.shape[1])], decayed):
                 columns, decay = slice(span.start, span.end), settings.weight_decay if span.end <= decayed else 0.0
                 row = flat_KP[k, columns].detach().requires_grad_(True)
                 if row.numel():
@@ -111,8 +118,15 @@ class FlatAdamW:
         """How many updates each group of numbers has had."""
         return torch.stack(self._steps).cpu()
 
-    def restore(self, exp_avg_KP: Tensor, exp_avg_sq_KP: Tensor, steps_G: Tensor) -> None:
-        """Go on from these moments."""
+    def restore(
+        self, exp_avg_KP: Tensor, exp_avg_sq_KP: Tensor, steps_G: Tensor, codes: Mapping[str, Tensor] = NO_CODES
+    ) -> None:
+        """Go on from these moments.
+
+        Raises:
+            RunError: they are another optimizer's.
+        """
+        require_same_state(self.exp_avg_KP, self.codes, exp_avg_KP, codes)
         self.exp_avg_KP.copy_(exp_avg_KP)
         self.exp_avg_sq_KP.copy_(exp_avg_sq_KP)
         self.restore_steps(steps_G.tolist())
@@ -121,6 +135,11 @@ class FlatAdamW:
         """Set how many updates each group of numbers has had."""
         for step, value in zip(self._steps, steps_G, strict=True):
             step.fill_(value)
+
+    def reset(self) -> None:
+        """As before the first update."""
+        for tensor in (self.exp_avg_KP, self.exp_avg_sq_KP, *self._steps):
+            tensor.zero_()
 
     def step(self, rate_K: Sequence[float | None]) -> None:
         """One update; the gradients are left as they are. An adapter whose rate is None is not touched."""
@@ -134,7 +153,7 @@ class FlatAdamW:
         self._grad_KP.zero_()
 
 
-def _cut(spans: Sequence[Span], at: int) -> list[Span]:
+def cut(spans: Sequence[Span], at: int) -> list[Span]:
     """The same columns, with no span across `at`; neighbours of one factor are one."""
     cut: list[Span] = []
     for span in spans:
@@ -148,10 +167,31 @@ def _cut(spans: Sequence[Span], at: int) -> list[Span]:
     return cut
 
 
-def clip_(grad_KP: Tensor, limit: float) -> list[float]:
-    """Scale every adapter's gradient down to `limit` where it is longer (0: never); the norms before that."""
-    norm_K = torch.linalg.vector_norm(grad_KP, dim=1)
+def require_same_state(
+    ours_KP: Tensor, our_codes: Mapping[str, Tensor], found_KP: Tensor, found_codes: Mapping[str, Tensor]
+) -> None:
+    """Refuse moments of another optimizer.
+
+    Raises:
+        RunError: as said.
+    """
+    shapes = [{name: tuple(t.shape) for name, t in codes.items()} for codes in (our_codes, found_codes)]
+    if tuple(ours_KP.shape) != tuple(found_KP.shape) or shapes[0] != shapes[1]:
+        kinds = ["8-bit AdamW" if codes else "AdamW in fp32" for codes in (found_codes, our_codes)]
+        what = f"it holds the moments of {kinds[0]}, and this run's optim is {kinds[1]}"
+        if kinds[0] == kinds[1]:
+            what = "it holds the moments of other tensors"
+        raise RunError(f"{what}: go on with the optim that it was begun with, or begin a new run")
+
+
+def clip_(grad_KP: Tensor, limit: float, norm_K: Tensor | None = None) -> list[float]:
+    """Scale every adapter's gradient down to `limit` where it is longer (0: never); the norms before that.
+
+    Args:
+        norm_K: where grad_KP is only a part of it: the norm of the whole.
+    """
+    norm_K = torch.linalg.vector_norm(grad_KP, dim=1) if norm_K is None else norm_K
     if limit > 0:
-        grad_KP.mul_((limit / norm_K.clamp_min(1e-12)).clamp_max(1.0)[:, None])
+        grad_KP.mul_((limit / norm_K.clamp_min(1e-12)).clamp_max(1.0)[:, None].to(grad_KP.device))
     norms: list[float] = norm_K.tolist()
     return norms

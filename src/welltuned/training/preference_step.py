@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from welltuned.data.packing import pack
 from welltuned.data.pairs import mismatched
 from welltuned.data.render import Example
+from welltuned.models.oom import is_out_of_memory
 from welltuned.models.packed import hidden_states
 from welltuned.objectives.answers import Laid, answer_logps, laid_length, lay, token_logps
 from welltuned.objectives.preference import (
@@ -129,7 +130,7 @@ class Pairwise:
         Raises:
             NotFinite: a loss is not finite; the pairs are named.
         """
-        mine = self._share(engine, rows)
+        mine = _share(engine, rows, self.shared)
         some = [rows[i] for i in mine]
         losses, measures = [], []
         ratio = pairs_per_token(rows)
@@ -160,7 +161,7 @@ class Pairwise:
 
     def _shared_judgement(self, engine: Engine, rows: Sequence[Example]) -> Tensor:
         """The loss of each pair of this rank's share, 0 for the others; then the sums of its measures. float64."""
-        mine = self._share(engine, rows)
+        mine = _share(engine, rows, self.shared)
         losses, measures = [], []
         ratio = pairs_per_token(rows)
         for chosen, laid in self._laid(engine, [rows[i] for i in mine], None):
@@ -173,9 +174,6 @@ class Pairwise:
 
     def _sums(self, measures: Sequence[Measures]) -> dict[str, float]:
         return {name: float(sum(m[name].double().sum() for m in measures)) for name in self.judge.names}
-
-    def _share(self, engine: Engine, rows: Sequence[Example]) -> Sequence[int]:
-        return engine.ranks.share([laid_length(row, self.shared) for row in rows])
 
     def _laid(
         self, engine: Engine, rows: Sequence[Example], keys: Sequence[int] | None
@@ -194,34 +192,53 @@ class Kto:
 
     def __init__(self, settings: KtoSettings, reference: Reference, max_length: int):
         self.settings, self.reference, self.max_length = settings, reference, max_length
+        self._known: tuple[object, float] | None = None
 
     def accumulate_gradient(self, engine: Engine, rows: Sequence[Example], keys: Sequence[int]) -> Gradient:
         """Add the gradient of the mean loss of judged answers; `keys` name each one's dropout masks."""
-        kl = self._reference_point(engine, rows)
-        found = []
-        for chosen, laid in laid_bins(engine, rows, keys):
+        kl = self._reference_point(engine, rows, tuple(keys))
+        mine = _share(engine, rows)
+        some, found = [rows[i] for i in mine], []
+        for chosen, laid in laid_bins(engine, some, [keys[i] for i in mine]):
             engine.trained.use_rows(None, laid.spans)
-            loss_P, logp_P = self._judge(engine, [rows[i] for i in chosen], laid, kl)
+            loss_P, logp_P = self._judge(engine, [some[i] for i in chosen], laid, kl)
             (loss_P.sum() / len(rows)).backward()
-            found.append((chosen, loss_P.detach(), logp_P.detach()))
+            found.append(([mine[i] for i in chosen], loss_P.detach(), logp_P.detach()))
         loss_P = _in_order(((chosen, loss) for chosen, loss, _ in found), len(rows))
         logp_P = _in_order(((chosen, logp) for chosen, _, logp in found), len(rows))
         _require_finite(loss_P, rows, "loss")
-        measures = self._measures(rows, logp_P, kl)
+        measures = self._measures(rows, mine, logp_P, kl if engine.ranks.is_first else 0.0)
         return Gradient(float(loss_P.mean()), _tokens(rows, False), _supervised(rows), measures)
 
     @torch.no_grad()
     def evaluate(self, engine: Engine, rows: Sequence[Example]) -> Evaluation:
         """The mean loss without dropout; the reference point is that of all the held-out rows."""
         engine.trained.no_dropout()
-        kl = self._reference_point(engine, rows)
-        found = []
-        for chosen, laid in laid_bins(engine, rows, None):
-            found.append((chosen, *self._judge(engine, [rows[i] for i in chosen], laid, kl)))
-        loss_P = _in_order(((chosen, loss) for chosen, loss, _ in found), len(rows))
-        logp_P = _in_order(((chosen, logp) for chosen, _, logp in found), len(rows))
+        kl = self._reference_point(engine, rows, "held out")
+        try:
+            values = engine.ranks.total(lambda: self._shared_judgement(engine, rows, kl))
+        except Exception as error:
+            if not is_out_of_memory(error):  # which is tried again here alone: the others are not asked twice
+                self._known = None
+            raise
+        self._known = None
+        loss_P, logp_P = values[: len(rows)], values[len(rows) :]
         _require_finite(loss_P, rows, "held-out loss")
-        return _evaluation(loss_P, rows, self._measures(rows, logp_P, kl))
+        return _evaluation(loss_P, rows, self._measures(rows, range(len(rows)), logp_P, kl))
+
+    def _shared_judgement(self, engine: Engine, rows: Sequence[Example], kl: float) -> Tensor:
+        """Loss and log-probability of each row of this rank's share, 0 for the others. float64."""
+        mine = _share(engine, rows)
+        some, found = [rows[i] for i in mine], []
+        for chosen, laid in laid_bins(engine, some, None):
+            at = [mine[i] for i in chosen]
+            found.append((at, *self._judge(engine, [rows[i] for i in at], laid, kl)))
+        return torch.cat(
+            [
+                _in_order(((at, loss) for at, loss, _ in found), len(rows)),
+                _in_order(((at, logp) for at, _, logp in found), len(rows)),
+            ]
+        )
 
     def _judge(self, engine: Engine, rows: Sequence[Example], laid: Laid, kl: float) -> tuple[Tensor, Tensor]:
         logp_P = _logps(engine, laid, 1)[:, 0]
@@ -229,28 +246,45 @@ class Kto:
         desirable_P = torch.tensor([bool(e.desirable) for e in rows], device=logp_P.device)
         return kto_loss(Answers(logp_P, known_P, laid.tokens_A), desirable_P, kl, self.settings), logp_P
 
-    @torch.no_grad()
-    def _reference_point(self, engine: Engine, rows: Sequence[Example]) -> float:
-        # Of an update that is made again with fewer rows some were not foreseen, and are left out of the mean.
-        others = [row for row in mismatches(rows, self.max_length) if self.reference.knows(key_of(row))]
-        engine.trained.no_dropout()
-        total = 0.0
-        for chosen, laid in laid_bins(engine, others, None):
-            known = sum(self.reference.of(others[i])[0] for i in chosen)
-            total += float(_logps(engine, laid, 1).sum()) - known
-        return max(0.0, total / len(others)) if others else 0.0
+    def _reference_point(self, engine: Engine, rows: Sequence[Example], name: object) -> float:
+        """Of all ranks' rows together. Asked again by the same name, when memory was short here, it asks nobody."""
+        if self._known is None or self._known[0] != name:
+            # Of an update that is made again with fewer rows some were not foreseen, and are left out of the mean.
+            others = [row for row in mismatches(rows, self.max_length) if self.reference.knows(key_of(row))]
+            apart = float(engine.ranks.total(lambda: self._apart(engine, others)))
+            self._known = name, max(0.0, apart / len(others)) if others else 0.0
+        return self._known[1]
 
-    def _measures(self, rows: Sequence[Example], logp_P: Tensor, kl: float) -> Mapping[str, float]:
+    @torch.no_grad()
+    def _apart(self, engine: Engine, rows: Sequence[Example]) -> Tensor:
+        """The sum of this rank's rows' log-probabilities, less those under the reference."""
+        engine.trained.no_dropout()
+        some = [rows[i] for i in _share(engine, rows)]
+        total = 0.0
+        for chosen, laid in laid_bins(engine, some, None):
+            known = sum(self.reference.of(some[i])[0] for i in chosen)
+            total += float(_logps(engine, laid, 1).sum()) - known
+        return torch.tensor(total, dtype=torch.float64)
+
+    def _measures(self, rows: Sequence[Example], mine: Sequence[int], logp_P: Tensor, kl: float) -> Mapping[str, float]:
+        """This rank's part of means over all rows, of which it has `mine`."""
         found = {"kl": kl}
-        known_P = torch.tensor([self.reference.of(e)[0] for e in rows], dtype=logp_P.dtype)
         for name, wanted in (("chosen", True), ("rejected", False)):
-            at = [i for i, row in enumerate(rows) if row.desirable is wanted]
-            if at:
-                found[f"rewards/{name}"] = self.settings.beta * float((logp_P[at] - known_P[at]).mean())
-                found[f"logps/{name}"] = float(logp_P[at].mean())
+            count = sum(row.desirable is wanted for row in rows)
+            at = [i for i in mine if rows[i].desirable is wanted]
+            if count:
+                known = math.fsum(self.reference.of(rows[i])[0] for i in at)
+                logp = float(logp_P[at].sum())
+                found[f"rewards/{name}"] = self.settings.beta * (logp - known) / count
+                found[f"logps/{name}"] = logp / count
         if "rewards/chosen" in found and "rewards/rejected" in found:
             found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
         return found
+
+
+def _share(engine: Engine, rows: Sequence[Example], shared: bool = False) -> Sequence[int]:
+    """Which rows this rank computes."""
+    return engine.ranks.share([laid_length(row, shared) for row in rows])
 
 
 def mismatches(rows: Sequence[Example], max_length: int) -> list[Example]:

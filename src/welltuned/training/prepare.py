@@ -27,11 +27,6 @@ if TYPE_CHECKING:
 TRUSTED = 95  # weight among the plan's warnings of what the user trusts others with
 PLAIN_PARTS = 12  # weight among the plan's warnings of a part that runs on the model's own code: it costs time only
 
-ALONE_ONLY = {  # methods that one process trains, and why
-    Method.GRPO: "its completions are sampled by one process",
-    Method.KTO: "its reference point is estimated over the whole update by one process",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Prepared:

@@ -8,9 +8,9 @@ from welltuned.advice.plan import plan_from_yaml, plan_to_yaml
 from welltuned.choice import SetBy
 from welltuned.errors import InputError
 from welltuned.facts.machine import Device
-from welltuned.recipe import Method
 from welltuned.training.identity import differences, identity_of
-from welltuned.training.prepare import ALONE_ONLY, Prepared, prepare
+from welltuned.training.in_pieces import lies_in_pieces
+from welltuned.training.prepare import Prepared, prepare
 from welltuned.training.ranks import Ranks
 
 
@@ -20,8 +20,8 @@ def prepare_together(make: Callable[[], Prepared], ranks: Ranks) -> Prepared:
     The first goes ahead, so that on one machine the others find its rows in the cache.
 
     Raises:
-        InputError: on all ranks, what `make` raises; the method cannot be shared; or ranks do not see the same model,
-            rows or tokenizer, as machines with other files would.
+        InputError: on all ranks, what `make` raises; or ranks do not see the same model, rows or tokenizer, as machines
+            with other files would.
     """
     if ranks.alone:
         return make()
@@ -29,7 +29,6 @@ def prepare_together(make: Callable[[], Prepared], ranks: Ranks) -> Prepared:
 
     def planned() -> str:
         made.append(make())
-        require_shareable(made[0].recipe.method, ranks)
         return plan_to_yaml(made[0].plan)
 
     def read() -> Prepared:
@@ -48,19 +47,17 @@ def prepare_together(make: Callable[[], Prepared], ranks: Ranks) -> Prepared:
     return prepared
 
 
-def require_shareable(method: Method, ranks: Ranks) -> None:
-    """Refuse what several processes cannot do together."""
-    if method in ALONE_ONLY:
-        what = f"{method} trains in one process: {ALONE_ONLY[method]}, and {ranks.size} were started"
-        raise InputError(what, where="method", mend="start it without torchrun")
-
-
 def sharing_notes(prepared: Prepared, ranks: Ranks) -> tuple[str, ...]:
     """What a user of other trainers would take for granted, and is not so here."""
     if ranks.alone:
         return ()
     size = prepared.plan.value("effective_batch_size")
     notes = [f"{ranks.size} processes share every update of {size} rows"]
+    if lies_in_pieces(prepared.plan, ranks):
+        chosen = prepared.plan.choices["fsdp"]
+        why = "" if chosen.set_by is SetBy.USER else f", since {chosen.reason}"
+        notes.append(f"a model in pieces: each of {ranks.size} processes keeps a part of every weight{why}")
+        notes.append("none of them alone can answer prompts for the report; welltuned chat does it afterwards")
     given = ("per_device_train_batch_size", "gradient_accumulation_steps")
     if any(prepared.plan.choices[name].set_by is SetBy.USER for name in given):
         product = " × ".join(str(prepared.plan.value(name)) for name in given)

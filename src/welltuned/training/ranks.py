@@ -169,11 +169,11 @@ class Group(Ranks):
         return torch.stack(self.gather(make)).sum(0)
 
     def sum_(self, tensor: Tensor) -> None:
-        with self._connected():
+        with self.connected():
             dist.all_reduce(tensor)
 
     def spread_(self, tensors: Sequence[Tensor]) -> None:
-        with self._connected():
+        with self.connected():
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
@@ -184,10 +184,17 @@ class Group(Ranks):
             text = f"{what} differ between process 0 and process {other} of {self.size}, which must never be"
             raise Elsewhere(f"{text}: they are not saved; the last checkpoint is as it was", 1, not self.is_first)
 
+    def collect(self, tensor: Tensor) -> list[Tensor]:
+        """Everybody's tensor, of one shape and on the CPU, in their order; nothing on others than the first."""
+        parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.is_first else None
+        with self.connected():
+            dist.gather(tensor.contiguous(), parts, dst=0, group=self._words)
+        return parts or []
+
     def exchange(self, word: T) -> list[T]:
         """What every rank has to say, in their order."""
         words: list[Any] = [None] * self.size
-        with self._connected():
+        with self.connected():
             dist.all_gather_object(words, word, group=self._words)
         return words
 
@@ -199,14 +206,21 @@ class Group(Ranks):
         finally:
             self._words = before
 
+    @property
+    def words(self) -> Any:
+        """The processes as torch.distributed knows them, by gloo: for what it does itself."""
+        return self._words
+
     @contextmanager
-    def _connected(self) -> Iterator[None]:
+    def connected(self) -> Iterator[None]:
+        """Within the block an error of the connection is `Lost`."""
         try:
             yield
         except RuntimeError as error:  # gloo's and NCCL's own, and what torch makes of them
-            raise self._lost(error) from error
+            raise self.lost(error) from error
 
-    def _lost(self, error: RuntimeError) -> Lost:
+    def lost(self, error: RuntimeError) -> Lost:
+        """What an error of the connection means: who is gone."""
         gone = self._who_is_gone()
         named = f"process {', '.join(map(str, gone))} of {self.size}" if gone else f"one of {self.size} processes"
         why = f"did not answer for {self._timeout:g} s" if "imed out" in str(error) else "is gone"
@@ -260,7 +274,8 @@ def fingerprint(tensors: Sequence[Tensor]) -> str:
     """
     found = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
-        bits = tensor.detach().contiguous().view(-1).view(torch.int32)
+        flat = tensor.detach().contiguous().view(-1)
+        bits = flat if flat.dtype is torch.uint8 else flat.view(torch.int32)
         sums = torch.zeros(2, dtype=torch.int64, device=bits.device)
         for start in range(0, len(bits), CHUNK):
             piece = bits[start : start + CHUNK].long()

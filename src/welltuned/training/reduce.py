@@ -4,17 +4,22 @@ Behind the flat gradient lie a few numbers more, so that one collective takes al
 something happened (a loss that is not finite, memory, a signal, an error) do words follow, and then on all ranks.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from welltuned.errors import RunError
+from welltuned.models.full import FullParameters
 from welltuned.models.oom import is_out_of_memory
-from welltuned.training.ranks import Failure, Group, Ranks
+from welltuned.training.ranks import Failure, Group, Lost, Ranks
 from welltuned.training.step import Gradient, NotFinite, Trained
 
-WORDS, LOSS, MEASURES = 0, 1, 2  # places behind the gradient: how many ranks have a word, the loss, an objective's own
+# Places behind the gradient: how many ranks have a word, the loss, the gradient's squares where each rank holds a part
+# of it, and an objective's own.
+WORDS, LOSS, SQUARES, MEASURES = 0, 1, 2, 3
 TAIL = 32
 
 
@@ -40,11 +45,20 @@ class Word:
 
 
 class GradientSum:
-    """Takes the place of the flat gradient where there are several ranks; does nothing where there is one."""
+    """Takes the place of the flat gradient where there are several ranks; does nothing where there is one.
 
-    def __init__(self, trained: Trained, ranks: Ranks):
+    Args:
+        passes_together: whether the others wait in the middle of a pass for a rank that fails, so that it only ends.
+    """
+
+    def __init__(self, trained: Trained, ranks: Ranks, *, passes_together: bool = False):
+        self._together = passes_together
         self._group = ranks if isinstance(ranks, Group) else None
-        if self._group is not None:
+        self._trained, self._in_pieces = trained, isinstance(trained, FullParameters) and trained.in_pieces
+        self._length = math.nan
+        if self._group is not None and self._in_pieces:  # which every pass has summed already
+            self._buffer = self._tail = torch.zeros(TAIL, dtype=torch.float32, device=trained.grad_KP.device)
+        elif self._group is not None:
             count = trained.grad_KP.numel()
             self._buffer = torch.zeros(count + TAIL, dtype=torch.float32, device=trained.grad_KP.device)
             trained.grad_KP = self._buffer[:count].view_as(trained.grad_KP)
@@ -68,7 +82,8 @@ class GradientSum:
         try:
             made = make()
         except Exception as error:
-            if is_out_of_memory(error):  # even example by example; the others hear of it when this process ends
+            alone = self._together and not isinstance(error, NotFinite)  # which is found out after all passes
+            if alone or is_out_of_memory(error) or isinstance(error, Lost):  # the others hear of it when this one ends
                 raise
             failed = error
         said = word()
@@ -79,6 +94,7 @@ class GradientSum:
         self._fill(made, said)
         self._group.sum_(self._buffer)
         numbers = self._tail.tolist()
+        self._length = math.sqrt(numbers[SQUARES])
         self._tail.zero_()
         if numbers[WORDS]:
             words = self._group.exchange(said)
@@ -90,12 +106,19 @@ class GradientSum:
         assert made is not None
         return replace(made, loss=numbers[LOSS], measures=dict(zip(made.measures, numbers[MEASURES:], strict=False)))
 
+    def lengths(self) -> Tensor:
+        """The length of each adapter's gradient after `of`; the same on all ranks."""
+        if self._in_pieces:
+            return torch.tensor([self._length])
+        return torch.linalg.vector_norm(self._trained.grad_KP, dim=1)
+
     def _fill(self, made: Gradient | None, said: Word) -> None:
         if made is None:
             return self._write([float(not said.is_empty)])
+        squares = float(torch.linalg.vector_norm(self._trained.grad_KP)) ** 2 if self._in_pieces else 0.0
         if len(made.measures) > TAIL - MEASURES:
             raise RunError(f"an objective has {len(made.measures)} measures, and {TAIL - MEASURES} can be shared")
-        return self._write([float(not said.is_empty), made.loss, *made.measures.values()])
+        return self._write([float(not said.is_empty), made.loss, squares, *made.measures.values()])
 
     def _write(self, numbers: Sequence[float]) -> None:
         self._tail[: len(numbers)] = torch.tensor(numbers, dtype=torch.float32)

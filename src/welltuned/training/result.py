@@ -131,6 +131,8 @@ def _base_weights(engine: Engine | None) -> dict[str, str]:
     """What the adapter stands on, so that it is not put on another base later."""
     if engine is None or not isinstance(engine.trained, AdapterBank):
         return {}
+    if engine.shards is not None:
+        return dict(engine.shards.base_weights)
     return fingerprint(engine.model, [slot.name for slot in engine.trained.slots])
 
 

@@ -12,12 +12,13 @@ import torch
 from welltuned.advice.plan import Plan, plan_from_yaml
 from welltuned.errors import InputError
 from welltuned.facts.machine import Device
-from welltuned.recipe import Recipe, load_recipe, recipe_to_dict
+from welltuned.recipe import Recipe, Tune, load_recipe, recipe_to_dict
 from welltuned.training import durable
 from welltuned.training.bystander import run_files
 from welltuned.training.checkpoint import CHECKPOINTS, Checkpoint, checkpoints, newest, set_aside
 from welltuned.training.events import Observer, silent
 from welltuned.training.identity import PROCESSES, differences, identity_of, versions
+from welltuned.training.in_pieces import lies_in_pieces
 from welltuned.training.prepare import Prepared, prepare
 from welltuned.training.prepare_together import prepare_together, sharing_notes
 from welltuned.training.ranks import ALONE, Ranks
@@ -62,12 +63,12 @@ def resume(
     ranks.first(lambda: require_unfinished(path))
     path = path.resolve()
     with run_files(path, ranks, resumed=True) as directory:
-        run = _Unfinished(directory, accept_changes, make_watch)
+        run = _Unfinished(directory, accept_changes, make_watch, ranks)
         with chdir(ranks.first(run.read)):
             prepared = prepare_together(lambda: prepare(run.left.recipe, planned=run.left.plan), ranks)
             ranks.first(lambda: run.compare(prepared))
             require_device(prepared.plan, path)
-            with on_this_machine(prepared.plan):
+            with on_this_machine(prepared.plan, ranks):
                 ready = loaded(prepared, ranks, observer)
                 ranks.first(lambda: run.require_same_tensors(ready.engine.trained))
                 notes, found = (*run.notes, *sharing_notes(prepared, ranks)), run.left.found
@@ -77,14 +78,15 @@ def resume(
 class _Unfinished:
     """A Run that goes on, as the first rank finds it; on the others it is never read."""
 
-    def __init__(self, directory: RunDir, accept_changes: bool, make_watch: MakeWatch):
+    def __init__(self, directory: RunDir, accept_changes: bool, make_watch: MakeWatch, ranks: Ranks):
         self._directory, self._accept_changes, self._make_watch = directory, accept_changes, make_watch
+        self._ranks = ranks
         self.left = LeftOver(None, None, None, None, ())  # type: ignore[arg-type]
         self.notes: tuple[str, ...] = ()
 
     def read(self) -> str:
         """Look what is there; the folder that its paths are meant from."""
-        self.left = _left_over(self._directory.path)
+        self.left = _left_over(self._directory.path, self._ranks)
         return place_of(self.left.started)
 
     def compare(self, prepared: Prepared) -> None:
@@ -136,7 +138,7 @@ class LeftOver:
         return None if self.started is None else self.started.identity
 
 
-def _left_over(path: Path) -> LeftOver:
+def _left_over(path: Path, ranks: Ranks) -> LeftOver:
     """Read what is there, and clear away what was being written or is written again at the end."""
     recipe = load_recipe(str(path / RECIPE))
     started = read_started(path) if (path / STARTED).is_file() else None
@@ -145,12 +147,13 @@ def _left_over(path: Path) -> LeftOver:
     for name in (ADAPTER, MODEL, AVERAGE):
         if (path / name).is_dir():
             durable.remove_folder(path / name)
-    found, notes = newest(path, started.run if started is not None else None)
     plan = None
     if started is not None:
         plan = plan_from_yaml((path / PLAN).read_text(encoding="utf-8"), where=str(path / PLAN))
         if recipe_to_dict(recipe) != recipe_to_dict(plan.recipe):
             plan = None  # the recipe was edited: planned anew, and compared
+    each_its_own = plan is not None and plan.recipe.tune is Tune.FULL and lies_in_pieces(plan, ranks)
+    found, notes = newest(path, started.run if started is not None else None, tensors=not each_its_own)
     return LeftOver(recipe, plan, started, found, notes)
 
 

@@ -3,46 +3,53 @@
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
-from welltuned.adapters.verify import sha256
+from welltuned.adapters.verify import TensorCheck, sha256
 from welltuned.advice.plan import Plan, plan_to_yaml, require_memory
+from welltuned.advice.rules import number
 from welltuned.errors import InputError, RunError
 from welltuned.facts.machine import Device
+from welltuned.models.compiled import compile_layers
 from welltuned.models.four_bit import make_room
+from welltuned.models.full import FullParameters
 from welltuned.models.fuse import Fused, find_head, fuse
 from welltuned.models.load import load_model
 from welltuned.models.lora import AdapterBank
 from welltuned.models.oom import is_out_of_memory, release_memory
-from welltuned.models.packed import packed_model, packs
+from welltuned.models.packed import packed_model, packs, prove_flex
 from welltuned.models.parts import idle_parts
 from welltuned.models.recompute import HostCheckpoints, checkpoint_layers
+from welltuned.models.static import Static
 from welltuned.models.tokenizer import in_short
-from welltuned.recipe import Method, Tune, recipe_to_yaml
+from welltuned.recipe import OPTIMIZERS_8BIT, Method, Tune, recipe_to_yaml
 from welltuned.training.averaged import finish_average
 from welltuned.training.best import take_best
 from welltuned.training.bystander import NoKeeper, run_files
 from welltuned.training.checkpoint import Checkpoint
-from welltuned.training.events import Note, Observer, silent
+from welltuned.training.events import Compiled, Note, Observer, silent
+from welltuned.training.grpo_server import require_server
 from welltuned.training.grpo_step import grpo_objective
 from welltuned.training.healing import halved
 from welltuned.training.identity import identity_of, versions
+from welltuned.training.in_pieces import lies_in_pieces, load_in_pieces
 from welltuned.training.interrupt import interruptible
 from welltuned.training.keeper import Keeper, require_disk
 from welltuned.training.loop import Loop, Setting
+from welltuned.training.on_machine import on_this_machine as on_this_machine
 from welltuned.training.preference import METHODS, preference_objective
 from welltuned.training.prepare import Prepared
 from welltuned.training.prepare_together import sharing_notes
-from welltuned.training.process import allocator_keeps_memory, memory_used, return_freed_memory
-from welltuned.training.ranks import ALONE, Ranks
+from welltuned.training.process import memory_used, return_freed_memory
+from welltuned.training.ranks import ALONE, Group, Ranks
 from welltuned.training.result import RunResult, beside, disk_errors, healed, summary_of, verify_and_save, watched
 from welltuned.training.rundir import (
     AVERAGE,
@@ -63,18 +70,27 @@ from welltuned.training.speed import remember_speed
 from welltuned.training.starting import DTYPES, fill_loftq, same_start, trained_parts
 from welltuned.training.step import Engine, Objective, Supervised, Trained
 from welltuned.training.trackers import require_trackers, tracked
+from welltuned.training.warming import report_of, warmed
 from welltuned.training.watch import is_divergence, monitor
 from welltuned.training.watcher import MakeWatch
+
+T = TypeVar("T")
+FORKED = (Method.DPO, Method.ORPO, Method.REWARD, Method.GRPO)  # whose answers are branches of a shared prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A loaded model with what trains on it and by what objective, before the first update."""
+    """A loaded model with what trains on it and by what objective, before the first update.
+
+    `static` and `compiled` are there where its layers are to be compiled, and once that has been tried.
+    """
 
     engine: Engine
     objective: Objective
     fused: Fused
     notes: tuple[str, ...]
+    static: Static | None = None
+    compiled: Compiled | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -91,24 +107,40 @@ def make_ready(plan: Plan, arms: Sequence[Plan] = (), ranks: Ranks = ALONE) -> R
     if recipe.tune is Tune.FULL and plan.value("dtype") != "float32":
         raise InputError("full fine-tuning trains float32 weights", where="dtype", mend="remove it, or use tune: lora")
     device = "cuda" if plan.facts.machine.device is Device.CUDA else "cpu"
-    dtype = torch.float32 if recipe.tune is Tune.FULL else DTYPES[plan.value("dtype")]
-    model = load_model(recipe.model, dtype=dtype, device=device, nf4=recipe.tune is Tune.QLORA, trust=recipe.trust)
-    room = room_of(plan)
-    make_room(model, dense=room.dense_base)
-    idle = idle_parts(model)
-    trained: Trained = trained_parts(model, plan, idle, arms)
-    lost = fill_loftq(trained, plan) if isinstance(trained, AdapterBank) else ()
-    fused = fuse(model, trained if isinstance(trained, AdapterBank) else None)
-    head = find_head(model)
+    room, shards = room_of(plan), None
+    lost: tuple[str, ...] = ()
+    if lies_in_pieces(plan, ranks):
+        cut = load_in_pieces(plan, ranks, torch.device(device))
+        trained, idle, shards = cut.trained, cut.idle, cut.shards
+        model = trained.model
+    else:
+        dtype = torch.float32 if recipe.tune is Tune.FULL else DTYPES[plan.value("dtype")]
+        model = load_model(recipe.model, dtype=dtype, device=device, nf4=recipe.tune is Tune.QLORA, trust=recipe.trust)
+        make_room(model, dense=room.dense_base)
+        idle = idle_parts(model)
+        trained = trained_parts(model, plan, idle, arms)
+        lost = fill_loftq(trained, plan) if isinstance(trained, AdapterBank) else ()
+    look = _look if shards is None else shards.ask
+    fused = look(lambda: fuse(model, trained if isinstance(trained, AdapterBank) else None))
+    head = look(lambda: find_head(model))
     notes = [*lost, *fused.sentences(), *(f"text never reaches {name}, which stays as it is" for name in idle)]
     if head is None:
         notes.append("the output head does something this engine does not know: the model's own logits are used")
-    if not packs(model):
+    packed = look(lambda: packs(model))
+    if not packed:
         notes.append("this model's own code carries state along a row, so examples run one at a time, not packed")
+    if recipe.method in FORKED and model.device.type == "cuda" and (problem := prove_flex(model)) is not None:
+        notes.append(f"prompts that answers share are copied for each: FlexAttention is not used ({problem})")
+    static = compile_layers(model, fused) if room.compiled else None
     if room.recompute:
         checkpoint_layers(model, fused, room.layers, HostCheckpoints(model.device) if room.offload else None)
-    budget = plan.value("token_budget") if plan.value("packing") else 1  # 1: every example by itself
-    return Ready(Engine(model, trained, head, budget, ranks), Supervised(), fused, tuple(notes))
+    alone = not plan.value("packing") or (shards is not None and not packed)  # so that all ranks pass equally often
+    budget = 1 if alone else plan.value("token_budget")  # 1: every example by itself
+    return Ready(Engine(model, trained, head, budget, ranks, shards), Supervised(), fused, tuple(notes), static)
+
+
+def _look(make: Callable[[], T]) -> T:
+    return make()
 
 
 def train(
@@ -133,7 +165,7 @@ def train(
     """
     require_memory(prepared.plan)
     ranks.first(lambda: _require_place(prepared, out))
-    with on_this_machine(prepared.plan):
+    with on_this_machine(prepared.plan, ranks):
         ready = loaded(prepared, ranks, observer)  # what is wrong with the model shows before anything is written
         disk = ranks.first(lambda: _require_disk(prepared.plan, ready, out))
         with run_files(out, ranks) as directory:
@@ -145,15 +177,22 @@ def train(
 
 def _require_place(prepared: Prepared, out: Path) -> None:
     require_trackers(prepared.recipe)
+    require_server(prepared.plan)
     require_free(out)
 
 
 def loaded(prepared: Prepared, ranks: Ranks, observer: Observer) -> Ready:
     """Model, adapters and objective of a prepared run, the same on all ranks."""
     with ranks.patient():
-        ready = ranks.each(lambda: make_ready(prepared.plan, ranks=ranks))
+        if lies_in_pieces(prepared.plan, ranks):  # its passes wait for other ranks
+            ready = make_ready(prepared.plan, ranks=ranks)
+        else:
+            ready = ranks.each(lambda: make_ready(prepared.plan, ranks=ranks))
         same_start(ready.engine.trained, ranks)
-        return with_objective(ready, prepared, observer if ranks.is_first else silent)
+        ready = with_objective(ready, prepared, observer if ranks.is_first else silent)
+        if ready.static is None:
+            return ready
+        return replace(ready, compiled=warmed(ready.engine, ready.static, ready.fused, prepared))
 
 
 def with_objective(ready: Ready, prepared: Prepared, observer: Observer) -> Ready:
@@ -217,6 +256,8 @@ class Course:
                 self._open(loop, before_training)
             else:
                 loop.restore(self.found)
+            if ready.compiled is not None:
+                loop.tell(ready.compiled)
             for text in (*self.notes, *((directory.lock_note,) if directory.lock_note else ())):
                 loop.tell(Note(text))
             return_freed_memory()
@@ -268,7 +309,7 @@ class Course:
     def _ask(self, loop: Loop, when: When) -> None:
         """Have some held-out prompts answered, for the report; that it fails is no reason to end a run."""
         asked = questions(self.prepared)
-        if not asked:
+        if not asked or self.ready.engine.shards is not None:  # one process alone cannot ask a model in pieces
             return
         try:
             keep_replies(self.directory.path, asked, when, ask(self.ready.model, self.prepared, asked))
@@ -291,7 +332,7 @@ class Course:
             updates=at.step,
             before=at.before,
             after=at.last if at.last is not None else at.before,
-            checks=loop.ranks.first(lambda: verify_and_save(engine, self.prepared, self.directory, start_hashes, at)),
+            checks=self._saved(loop, engine, start_hashes),
             seconds=at.elapsed + loop.since_save(),
             tokens_per_second=at.tokens / at.seconds if at.seconds else 0.0,
             peak_memory=max(loop.ranks.gather(lambda: memory_used(device).peak)),
@@ -299,6 +340,15 @@ class Course:
         )
         loop.ranks.first(lambda: self._write_summary(loop, result, averaged))
         return result
+
+    def _saved(self, loop: Loop, engine: Engine, start_hashes: dict[str, str]) -> tuple[TensorCheck, ...]:
+        prepared, directory, pieces = self.prepared, self.directory, loop.numbers.pieces
+        if pieces is None:
+            return loop.ranks.first(lambda: verify_and_save(engine, prepared, directory, start_hashes, loop.at))
+        from welltuned.training.gathered import save_gathered
+
+        assert isinstance(loop.ranks, Group)
+        return save_gathered(pieces, prepared, directory, loop.at, loop.ranks)
 
     def _write_summary(self, loop: Loop, result: RunResult, averaged: dict[str, Any] | None) -> None:
         summary = summary_of(self.prepared, self.ready.fused, self.ready.notes, result)
@@ -313,33 +363,25 @@ class Course:
                 "healed": healed(loop.at),
                 "saving": asdict(loop.setting.keeper.cost),
                 "processes": loop.ranks.size,
+                **report_of(self.ready.compiled, self.ready.static),
             },
         )
         remember_speed(self.prepared.plan, result.tokens_per_second, loop.at.seconds)
 
 
-@contextmanager
-def on_this_machine(plan: Plan) -> Iterator[None]:
-    """The allocator's settings for a run; out of memory while a model is loaded is a sentence."""
-    with allocator_keeps_memory(plan.facts.machine.device):
-        try:
-            yield
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            mend = "close other programs, use --tune qlora, or a smaller model"
-            raise RunError(f"there is not enough memory for this model; {mend}") from error
-
-
 def _require_disk(plan: Plan, ready: Ready, out: Path) -> tuple[str, ...]:
-    trained = ready.engine.trained.flat_KP.nbytes
-    kept = 4 if "ema_decay" in plan.choices else 3  # weights, two moments, an average
-    note = require_disk(out, kept * trained, trained, plan.value("save_total_limit"))
+    trained, final = ready.engine.trained.flat_KP.nbytes, 1
+    if isinstance(ready.engine.trained, FullParameters) and ready.engine.trained.in_pieces:
+        trained, final = trained * ready.engine.ranks.size, 2  # gathered, and from there saved
+    eight_bit = plan.value("optim") in OPTIMIZERS_8BIT
+    moments = number("memory_adam_8bit_bytes" if eight_bit else "memory_adam_bytes") / number("memory_master_bytes")
+    kept = 1 + moments + ("ema_decay" in plan.choices)  # weights, two moments, an average
+    note = require_disk(out, int(kept * trained), final * trained, plan.value("save_total_limit"))
     return () if note is None else (note,)
 
 
 def _hashes(trained: Trained) -> dict[str, str]:
     """What full fine-tuning starts from; an adapter bank remembers its own start."""
-    if isinstance(trained, AdapterBank):
+    if isinstance(trained, AdapterBank) or trained.in_pieces:  # of pieces the base's digest is compared
         return {}
     return {name: sha256(tensor) for name, tensor in trained.tensors().items()}

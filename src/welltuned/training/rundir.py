@@ -7,13 +7,13 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from welltuned.errors import InputError, RunError
 from welltuned.training import durable
-from welltuned.training.events import Evaluated, Event, Finding, Note, Skipped, Updated
+from welltuned.training.events import Compiled, Evaluated, Event, Finding, Note, Skipped, Updated
 from welltuned.training.lock import LOCK, Lock
 
 ADAPTER, MODEL, RUN, PLAN, RECIPE, METRICS = "adapter", "model", "run.json", "plan.yaml", "recipe.yaml", "metrics.jsonl"
@@ -93,6 +93,8 @@ class RunDir:
                 line = {"event": "skipped", "step": event.step, "what": event.what, "rows": list(event.rows)}
             case Note():
                 line = {"event": "note", "text": event.text}
+            case Compiled():
+                line = {"event": "compiled", **asdict(event), "sentence": event.sentence}
             case Finding():
                 line = {"event": "finding", **event.to_json()}
         self._append(line)

@@ -10,12 +10,14 @@ from welltuned.training.step import Trained
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How the plan makes room: recomputed layers (None: all), whether their inputs wait on the host, and the base's."""
+    """How the plan makes room: recomputed layers (None: all), whether their inputs wait on the host, and the base's;
+    and whether layers are compiled."""
 
     recompute: bool
     layers: int | None
     offload: bool
     dense_base: bool
+    compiled: bool = False
 
 
 def room_of(plan: Plan) -> Room:
@@ -26,6 +28,7 @@ def room_of(plan: Plan) -> Room:
         layers=chosen.get("checkpointed_layers"),
         offload=chosen.get("offload_checkpoints", False),
         dense_base=chosen.get("dense_base") == CACHED,
+        compiled=chosen.get("torch_compile", False),
     )
 
 

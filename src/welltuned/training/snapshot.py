@@ -2,18 +2,23 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from welltuned.advice.codec import to_plain
 from welltuned.errors import RunError
+from welltuned.models.full import FullParameters
 from welltuned.models.lora import AdapterBank
 from welltuned.training.average import Average
 from welltuned.training.checkpoint import Checkpoint, Position, Snapshot, named
-from welltuned.training.optimizer import FlatAdamW
+from welltuned.training.optimizer_8bit import Optimizer
 from welltuned.training.ranks import Ranks
 from welltuned.training.step import Trained
+
+if TYPE_CHECKING:
+    from welltuned.models.sharded import ShardedParameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,29 +35,44 @@ class Numbers:
     """All that updates change: weights, moments, step counts, and the average where the run keeps one."""
 
     trained: Trained
-    optimizer: FlatAdamW
+    optimizer: Optimizer
     average: Average | None
 
     @property
     def flat(self) -> list[torch.Tensor]:
-        """The flat buffers, which are the same on every rank."""
+        """The flat buffers, which are the same on every rank unless the model lies in pieces."""
         average = [] if self.average is None else [self.average.flat_KP]
-        return [self.trained.flat_KP, self.optimizer.exp_avg_KP, self.optimizer.exp_avg_sq_KP, *average]
+        moments = [self.optimizer.exp_avg_KP, self.optimizer.exp_avg_sq_KP, *self.optimizer.codes.values()]
+        return [self.trained.flat_KP, *moments, *average]
+
+    @property
+    def pieces(self) -> "ShardedParameters | None":
+        """What is trained, where each rank holds and saves a part of it."""
+        if not (isinstance(self.trained, FullParameters) and self.trained.in_pieces):
+            return None
+        from welltuned.models.sharded import ShardedParameters
+
+        assert isinstance(self.trained, ShardedParameters)
+        return self.trained
 
     def take(self, position: Position, origin: Origin, metrics_bytes: int, *, copied: bool) -> Snapshot:
-        """The run at this position in host memory: a copy, or on a CPU the live buffers themselves.
+        """The run at this position in host memory: a copy, or the live buffers, on a CPU and where all ranks write.
 
         Raises:
             RunError: a number is not finite; such a state is never saved.
         """
-        flat_KP, exp_avg_KP, exp_avg_sq_KP, *average = (tensor.to("cpu", copy=copied) for tensor in self.flat)
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in (flat_KP, exp_avg_KP, exp_avg_sq_KP)):
+        flat = self.flat if self.pieces is not None else [tensor.to("cpu", copy=copied) for tensor in self.flat]
+        flat_KP, exp_avg_KP, exp_avg_sq_KP, *rest = flat
+        codes = dict(zip(self.optimizer.codes, rest, strict=False))
+        wide = [tensor for tensor in codes.values() if tensor.is_floating_point()]
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in (flat_KP, exp_avg_KP, exp_avg_sq_KP, *wide)):
             raise RunError("trained weights or moments are not finite: they are not saved")
         return Snapshot(
             flat_KP=flat_KP,
             exp_avg_KP=exp_avg_KP,
             exp_avg_sq_KP=exp_avg_sq_KP,
-            average_KP=average[0] if average else None,
+            average_KP=rest[-1] if self.average is not None else None,
+            codes=codes,
             steps_G=self.optimizer.steps_G,
             slots=self.trained.slots,
             position=position,
@@ -68,16 +88,27 @@ class Numbers:
         Raises:
             RunError: it holds other tensors than the model has.
         """
+        if self.pieces is not None:
+            return self._restore_pieces(found, ranks, self.pieces)
         steps, position = ranks.first(lambda: self._read(found))
         ranks.spread_(self.flat)
         if found is None:
             self.optimizer.restore_steps(steps)
         return Position.from_json(position)
 
+    def _restore_pieces(self, found: Checkpoint | None, ranks: Ranks, trained: "ShardedParameters") -> Position:
+        from welltuned.training.pieces import read_own_part
+
+        place, steps, position = ranks.first(lambda: _told(found))
+        names = ("trained", "exp_avg", "exp_avg_sq", "average")
+        ranks.each(lambda: read_own_part(Path(place), dict(zip(names, self.flat, strict=False)), trained))
+        self.optimizer.restore_steps(steps)
+        return Position.from_json(position)
+
     def _read(self, found: Checkpoint | None) -> tuple[list[float], Mapping[str, Any]]:
         assert found is not None
         restore_weights(self.trained, found)
-        self.optimizer.restore(found.exp_avg_KP, found.exp_avg_sq_KP, found.steps_G)
+        self.optimizer.restore(found.exp_avg_KP, found.exp_avg_sq_KP, found.steps_G, found.codes)
         if self.average is not None:
             self.average.restore(found.average_KP, self.trained.flat_KP)
         return found.steps_G.tolist(), to_plain(found.position)
@@ -87,17 +118,23 @@ class Numbers:
         if not isinstance(self.trained, AdapterBank):
             return False
         self.trained.flat_KP.copy_(self.trained.start_KP)
-        zeros_KP, zeros_G = torch.zeros_like(self.trained.flat_KP), torch.zeros_like(self.optimizer.steps_G)
-        self.optimizer.restore(zeros_KP, zeros_KP, zeros_G)
+        self.optimizer.reset()
         if self.average is not None:
             self.average.restore(self.trained.start_KP, self.trained.flat_KP)
         return True
 
 
+def _told(found: Checkpoint | None) -> tuple[str, list[float], Mapping[str, Any]]:
+    assert found is not None
+    return str(found.folder), found.steps_G.tolist(), to_plain(found.position)
+
+
 def same_tensors(found: Checkpoint, trained: Trained) -> bool:
     """Whether a checkpoint holds exactly what is trained here, by names and shapes."""
-    places = named(trained.flat_KP, trained.slots)
-    return {n: t.shape for n, t in places.items()} == {n: t.shape for n, t in found.trained.items()}
+    shapes = {name: tuple(t.shape) for name, t in named(trained.flat_KP, trained.slots).items()}
+    if isinstance(trained, FullParameters):
+        shapes = {name: trained.whole[name] for name in shapes}
+    return shapes == dict(found.shapes)
 
 
 def restore_weights(trained: Trained, found: Checkpoint) -> None:

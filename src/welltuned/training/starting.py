@@ -27,12 +27,19 @@ from welltuned.training.step import Trained
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def trained_parts(model: PreTrainedModel, plan: Plan, idle: tuple[str, ...], arms: Sequence[Plan] = ()) -> Trained:
+def trained_parts(
+    model: PreTrainedModel,
+    plan: Plan,
+    idle: tuple[str, ...],
+    arms: Sequence[Plan] = (),
+    device: torch.device | None = None,
+) -> Trained:
     """What of a loaded model is trained by this plan, as it is before the first update.
 
     Args:
         idle: parts that text never reaches.
         arms: the plans of several new adapters, where there is not one only.
+        device: of adapters, where the model waits elsewhere.
     """
     recipe = plan.recipe
     saved: tuple[str, ...] = ()
@@ -45,9 +52,9 @@ def trained_parts(model: PreTrainedModel, plan: Plan, idle: tuple[str, ...], arm
     elif "modules_to_save" in plan.choices:
         saved = named_modules(model, plan.value("modules_to_save"))
     if recipe.adapter is None:
-        return attach(model, [reached(model, arm, idle) for arm in arms or [plan]], saved)
+        return attach(model, [reached(model, arm, idle) for arm in arms or [plan]], saved, device)
     folder = adapter_folder(recipe.adapter)
-    return load_adapter(model, folder, dropout=plan.value("lora_dropout"), saved=saved)
+    return load_adapter(model, folder, dropout=plan.value("lora_dropout"), saved=saved, device=device)
 
 
 def same_start(trained: Trained, ranks: Ranks) -> None:

@@ -6,10 +6,11 @@ the tokens of short answers more.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -20,10 +21,14 @@ from welltuned.errors import RunError
 from welltuned.kernels.token_loss import Head
 from welltuned.models.full import FullParameters
 from welltuned.models.lora import AdapterBank
+from welltuned.models.packed import Packed
 from welltuned.objectives.supervised import MicroBatch, collate, loss, supervised_tokens
 from welltuned.training.ranks import ALONE, Ranks
+from welltuned.training.shards import Shards
 
 Trained = AdapterBank | FullParameters
+T = TypeVar("T")
+NO_ROWS = ((1, 0),)  # of a micro-batch without examples, for dropout
 NOTHING: Mapping[str, float] = MappingProxyType({})
 
 
@@ -35,6 +40,7 @@ class Engine:
         head: None where the model's head is not understood and its own logits are used.
         token_budget: most tokens of one micro-batch; a matter of memory, never of the result.
         ranks: the processes that share every update and evaluation.
+        shards: where each of them holds only a part of the model.
     """
 
     model: PreTrainedModel
@@ -42,6 +48,25 @@ class Engine:
     head: Head | None
     token_budget: int
     ranks: Ranks = ALONE
+    shards: Shards | None = None
+
+    def run(self, make: Callable[[Head | None], T]) -> T:
+        """What `make` computes, given the model's head; all ranks take part where the model lies in pieces."""
+        return make(self.head) if self.shards is None else self.shards.run(make, self.head)
+
+    def backward(self, value: torch.Tensor) -> None:
+        """Its gradient, added to the flat buffer."""
+        if self.shards is None:
+            value.backward()
+        else:
+            self.shards.backward(value)
+
+    def total(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The sum over the ranks of what each computes by passes."""
+        if self.shards is None:
+            return self.ranks.total(make)
+        mine = make()  # its passes wait for other ranks, so that it may not stand within a call to them
+        return self.ranks.total(lambda: mine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +161,12 @@ def accumulate_gradient(engine: Engine, examples: Sequence[Example], keys: Seque
     lengths = [len(e.ids) for e in examples]
     for bin_ in _bins(engine, lengths):
         chosen = [examples[i] for i in bin_]
-        batch = collate(chosen, engine.model.device)
-        if not len(batch.target_M):
+        batch = _laid(engine, chosen)
+        if not len(batch.target_M) and engine.shards is None:
             continue
-        engine.trained.use_rows(None, tuple((lengths[i], keys[i]) for i in bin_))
+        engine.trained.use_rows(None, tuple((lengths[i], keys[i]) for i in bin_) or NO_ROWS)
         value = _loss(engine, batch, 1.0 / supervised)
-        value.backward()
+        engine.backward(value)
         sums.append(value.detach())
         origins.append(chosen)
     losses = torch.stack(sums).tolist() if sums else []  # the one time that an update waits for the GPU
@@ -156,19 +181,29 @@ def accumulate_gradient(engine: Engine, examples: Sequence[Example], keys: Seque
 def _bins(engine: Engine, lengths: Sequence[int]) -> list[list[int]]:
     """The micro-batches of this rank's share of rows of so many tokens."""
     mine = engine.ranks.share(lengths)
-    return [[mine[i] for i in bin_] for bin_ in pack([lengths[i] for i in mine], engine.token_budget)]
+    bins = [[mine[i] for i in bin_] for bin_ in pack([lengths[i] for i in mine], engine.token_budget)]
+    return bins if engine.shards is None else engine.shards.even(bins)
+
+
+def _laid(engine: Engine, examples: Sequence[Example]) -> MicroBatch:
+    """A micro-batch; of no examples one token without a label, whose loss and gradient are 0."""
+    device = engine.model.device
+    if examples:
+        return collate(examples, device)
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    return MicroBatch(Packed(torch.zeros(1, dtype=torch.int64, device=device), [1]), none, none, none)
 
 
 def _loss(engine: Engine, batch: MicroBatch, weight: float) -> torch.Tensor:
     weight_M = torch.full((len(batch.target_M),), weight, device=batch.target_M.device)
-    return loss(engine.model, engine.head, batch, weight_M)[0]
+    return engine.run(lambda head: loss(engine.model, head, batch, weight_M)[0])
 
 
 @torch.no_grad()
 def evaluate(engine: Engine, examples: Sequence[Example]) -> Evaluation:
     """Held-out loss without dropout. Training is bit for bit the same with or without it."""
     engine.trained.no_dropout()
-    sums = engine.ranks.total(lambda: _sums(engine, examples))
+    sums = engine.total(lambda: _sums(engine, examples))
     broken = [e for e, finite in zip(examples, torch.isfinite(sums).tolist(), strict=True) if not finite]
     if broken:
         what = f"the held-out loss is not finite in {origins_of(broken)}"
@@ -180,13 +215,17 @@ def _sums(engine: Engine, examples: Sequence[Example]) -> torch.Tensor:
     """The summed loss of each example of this rank's share, 0 for the others, float64."""
     sums = torch.zeros(len(examples), dtype=torch.float64)
     for bin_ in _bins(engine, [len(e.ids) for e in examples]):
-        batch = collate([examples[i] for i in bin_], engine.model.device)
+        batch = _laid(engine, [examples[i] for i in bin_])
         weight_M = torch.ones(len(batch.target_M), device=batch.target_M.device)
-        _, nll_M = loss(engine.model, engine.head, batch, weight_M)
-        sums[torch.tensor(bin_)] = torch.zeros(len(bin_), dtype=torch.float64).index_add_(
+        nll_M = engine.run(partial(_nll, engine.model, batch, weight_M))
+        sums[torch.tensor(bin_, dtype=torch.int64)] = torch.zeros(len(bin_), dtype=torch.float64).index_add_(
             0, batch.example_M.cpu(), nll_M.double().cpu()
         )
     return sums
+
+
+def _nll(model: PreTrainedModel, batch: MicroBatch, weight_M: torch.Tensor, head: Head | None) -> torch.Tensor:
+    return loss(model, head, batch, weight_M)[1]
 
 
 def _summary(sums: torch.Tensor, counts: torch.Tensor) -> Evaluation:

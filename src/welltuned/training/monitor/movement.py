@@ -8,6 +8,7 @@ from torch import Tensor
 
 from welltuned.models.full import FullParameters
 from welltuned.models.lora import AdapterBank, LoraLinear
+from welltuned.training.ranks import ALONE, Ranks
 
 SAMPLED = 8  # matrices that stand for all: a pass over every weight after every update would cost time
 
@@ -46,10 +47,12 @@ class Movement:
     """The relative change of a few matrices spread over the model: sqrt(sum |dW|² / sum |W|²).
 
     For adapters dW is what they add to the frozen W; where only experts carry adapters, and in full fine-tuning, it is
-    the change of the trained numbers themselves. Make it before the first update.
+    the change of the trained numbers themselves. Make it before the first update. Ranks that hold parts of the model
+    must make it, and ask it, together.
     """
 
-    def __init__(self, trained: AdapterBank | FullParameters):
+    def __init__(self, trained: AdapterBank | FullParameters, ranks: Ranks = ALONE):
+        self._ranks = ranks if isinstance(trained, FullParameters) and trained.in_pieces else ALONE
         self.parts: list[_LowRank | _Dense] = []
         squared = 0.0
         linear = _linears(trained)
@@ -62,12 +65,17 @@ class Movement:
             start = tensors[name].detach().clone()
             self.parts.append(_Dense(tensors[name].detach(), start))
             squared += float(torch.linalg.vector_norm(start)) ** 2
-        self.norm = math.sqrt(squared)
+        self.norm = math.sqrt(self._whole(squared))
 
     @torch.no_grad()
     def relative(self) -> float:
         """The relative change now; NaN where nothing can be compared."""
-        return math.sqrt(sum(part.change() ** 2 for part in self.parts)) / self.norm if self.norm else math.nan
+        changed = self._whole(sum(part.change() ** 2 for part in self.parts))
+        return math.sqrt(changed) / self.norm if self.norm else math.nan
+
+    def _whole(self, squared: float) -> float:
+        """The sum over the ranks, where each has measured its own rows."""
+        return float(self._ranks.total(lambda: torch.tensor(squared, dtype=torch.float64)))
 
 
 def _linears(trained: AdapterBank | FullParameters) -> dict[str, LoraLinear]:
