@@ -107,9 +107,9 @@ def test_the_plan_is_read_back_and_an_older_one_too(planned):
     from welltuned.training.settings import Room, room_of
 
     plan = planned(24, tune="lora", longest=15_000)
-    assert room_of(plan_from_yaml(plan_to_yaml(plan))) == Room(True, 32, True, False, True)
+    assert room_of(plan_from_yaml(plan_to_yaml(plan))) == Room(True, 32, True, False, False)
     old = {name: choice for name, choice in plan.choices.items() if not name.endswith(("layers", "checkpoints"))}
-    assert room_of(replace(plan, choices=old)) == Room(True, None, False, False, True)
+    assert room_of(replace(plan, choices=old)) == Room(True, None, False, False, False)
 
 
 def test_offloading_leaves_three_inputs_on_the_gpu(model_of):

@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from welltuned.advice.lint import findings_of
@@ -159,6 +159,8 @@ VALUES = st.recursive(
 @pytest.mark.parametrize("tool", [tool for tool in Tool if tool is not Tool.UNSLOTH])
 @settings(max_examples=60, deadline=None)
 @given(content=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=12))
+@example(content={"lora_alpha": -1.0, "r": 16, "lora_r": 16, "use_peft": True, "learning_rate": 2e-4})
+@example(content={"lora_alpha": 16, "r": -4, "lora_r": -4, "use_peft": True, "use_rslora": True})
 def test_no_value_of_any_kind_breaks_a_reader_or_a_check(tool, content, tmp_path_factory):
     path = tmp_path_factory.mktemp("fuzz") / "config.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")

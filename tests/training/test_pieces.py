@@ -152,7 +152,7 @@ def test_one_layer_is_whole_at_a_time(tmp_path):
 
 def layers_whole(model):
     """How many layers have memory for whole weights now."""
-    groups = [group for layer in model.model.layers for group in layer._get_fsdp_state()._fsdp_param_groups]
+    groups = [layer._get_fsdp_state()._fsdp_param_group for layer in model.model.layers]
     return sum(
         any(t.untyped_storage().size() for piece in group.fsdp_params for t in piece.all_gather_outputs)
         for group in groups

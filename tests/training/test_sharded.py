@@ -224,11 +224,12 @@ def test_other_families(options, make_model_dir, tmp_path, family, kind):
 
 
 @SLOW
-def test_the_bits_of_whole_models_in_as_many_processes(options, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_bits_of_whole_models_in_as_many_processes(options, tmp_path, dtype):
     """Adapters on pieces are those of data parallel, bit for bit: the weights that pass by are the same."""
     files = []
     for way in ("none", "full_shard"):
-        asked = {**options, **LORA, "fsdp": way}
+        asked = {**options, **LORA, "fsdp": way, "dtype": dtype}
         finished(in_ranks(trained(tmp_path / way, **asked), 2, tmp_path / "said"))
         files.append((tmp_path / way / "adapter" / "adapter_model.safetensors").read_bytes())
     assert files[0] == files[1]

@@ -81,7 +81,8 @@ def _cut(
         if isinstance(module, FSDPModule):  # a sum: the loss is divided by the tokens of the whole update
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-            module.set_reduce_scatter_unused_params(True)  # an expert that no token of this rank was sent to
+            if "set_reduce_scatter_unused_params" in vars(FSDPModule):  # torch 2.13; experts are mostly one stack
+                module.set_reduce_scatter_unused_params(True)  # an expert that no token of this rank was sent to
     return root
 
 
@@ -196,8 +197,8 @@ class ShardedParameters(FullParameters):
 def _pieces_of(module: nn.Module) -> Iterator[Any]:
     """FSDP2's records of the parameters that it cut for this module; torch has no public name for them."""
     assert isinstance(module, FSDPModule)
-    for group in module._get_fsdp_state()._fsdp_param_groups:
-        yield from group.fsdp_params
+    group = module._get_fsdp_state()._fsdp_param_group
+    yield from () if group is None else group.fsdp_params
 
 
 def _view(flat_KP: Tensor, slot: Slot) -> Tensor:

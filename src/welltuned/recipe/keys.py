@@ -206,9 +206,7 @@ HYPERPARAMETERS: Mapping[str, Key] = MappingProxyType(
             "Whether processes that torchrun started share the model too: full_shard (each keeps a part of every "
             "weight) or none.",
         ),
-        "torch_compile": Key(
-            bool, "Decoder layers are compiled: less time an update, after a warm-up; CUDA, long runs."
-        ),
+        "torch_compile": Key(bool, "Decoder layers are compiled by torch: less time an update, after a warm-up."),
         "dtype": Key(str, "Number format of the base weights and activations: " + " or ".join(DTYPES) + "."),
         "ema_decay": Key(float, "Keep an average of the weights too, which each update moves by 1 - ema_decay."),
         "seed": Key(int, "Seed of everything random."),

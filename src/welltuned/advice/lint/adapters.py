@@ -65,7 +65,7 @@ def alpha_below_rank(config: Config) -> Iterator[Hit]:
     alpha, rank, rate = config.number("lora_alpha"), config.number("r"), config.number("learning_rate")
     if not config.trains_adapter or not alpha or not rank or config.on("use_rslora"):
         return
-    if alpha < rank and (config.given("lora_alpha") or config.given("r")):
+    if 0 < alpha < rank and (config.given("lora_alpha") or config.given("r")):
         same = ""
         if rate and config.method is Method.SFT:
             same = f"; the rate does what {shown(two_digits(as_at_the_sweeps(rate, alpha)))} does at alpha "

@@ -72,7 +72,7 @@ def alpha_equivalent(config: Config) -> float | None:
     if alpha is None or alpha <= 0:
         return None
     if config.on("use_rslora"):
-        return alpha * math.sqrt(rank) if rank else None
+        return alpha * math.sqrt(rank) if rank is not None and rank > 0 else None
     return None if "use_rslora" in config.unread else alpha
 
 
