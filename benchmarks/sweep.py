@@ -85,6 +85,8 @@ def prepared_of(arguments: argparse.Namespace) -> Prepared:
     options = case_options(arguments.case, arguments.model, arguments.gsm8k, arguments.work)
     if arguments.dtype:
         options["dtype"] = arguments.dtype
+    if arguments.rate:
+        options["learning_rate"] = arguments.rate
     return prepare(load_recipe(None, {**options, "save_steps": 10}))
 
 
@@ -161,9 +163,10 @@ def arms_of(found: SweepResult) -> list[dict[str, Any]]:
 
 def run_sweep(arguments: argparse.Namespace) -> None:
     """A real search, judged on the same rows as the grid; and searches replayed on the grid's own recordings."""
-    out = arguments.work / f"{case_of(arguments)}-sweep"
+    beside = f"_from_{arguments.rate:g}" if arguments.rate else ""
+    out = arguments.work / f"{case_of(arguments)}-sweep{beside}"
     if not (out / "run.json").exists():
-        searched(arguments, question_of(None, []), "sweep", grid=False)
+        searched(arguments, question_of(None, []), f"sweep{beside}", grid=False)
     run = json.loads((out / "run.json").read_text(encoding="utf-8"))
     found = run["sweep"]
     grid = grid_of(arguments)
@@ -177,6 +180,7 @@ def run_sweep(arguments: argparse.Namespace) -> None:
     result = {
         "machine": describe_machine(),
         "case": arguments.case,
+        "began_at": arguments.rate or grid["advised"],
         "updates": chosen["total_updates"],
         "grid": {f"{rate:g}": round(value, 5) for rate, value in sorted(whole.items())},
         "grid_best": {"learning_rate": best, "loss": round(whole[best], 5)},
@@ -190,7 +194,7 @@ def run_sweep(arguments: argparse.Namespace) -> None:
         "arms": [{name: arm[name] for name in ("learning_rate", "status", "updates", "why")} for arm in found["arms"]],
         "replayed": replay(grid),
     }
-    print(write_result(f"sweep_{case_of(arguments)}", result))
+    print(write_result(f"sweep_{case_of(arguments)}{beside}", result))
 
 
 def final(arm: dict[str, Any], weights: list[int]) -> float:
@@ -359,6 +363,7 @@ def main() -> None:
     parser.add_argument("--case", choices=("gsm8k", "tickets"), default="tickets")
     parser.add_argument("--model", default=DEMO_ALIAS, help="SmolLM2-135M-Instruct, or a folder with it")
     parser.add_argument("--gsm8k", default="gsm8k_train.jsonl", help="GSM8K's training rows, as JSONL")
+    parser.add_argument("--rate", type=float, help="of a sweep: the rate to begin at, where not the advice")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="where not the plan's own")
     parser.add_argument("--work", type=Path, default=Path("sweep-work"))
     parser.add_argument("--arms", default="1,2,4,8")
