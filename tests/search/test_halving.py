@@ -77,11 +77,20 @@ def test_the_advised_rate_that_did_best_stays():
     winner = SimpleNamespace(
         name="2.2e-3", settings={"learning_rate": 2.2e-3}, plan=SimpleNamespace(value=lambda _: 2.2e-3)
     )
-    said = report._changes(winner, 2.2e-3, 5.2e-3, 0.7, 0.06)
+    said = report._changes(winner, 2.2e-3, 5.2e-3, 0.7, 0.06, seen=1.0)
     assert said.endswith("the advised rate did best of what was compared: nothing changes.")
-    near = report._changes(winner, 2.2e-3, 2.3e-3, 0.3, 0.004)
+    near = report._changes(winner, 2.2e-3, 2.3e-3, 0.3, 0.004, seen=1.0)
     assert near.endswith("nothing changes. Staying with the advice is expected to cost 0.40% of the loss.")
-    assert "use 2.2e-3 for data like this" in report._changes(winner, 1.1e-3, 2.4e-3, 0.1, 0.06)
+    other = report._changes(winner, 1.1e-3, 2.4e-3, 0.1, 0.06, seen=1.0)
+    assert "cost 6.00% of the loss; use 2.2e-3 for data like this" in other
+    early = report._changes(winner, 1.1e-3, 2.4e-3, 0.1, 0.06, seen=0.2)
+    assert "cost 6.00% of the loss (less, maybe: it was last seen after 20% of its run" in early
+
+
+def test_when_the_advised_rate_was_last_seen():
+    looks = [SimpleNamespace(share=0.1), SimpleNamespace(share=0.2)]
+    rows = [SimpleNamespace(learning_rate=1e-3, looks=looks), SimpleNamespace(learning_rate=2e-3, looks=())]
+    assert [report._seen(rows, rate) for rate in (1e-3, 2e-3, 5e-3)] == [0.2, 1.0, 1.0]
 
 
 def test_without_arms_that_tell_the_prior_stands():

@@ -110,8 +110,10 @@ def found_of(board: Board, winner: Arm) -> Found:
     state = board.of(winner.number)
     regret = math.nan if decision is None else decision.regret
     advised_regret = None if curve is None else curve.regret(at_advice)
+    rows = tuple(_row(board, number) for number in board.arms)
+    error = None if curve is None else curve.x_error
     return Found(
-        rows=tuple(_row(board, number) for number in board.arms),
+        rows=rows,
         winner=winner.number,
         advised_rate=advised,
         best_rate=best,
@@ -123,7 +125,7 @@ def found_of(board: Board, winner: Arm) -> Found:
         run_tokens=state.tokens,
         evaluated=board.state.evaluated,
         rungs=board.state.rungs,
-        advice=_changes(winner, advised, best, curve.x_error if curve is not None else None, advised_regret),
+        advice=_changes(winner, advised, best, error, advised_regret, seen=_seen(rows, advised)),
         fitted=() if curve is None else _fitted(board, winner, curve),
         fitted_share=None if curve is None else curve.share,
     )
@@ -169,8 +171,15 @@ def _judged(board: Board, number: int) -> list[Judged]:
     return found
 
 
-def _changes(winner: Arm, advised: float, best: float | None, error: float | None, regret: float | None) -> str:
-    """What this changes about the advice, in a sentence or two."""
+def _seen(rows: Sequence[ArmRow], rate: float) -> float:
+    """At what share of its run the arm of this rate was last judged; 1 where there is none."""
+    return next((row.looks[-1].share for row in rows if row.looks and row.learning_rate == rate), 1.0)
+
+
+def _changes(
+    winner: Arm, advised: float, best: float | None, error: float | None, regret: float | None, *, seen: float
+) -> str:
+    """What this changes about the advice, in a sentence or two; `seen` as `_seen` finds it of the advised rate."""
     chosen = winner.plan.value(RATE)
     if best is None or error is None or regret is None:
         kept = "" if RATE in winner.settings else "; the advice's rates were kept"
@@ -183,8 +192,11 @@ def _changes(winner: Arm, advised: float, best: float | None, error: float | Non
     if abs(math.log(chosen / advised)) < APART:
         return f"{where}, and yet the advised rate did best of what was compared: nothing changes."
     tie = " The two cannot be told apart with certainty." if off < error else ""
+    early = (
+        f" (less, maybe: it was last seen after {seen:.0%} of its run, where low rates look worse)" if seen < 1 else ""
+    )
     return (
-        f"{where}. Staying with the advice would be expected to cost {regret:.2%} of the loss; "
+        f"{where}. Staying with the advice would be expected to cost {regret:.2%} of the loss{early}; "
         f"use {shown(float(chosen))} for data like this.{tie}"
     )
 
