@@ -249,6 +249,15 @@ def test_what_a_server_cannot_do_is_refused(options, changes, message):
         load_recipe(None, wanted)
 
 
+@pytest.mark.parametrize("held", [dict(use_dora=True), dict(alpha_pattern=(("q_proj", 4.0),))])
+def test_an_adapter_that_vllm_would_misread_is_not_given_to_it(tiny_model_dir, served, held):
+    """Which the recipe's own keys do not show where training goes on from an adapter."""
+    bank = attach(load_model(str(tiny_model_dir), dtype=torch.float32, device="cpu"), LoraSettings(r=2, **held))
+    with serving(served) as url, pytest.raises(InputError, match=f"does not load adapters with {next(iter(held))}"):
+        VllmServer(url).complete(bank, [np.arange(4)], [[1]], Sampling(max_new_tokens=2))
+    assert not served.requests
+
+
 def test_the_correction_multiplies_the_clipped_term_only():
     torch.manual_seed(0)
     logprob = torch.randn(5, dtype=torch.float64, requires_grad=True)

@@ -31,9 +31,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from welltuned.errors import InputError, RunError
-from welltuned.models.adapter_file import save_adapter
+from welltuned.models.adapter_file import CONFIG, save_adapter
 from welltuned.models.lora import AdapterBank
 from welltuned.models.sample import Completion, Sampling
+from welltuned.recipe.keys import UNSERVED
 
 KEY = "vllm_server_base_url"
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
@@ -53,6 +54,19 @@ def serve_command(model: str, rank: int, longest: int) -> str:
         f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve {model} --enable-lora --max-lora-rank {rank_of_server(rank)} "
         f"--max-model-len {longest} --logprobs-mode processed_logprobs"
     )
+
+
+def require_served(config: Mapping[str, Any]) -> None:
+    """Refuse an adapter with what vLLM does not load, or takes no notice of; one to go on from may have it.
+
+    Raises:
+        InputError: names the first such key of its adapter_config.json.
+    """
+    held = [key for key in (*UNSERVED, "target_parameters") if config.get(key)]
+    held += ["bias"] if config.get("bias", "none") != "none" else []
+    if held:
+        mend = f"leave {KEY} out: this process samples then"
+        raise InputError(f"vLLM does not load adapters with {held[0]}", where=KEY, mend=mend)
 
 
 class VllmServer:
@@ -112,6 +126,7 @@ class VllmServer:
         folder = Path(tempfile.mkdtemp(prefix="welltuned-vllm-"))
         try:
             save_adapter(bank, folder, bank.model.config.name_or_path)
+            require_served(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
             self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)

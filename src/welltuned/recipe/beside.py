@@ -97,7 +97,7 @@ def _check_server(given: Mapping[str, Setting], tune: Tune) -> None:
     for key, value in asked.items():
         if value:
             what = f"vLLM does not load adapters with {key}"
-            raise InputError(what, where=given[key].where, mend=f"remove it, or {server}: this process samples then")
+            raise InputError(what, where=given[key].where, mend="remove one of the two")
 
 
 def _check_variants(given: Mapping[str, Setting], method: Method, tune: Tune) -> None:

@@ -4,7 +4,7 @@ import ctypes
 import gc
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -45,6 +45,17 @@ def return_freed_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+def _mallopt(device: Device) -> Callable[[int, int], int] | None:
+    """glibc's setting of its allocator; None for a GPU, and where there is no glibc."""
+    if device is not Device.CPU or not sys.platform.startswith("linux"):
+        return None
+    try:
+        found: Callable[[int, int], int] = ctypes.CDLL(None).mallopt
+    except AttributeError:  # not glibc
+        return None
+    return found
+
+
 @contextmanager
 def allocator_keeps_memory(device: Device) -> Iterator[None]:
     """Within the block glibc keeps freed memory instead of giving every large tensor's pages back to the kernel.
@@ -52,13 +63,8 @@ def allocator_keeps_memory(device: Device) -> Iterator[None]:
     By default each tensor over 32 MiB is mapped afresh, and the kernel clears its pages again at every use: 10 to 20 %
     of a CPU update. Elsewhere than on Linux with glibc, or for a GPU, nothing is done.
     """
-    if device is not Device.CPU or not sys.platform.startswith("linux"):
-        yield
-        return
-    libc = ctypes.CDLL(None)
-    try:
-        mallopt = libc.mallopt
-    except AttributeError:  # not glibc
+    mallopt = _mallopt(device)
+    if mallopt is None:
         yield
         return
     mallopt(_M_MMAP_MAX, 0)
@@ -68,7 +74,7 @@ def allocator_keeps_memory(device: Device) -> Iterator[None]:
     finally:
         mallopt(_M_MMAP_MAX, _DEFAULT_MMAP_MAX)
         mallopt(_M_TRIM_THRESHOLD, _DEFAULT_TRIM)
-        libc.malloc_trim(0)
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager
@@ -78,13 +84,8 @@ def allocator_returns_memory(device: Device) -> Iterator[None]:
     For a model in pieces: of layers that are whole in turn its heap keeps far more than one. It would otherwise raise
     the size from which it does so with each tensor that is freed, up to 32 MiB.
     """
-    if device is not Device.CPU or not sys.platform.startswith("linux"):
-        yield
-        return
-    libc = ctypes.CDLL(None)
-    try:
-        mallopt = libc.mallopt
-    except AttributeError:  # not glibc
+    mallopt = _mallopt(device)
+    if mallopt is None:
         yield
         return
     mallopt(_M_MMAP_THRESHOLD, 2**20)
